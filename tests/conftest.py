@@ -1,0 +1,166 @@
+import os
+
+
+# Before transformers is imported: the tests use no hub, and models this small are slowed down by threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from trl_ssrm import SSRMConfig
+
+
+disable_progress_bars()
+
+CHAT_TEMPLATE = (
+    "{% if tools %}<|tools|>{{ tools | tojson }}{% endif %}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+)
+GOOD = ["kind", "clear", "right", "warm", "exact"]
+BAD = ["rude", "vague", "wrong", "cold", "loose"]
+
+
+def make_tokenizer(**special_tokens) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: every text is its bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer(pad_token="<|pad|>", eos_token="<|eos|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>", "<|tools|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, tokenizer) -> str:
+    """Directory of a tiny decoder with a score head."""
+    directory = tmp_path_factory.mktemp("llama")
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory, tokenizer) -> str:
+    """Directory of a tiny encoder with a score head."""
+    directory = tmp_path_factory.mktemp("bert")
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def preference_rows(num_rows: int, seed: int = 0) -> list[dict[str, str]]:
+    """Pairs in which the chosen completion uses a good word and the rejected one a bad word."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(num_rows):
+        prompt = f"Say {seed}-{number}: "
+        filler = "".join(draw.choices("abcdefgh ", k=draw.randint(1, 12)))
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": f"{draw.choice(GOOD)} {filler}",
+                "rejected": f"{draw.choice(BAD)} {filler[::-1]}x",
+            }
+        )
+    return rows
+
+
+def as_messages(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    """The same pair as conversations."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return {name: [{"role": roles[name], "content": text}] for name, text in row.items()}
+
+
+@pytest.fixture
+def labeled() -> Dataset:
+    return Dataset.from_list(preference_rows(16, seed=1))
+
+
+@pytest.fixture
+def unlabeled() -> Dataset:
+    return Dataset.from_list(preference_rows(40, seed=2))
+
+
+@pytest.fixture
+def held_out() -> Dataset:
+    return Dataset.from_list(preference_rows(20, seed=3))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Makes configurations of short runs on the CPU."""
+
+    def make(**settings) -> SSRMConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "report_to": "none",
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "learning_rate": 3e-3,
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 3,
+            "logging_steps": 2,
+            "num_rounds": 2,
+            "confidence_threshold": 0.6,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        return SSRMConfig(**{**defaults, **settings})
+
+    return make
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Equal bit for bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name

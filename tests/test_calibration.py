@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+from sklearn.metrics import brier_score_loss, log_loss
+
+from trl_ssrm.calibration import expected_calibration_error, fit_temperature, preference_metrics
+
+
+@pytest.fixture
+def logits() -> np.ndarray:
+    """Pair logits three times too large for how often they are right."""
+    draw = np.random.default_rng(0)
+    true_logits = draw.normal(size=20_000) * 2
+    sign = np.where(draw.random(20_000) < 1 / (1 + np.exp(-true_logits)), 1, -1)
+    return 3 * true_logits * sign
+
+
+def test_metrics_agree_with_scikit_learn(logits):
+    # Half of the pairs are turned round, so that both classes are there.
+    half = len(logits) // 2
+    first_logits = np.concatenate([logits[:half], -logits[half:]])
+    first_is_chosen = np.arange(len(logits)) < half
+    probability = 1 / (1 + np.exp(-first_logits))
+    metrics = preference_metrics(logits)
+    assert metrics["log_loss"] == pytest.approx(log_loss(first_is_chosen, probability), rel=1e-6)
+    assert metrics["brier"] == pytest.approx(brier_score_loss(first_is_chosen, probability), rel=1e-6)
+    assert metrics["accuracy"] == pytest.approx(((probability > 0.5) == first_is_chosen).mean())
+
+
+def test_tie_counts_as_wrong():
+    assert preference_metrics(np.array([0.0, 1.0]))["accuracy"] == 0.5
+
+
+def test_ece_of_one_bin_is_the_distance_of_confidence_from_accuracy():
+    confidence = np.full(10, 0.9)
+    assert expected_calibration_error(confidence, np.arange(10) < 6) == pytest.approx(0.3)
+
+
+def test_ece_does_not_let_bins_cancel():
+    confidence = np.array([0.6] * 10 + [1.0] * 10)
+    is_correct = np.array([True] * 10 + [True] * 6 + [False] * 4)
+    assert expected_calibration_error(confidence, is_correct) == pytest.approx(0.4)
+
+
+def test_temperature_is_recovered(logits):
+    assert fit_temperature(logits) == pytest.approx(3.0, rel=0.05)
+
+
+def test_fitted_temperature_has_the_lowest_log_loss(logits):
+    best = fit_temperature(logits)
+    losses = [preference_metrics(logits, temperature)["log_loss"] for temperature in (best, 0.98 * best, 1.02 * best)]
+    assert losses[0] == min(losses)
+
+
+def test_pairs_that_are_all_right_leave_the_temperature_alone():
+    assert fit_temperature(np.array([0.1, 2.0, 3.0])) == 1.0
+
+
+def test_pairs_that_are_mostly_wrong_end_at_the_top_of_the_range():
+    assert fit_temperature(np.array([-5.0, -4.0, 0.1])) == 100.0

@@ -1,0 +1,169 @@
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import preference_rows
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import trl_ssrm.scoring as scoring
+from trl_ssrm import NonFiniteScoreError
+from trl_ssrm.rounds import read_tensors, write_tensors
+from trl_ssrm.scoring import PairedSequences, score_pairs
+
+
+@pytest.fixture(scope="module", params=["llama", "bert"])
+def model_and_tokenizer(request):
+    path = request.getfixturevalue(request.param)
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1), AutoTokenizer.from_pretrained(path)
+
+
+def pairs_of(tokenizer, rows) -> PairedSequences:
+    ids = {
+        f"{name}_ids": tokenizer([row["prompt"] + row[name] for row in rows])["input_ids"]
+        for name in ("chosen", "rejected")
+    }
+    return PairedSequences.from_tokenized(Dataset.from_dict(ids))
+
+
+def score(model_and_tokenizer, pairs, batch_tokens=512, **settings) -> np.ndarray:
+    model, tokenizer = model_and_tokenizer
+    settings = {"disable_tqdm": True, **settings}
+    return score_pairs(model, pairs, tokenizer.pad_token_id, Accelerator(cpu=True), batch_tokens, **settings)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[slice]:
+    """Shards that are scored, one by one, with shards of a few sequences."""
+    shards = []
+    real = scoring._score_shard
+
+    def count(model, pairs, shard, *args):
+        shards.append(shard)
+        return real(model, pairs, shard, *args)
+
+    monkeypatch.setattr(scoring, "SHARD_TOKENS", 256)
+    monkeypatch.setattr(scoring, "_score_shard", count)
+    return shards
+
+
+def test_scores_are_those_of_the_model_one_by_one(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    rows = preference_rows(20)
+    model.eval()
+    with torch.inference_mode():
+        rewards = [
+            [
+                model(**tokenizer(row["prompt"] + row[name], return_tensors="pt")).logits.item()
+                for name in ("chosen", "rejected")
+            ]
+            for row in rows
+        ]
+    expected = np.array([chosen - rejected for chosen, rejected in rewards])
+    np.testing.assert_allclose(score(model_and_tokenizer, pairs_of(tokenizer, rows)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 100_000])
+def test_scores_do_not_depend_on_the_batch_size(model_and_tokenizer, batch_tokens):
+    pairs = pairs_of(model_and_tokenizer[1], preference_rows(30))
+    one, other = score(model_and_tokenizer, pairs), score(model_and_tokenizer, pairs, batch_tokens)
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_order_or_on_what_else_is_there(model_and_tokenizer):
+    rows, tokenizer = preference_rows(30), model_and_tokenizer[1]
+    alone = score(model_and_tokenizer, pairs_of(tokenizer, rows[:5]))
+    among = score(model_and_tokenizer, pairs_of(tokenizer, rows[::-1]))[::-1][:5]
+    np.testing.assert_allclose(alone, among, atol=1e-5)
+
+
+def test_exchanging_the_sequences_of_a_pair_changes_the_sign_alone(model_and_tokenizer):
+    rows, tokenizer = preference_rows(30), model_and_tokenizer[1]
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    one, other = (score(model_and_tokenizer, pairs_of(tokenizer, each)) for each in (rows, swapped))
+    assert np.array_equal(one, -other)
+
+
+def test_each_sequence_is_scored_once(model_and_tokenizer, monkeypatch):
+    rows, tokenizer = preference_rows(10), model_and_tokenizer[1]
+    model, seen = model_and_tokenizer[0], []
+    handle = model.register_forward_pre_hook(lambda *args: seen.append(len(args[2]["input_ids"])), with_kwargs=True)
+    score(model_and_tokenizer, pairs_of(tokenizer, rows + rows + rows[:3]))
+    handle.remove()
+    assert sum(seen) == 20
+
+
+def test_training_mode_is_put_back(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    model.train()
+    score(model_and_tokenizer, pairs_of(tokenizer, preference_rows(2)))
+    assert model.training
+
+
+def test_shards_on_disk_are_not_scored_again(model_and_tokenizer, tmp_path, counted):
+    pairs = pairs_of(model_and_tokenizer[1], preference_rows(30))
+    first = score(model_and_tokenizer, pairs, directory=tmp_path, key="k")
+    num_shards = len(counted)
+    assert num_shards > 3
+    sorted(tmp_path.iterdir())[1].unlink()
+    assert np.array_equal(score(model_and_tokenizer, pairs, directory=tmp_path, key="k"), first)
+    assert len(counted) == num_shards + 1
+    score(model_and_tokenizer, pairs, directory=tmp_path, key="other weights")
+    assert len(counted) == 2 * num_shards + 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_damaged_shard_is_found_and_scored_again(model_and_tokenizer, tmp_path, counted, damage, caplog):
+    pairs = pairs_of(model_and_tokenizer[1], preference_rows(30))
+    first = score(model_and_tokenizer, pairs, directory=tmp_path, key="k")
+    path = sorted(tmp_path.iterdir())[0]
+    content = path.read_bytes()
+    flipped = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+    path.write_bytes({"truncated": content[:-3], "flipped": flipped, "empty": b""}[damage])
+    counted.clear()
+    assert np.array_equal(score(model_and_tokenizer, pairs, directory=tmp_path, key="k"), first)
+    assert len(counted) == 1
+
+
+def test_nan_reward_is_named_and_the_other_shards_are_kept(model_and_tokenizer, tmp_path, counted):
+    model, tokenizer = model_and_tokenizer
+    rows = preference_rows(30)
+    pairs = pairs_of(tokenizer, rows)
+    bad = next(i for i, ids in enumerate(pairs.sequences["input_ids"]) if ids == tokenizer(rows[3]["prompt"] + rows[3]["chosen"])["input_ids"])
+    embeddings = model.get_input_embeddings()
+
+    def poison(module, args, output):
+        # One sequence is known by its prompt, "Say 0-3: ".
+        for row, ids in enumerate(args[0].tolist()):
+            if ids[: len(pairs.sequences[bad]["input_ids"])] == pairs.sequences[bad]["input_ids"]:
+                output = output.clone()
+                output[row] = float("nan")
+        return output
+
+    handle = embeddings.register_forward_hook(poison)
+    with pytest.raises(NonFiniteScoreError) as raised:
+        score(model_and_tokenizer, pairs, directory=tmp_path, key="k")
+    handle.remove()
+    assert raised.value.sequences.tolist() == [bad]
+    assert len(list(tmp_path.iterdir())) == len(counted) - 1
+
+
+def test_rewards_are_float32_under_bfloat16_autocast(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    pairs = pairs_of(tokenizer, preference_rows(40))
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    with torch.no_grad():
+        head = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.out_features == 1][0]
+        before = head.weight.clone()
+        head.weight.mul_(100)
+    logits = score_pairs(model, pairs, tokenizer.pad_token_id, accelerator, 512, disable_tqdm=True)
+    with torch.no_grad():
+        head.weight.copy_(before)
+    assert not torch.equal(torch.tensor(logits), torch.tensor(logits).bfloat16().double())
+
+
+def test_tensors_of_another_key_are_not_read(tmp_path):
+    write_tensors(tmp_path / "file.safetensors", {"a": torch.arange(3)}, "key")
+    assert read_tensors(tmp_path / "file.safetensors", "key")["a"].tolist() == [0, 1, 2]
+    assert read_tensors(tmp_path / "file.safetensors", "other") is None
+    assert read_tensors(tmp_path / "missing.safetensors", "key") is None

@@ -1,0 +1,245 @@
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
+
+from .rounds import CHECKPOINT_MARKER
+from .scoring import NonFiniteScoreError, score_pairs
+from .selection import PairScores, SelectionPolicy, above_threshold
+
+
+if TYPE_CHECKING:
+    from .pool import Pool
+    from .trainer import SSRMTrainer
+
+
+logger = logging.get_logger(__name__)
+
+
+class PseudoLabelingCallback(TrainerCallback):
+    """
+    Labels the unlabeled pool at the end of a round, and hands over what the next round trains on.
+
+    [`SSRMTrainer`] makes one by itself. Pass your own in `callbacks` to select pairs in another way, or subclass it and
+    override [`PseudoLabelingCallback.score`] or [`PseudoLabelingCallback.select`].
+
+    Args:
+        selection_policy (`Callable[[PairScores], np.ndarray]`, *optional*):
+            Function of the scores of the pool that returns a mask of shape `(num_pairs,)` of the pairs to keep. If
+            `None`, the pairs whose confidence is greater than `confidence_threshold` are kept; otherwise that setting
+            has no effect.
+
+    Examples:
+    ```python
+    >>> import numpy as np
+    >>> from trl_ssrm import PairScores, PseudoLabelingCallback
+
+
+    >>> def top_tenth(scores: PairScores) -> np.ndarray:
+    ...     return scores.confidence >= np.quantile(scores.confidence, 0.9)
+
+
+    >>> callback = PseudoLabelingCallback(selection_policy=top_tenth)
+    ```
+    """
+
+    def __init__(self, selection_policy: SelectionPolicy | None = None):
+        self.selection_policy = selection_policy
+        self.termination_reason: str | None = None
+        # Logs of the rounds that are over; `Trainer` starts every call of `train` with none.
+        self.log_history: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        # A checkpoint within a round brings the logs of the rounds before with it.
+        state.log_history = state.log_history or list(self.log_history)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        # Every process is done with its part of the checkpoint once all of them are here.
+        trainer: SSRMTrainer = self.trainer
+        trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero and trainer.run is not None:
+            checkpoint = trainer.run.round_dir(trainer.round) / f"checkpoint-{state.global_step}"
+            (checkpoint / CHECKPOINT_MARKER).touch()
+
+    def on_round_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, trainer: "SSRMTrainer", round: int
+    ) -> Dataset | None:
+        """
+        Event called by [`SSRMTrainer`] after a round, but for the last one: score the pool with the weights of this
+        round, select, keep the pairs in `output_dir`, log, and hand over the next round's data.
+
+        Args:
+            args ([`SSRMConfig`]):
+                The training arguments.
+            state ([`~transformers.TrainerState`]):
+                The state at the end of the round.
+            control ([`~transformers.TrainerControl`]):
+                Not used here.
+            trainer ([`SSRMTrainer`]):
+                The trainer, which holds the model and the pool.
+            round (`int`):
+                The round that has ended, 0 for the supervised one.
+
+        Returns:
+            [`~datasets.Dataset`] or `None`: columns `chosen_ids`, `rejected_ids` and `probability`, for
+            [`ConfidenceFilteredDataCollator`]; `None` if the rounds end here, and then `termination_reason` says why.
+
+        Raises:
+            NonFiniteScoreError: If the model gives a row of the pool a reward that is NaN or infinite.
+        """
+        if trainer.on_main_process(lambda: trainer.run.read_pseudo_labels(round + 1) is None):
+            self._label_pool(args, trainer, round)
+        stored = trainer.run.read_pseudo_labels(round + 1)
+        assert stored is not None
+        pseudo_labels, facts = stored
+        trainer.log(dict(facts))
+        trainer.labeling_facts = facts
+        if facts["kept"] == 0:
+            self.termination_reason = "nothing_selected"
+            logger.warning(
+                f"Nothing was selected from the {facts['pool_size']} pairs of the pool after round {round}, so the rounds "
+                "end here with the model so far. Lower `confidence_threshold`, or train round 0 longer."
+            )
+            return None
+        previous = trainer.run.read_pseudo_labels(round) if round > 0 and args.pool_per_round == "full" else None
+        if previous is not None and _same_labels(previous[0], pseudo_labels):
+            self.termination_reason = "no_change"
+            return None
+        return self._training_rows(trainer.pool, pseudo_labels)
+
+    def score(self, trainer: "SSRMTrainer", pool: "Pool", round: int) -> PairScores:
+        """
+        Score the pairs of a pool with the current weights.
+
+        Args:
+            trainer ([`SSRMTrainer`]):
+                The trainer.
+            pool ([`Pool`]):
+                What to score.
+            round (`int`):
+                The round that has ended.
+
+        Returns:
+            [`PairScores`]: the same in every process.
+        """
+        directory = trainer.run.round_dir(round + 1) / "scores"
+        key = f"{trainer.run.weights_hash(trainer.run.weights_path(round))} {pool.pairs.fingerprint}"
+        try:
+            logits = trainer.score_pairs(pool.pairs, f"Scoring the pool after round {round}", directory, key)
+        except NonFiniteScoreError as error:
+            bad = np.isin(pool.pairs.first, error.sequences) | np.isin(pool.pairs.second, error.sequences)
+            rows = np.unique(pool.rows[bad]).tolist()
+            named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+            raise NonFiniteScoreError(
+                f"The model of round {round} gives NaN or infinite rewards to rows {named} of `unlabeled_dataset`; "
+                "lower `learning_rate`, or train in another precision.",
+                error.sequences,
+            ) from error
+        return PairScores(logits, trainer.round_history[round]["temperature"])
+
+    def select(self, scores: PairScores) -> np.ndarray:
+        """
+        Choose the pairs to keep.
+
+        Args:
+            scores ([`PairScores`]):
+                Scores of the pairs.
+
+        Returns:
+            `np.ndarray` of shape `(num_pairs,)`, bool: the kept pairs. Ties are left out afterwards in any case.
+        """
+        if self.selection_policy is not None:
+            return self.selection_policy(scores)
+        return above_threshold(scores, self.trainer.args.confidence_threshold)
+
+    def _label_pool(self, args: TrainingArguments, trainer: "SSRMTrainer", round: int) -> None:
+        share = trainer.share_of_pool(round + 1)
+        pool = trainer.pool.take(share)
+        start = time.perf_counter()
+        scores = self.score(trainer, pool, round)
+        seconds = time.perf_counter() - start
+        mask = np.asarray(self.select(scores))
+        if mask.shape != (len(pool),) or mask.dtype != bool:
+            raise ValueError(
+                f"The selection policy returned an array of shape {mask.shape} and type {mask.dtype}; it has to be a mask "
+                f"of type bool with one value for each of the {len(pool)} pairs."
+            )
+        kept = np.flatnonzero(mask & ~scores.is_tie)
+        first_is_chosen = scores.logits > 0
+        facts: dict[str, Any] = {
+            "round": round + 1,
+            "pool_size": len(pool),
+            "kept": len(kept),
+            "coverage": len(kept) / len(pool),
+            "ties": int(scores.is_tie.sum()),
+            "mean_confidence": float(scores.confidence[kept].mean()) if len(kept) else None,
+            "confidence_threshold": args.confidence_threshold if self.selection_policy is None else None,
+            "temperature": scores.temperature,
+            "scoring_seconds": seconds,
+            "scoring_pairs_per_second": len(pool) / seconds,
+        }
+        if pool.gold is not None and len(kept):
+            facts["pseudo_label_accuracy"] = float((first_is_chosen == pool.gold)[kept].mean())
+        facts = {name: value for name, value in facts.items() if value is not None}
+        if trainer.accelerator.is_main_process:
+            columns = {
+                "confidence": scores.confidence[kept],
+                "round": np.full(len(kept), round + 1),
+                "pair": share[kept],
+                "first_is_chosen": first_is_chosen[kept],
+            }
+            texts = [pool.texts(pair, bool(first_is_chosen[pair])) for pair in kept.tolist()]
+            parts = [Dataset.from_list(texts)] if texts else []
+            trainer.run.write_pseudo_labels(
+                round + 1, concatenate_datasets([*parts, Dataset.from_dict(columns)], axis=1), facts
+            )
+        trainer.accelerator.wait_for_everyone()
+
+    @staticmethod
+    def _training_rows(pool: "Pool", pseudo_labels: Dataset) -> Dataset:
+        pairs = np.array(pseudo_labels["pair"])
+        confidence = np.array(pseudo_labels["confidence"])
+        probability = np.where(pseudo_labels["first_is_chosen"], confidence, 1 - confidence)
+        ids = {"chosen_ids": pool.pairs.first, "rejected_ids": pool.pairs.second}
+        columns = [
+            pool.pairs.sequences.select(position[pairs]).rename_column("input_ids", name) for name, position in ids.items()
+        ]
+        return concatenate_datasets([*columns, Dataset.from_dict({"probability": probability})], axis=1)
+
+
+def _same_labels(before: Dataset, now: Dataset) -> bool:
+    return before["pair"][:] == now["pair"][:] and before["first_is_chosen"][:] == now["first_is_chosen"][:]
+
+
+class RoundCallbackHandler(CallbackHandler):
+    """
+    Callback handler that ends a training run once, after the last round.
+
+    `Trainer` tells its callbacks that training has ended at the end of every round. Trackers close their run then, and
+    what the next round logs would go to another one.
+    """
+
+    def __init__(self, handler: CallbackHandler, report_to: list[str]):
+        super().__init__(
+            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
+        )
+        self.trackers = tuple(get_reporting_integration_callbacks(report_to))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
+        return self._end([c for c in self.callbacks if not isinstance(c, self.trackers)], args, state, control)
+
+    def end_trackers(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
+        """Close the trackers, after the last round."""
+        return self._end([c for c in self.callbacks if isinstance(c, self.trackers)], args, state, control)
+
+    def _end(self, callbacks: list[TrainerCallback], args, state, control) -> TrainerControl:
+        everyone, self.callbacks = self.callbacks, callbacks
+        try:
+            return super().on_train_end(args, state, control)
+        finally:
+            self.callbacks = everyone

@@ -1,0 +1,124 @@
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Value, concatenate_datasets
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+
+# Columns that a training row has for the collator, the last two being optional.
+TRAINING_COLUMNS = ("chosen_ids", "rejected_ids", "probability", "margin")
+
+
+@dataclass
+class ConfidenceFilteredDataCollator(DataCollatorForPreference):
+    """
+    Data collator for labeled and pseudo-labeled pairs. A pair with a pseudo-label that is not confident enough never
+    influences a gradient.
+
+    Besides `"chosen_ids"`, `"rejected_ids"` and, optionally, `"margin"`, an example can have the key `"probability"`:
+    the probability that the sequence under `"chosen_ids"` is the preferred one, as a model sees it. `None`, or no such
+    key, stands for a gold label. A pseudo-labeled pair is turned round if the other sequence is the preferred one, and
+    left out of the batch if its confidence, `max(probability, 1 - probability)`, does not exceed the threshold. If no
+    example passes, the first one stays, with weight 0, so that every process has a batch.
+
+    If any example has the key `"probability"`, the returned dictionary has, besides the keys of
+    [`~trl.trainer.reward_trainer.DataCollatorForPreference`]:
+    - `"label"`: Tensor of shape `(batch,)`, float32. Target probability that the first sequence of the pair is
+        preferred: 1 for a gold or hard label, the confidence for a soft one.
+    - `"weight"`: Tensor of shape `(batch,)`, float32. Weight of the pair in the loss, 1 for a gold label.
+
+    Args:
+        pad_token_id (`int`):
+            Token ID to use for padding.
+        pad_to_multiple_of (`int`, *optional*):
+            If set, the sequences will be padded to a multiple of this value.
+        return_tensors (`str`, *optional*, defaults to `"pt"`):
+            Type of Tensor to return. Only `"pt"` is currently supported.
+        confidence_threshold (`float`, *optional*, defaults to `0.8`):
+            Confidence that a pseudo-label has to exceed, in `[0.5, 1)`.
+        pseudo_label_type (`str`, *optional*, defaults to `"hard"`):
+            `"hard"` or `"soft"`.
+        pseudo_label_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of a pseudo-labeled pair.
+
+    Examples:
+    ```python
+    >>> from trl_ssrm import ConfidenceFilteredDataCollator
+
+    >>> collator = ConfidenceFilteredDataCollator(pad_token_id=0, pseudo_label_type="soft")
+    >>> examples = [
+    ...     {"chosen_ids": [1, 2, 3], "rejected_ids": [4, 5], "probability": None},
+    ...     {"chosen_ids": [6, 7], "rejected_ids": [8], "probability": 0.1},
+    ...     {"chosen_ids": [9], "rejected_ids": [9, 9], "probability": 0.6},
+    ... ]
+    >>> collator(examples)
+    {'input_ids': tensor([[1, 2, 3],
+                          [8, 0, 0],
+                          [4, 5, 0],
+                          [6, 7, 0]]),
+     'attention_mask': tensor([[1, 1, 1],
+                               [1, 0, 0],
+                               [1, 1, 0],
+                               [1, 1, 0]]),
+     'label': tensor([1.0000, 0.9000]),
+     'weight': tensor([1., 1.])}
+    ```
+    """
+
+    confidence_threshold: float = 0.8
+    pseudo_label_type: str = "hard"
+    pseudo_label_weight: float = 1.0
+
+    def build_dataset(self, labeled: Dataset, pseudo_labeled: Dataset) -> Dataset:
+        """
+        Training data of a round: the labeled pairs, then the pseudo-labeled ones above the threshold.
+
+        Args:
+            labeled ([`~datasets.Dataset`]):
+                Columns `chosen_ids`, `rejected_ids` and, optionally, `margin`.
+            pseudo_labeled ([`~datasets.Dataset`]):
+                Columns `chosen_ids`, `rejected_ids` and `probability`. Their margin is 0.
+
+        Returns:
+            [`~datasets.Dataset`]: rows for this collator, with a `probability` of `None` for the labeled ones.
+        """
+        probability = np.array(pseudo_labeled["probability"], dtype=np.float64)
+        kept = pseudo_labeled.select(np.flatnonzero(self._is_confident(probability)))
+        labeled = labeled.select_columns([name for name in TRAINING_COLUMNS if name in labeled.column_names])
+        features = Features({**labeled.features, "probability": Value("float64")})
+        if "margin" in features:
+            kept = kept.add_column("margin", [0.0] * len(kept))
+        labeled = labeled.add_column("probability", [None] * len(labeled))
+        return concatenate_datasets(
+            [part.select_columns(list(features)).cast(features) for part in (labeled, kept)]
+        )
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if not any("probability" in example for example in examples):
+            return super().torch_call(examples)
+        probability = np.array(
+            [1.0 if (value := example.get("probability")) is None else value for example in examples]
+        )
+        is_gold = np.array([example.get("probability") is None for example in examples])
+        passes = is_gold | self._is_confident(probability)
+        weight = np.where(is_gold, 1.0, self.pseudo_label_weight)
+        if not passes.any():
+            passes[0], weight[0] = True, 0.0
+        oriented = [
+            {**example, "chosen_ids": example["rejected_ids"], "rejected_ids": example["chosen_ids"]}
+            if probability[position] < 0.5
+            else example
+            for position, example in enumerate(examples)
+            if passes[position]
+        ]
+        output = super().torch_call(oriented)
+        confidence = np.maximum(probability, 1 - probability)
+        label = confidence if self.pseudo_label_type == "soft" else np.ones(len(examples))
+        output["label"] = torch.tensor(label[passes], dtype=torch.float)
+        output["weight"] = torch.tensor(weight[passes], dtype=torch.float)
+        return output
+
+    def _is_confident(self, probability: np.ndarray) -> np.ndarray:
+        return np.maximum(probability, 1 - probability) > self.confidence_threshold

@@ -1,0 +1,141 @@
+from dataclasses import dataclass, field
+
+from trl import RewardConfig
+
+
+@dataclass
+class SSRMConfig(RewardConfig):
+    r"""
+    Configuration class for the [`SSRMTrainer`].
+
+    This class includes only the parameters that are specific to semi-supervised reward modeling. For the others, see
+    [`~trl.RewardConfig`] and [`~transformers.TrainingArguments`]: they apply to every round alike, but for the length
+    of a round.
+
+    Parameters:
+        > Parameters that control the rounds
+
+        num_rounds (`int`, *optional*, defaults to `3`):
+            Number of rounds after round 0, which trains on the labeled pairs alone. `0` is supervised training.
+        round_init (`str`, *optional*, defaults to `"continue"`):
+            Weights that a round starts from: `"continue"` goes on from the weights of the round before, `"base"`
+            starts again from the weights that the trainer was given.
+        round_num_train_epochs (`float`, *optional*):
+            Number of epochs of each round after round 0, over labeled and kept pairs together. `num_train_epochs` is
+            the length of round 0. If `None`, later rounds are as long as round 0 is told to be, in epochs or, with
+            `max_steps`, in steps. If set, `max_steps` bounds round 0 only.
+        keep_best_round (`bool`, *optional*, defaults to `False`):
+            Whether to end with the weights of the round that has the lowest log-loss on `calibration_dataset` or,
+            without one, on `eval_dataset`. Otherwise the last round is kept.
+
+        > Parameters that control the unlabeled pool
+
+        pool_per_round (`str`, *optional*, defaults to `"full"`):
+            Part of the pool that a round labels: `"full"` is all of it every time, `"shard"` is a fresh share, one of
+            `num_rounds` disjoint ones split by row.
+        max_unlabeled_samples (`int`, *optional*):
+            Number of rows taken from the head of `unlabeled_dataset`. Required for an [`~datasets.IterableDataset`].
+        score_batch_tokens (`int`, *optional*, defaults to `16384`):
+            Size of a scoring batch in tokens, padding included. A longer sequence is a batch of its own. It does not
+            change the scores.
+
+        > Parameters that control the pseudo-labels
+
+        confidence_threshold (`float`, *optional*, defaults to `0.8`):
+            A pair is kept if the confidence in its pseudo-label, `sigmoid(|z| / temperature)` with `z` the difference
+            of the two rewards, is strictly greater. In `[0.5, 1)`.
+        pseudo_label_type (`str`, *optional*, defaults to `"hard"`):
+            Target that a kept pair is trained on: `"hard"` is 1 for the preferred completion, `"soft"` is the
+            confidence itself.
+        pseudo_label_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of a kept pair in the loss; a labeled pair weighs 1. At least 0.
+        track_pseudo_label_accuracy (`bool`, *optional*, defaults to `False`):
+            Whether to compare the pseudo-labels with the gold labels in `unlabeled_dataset` and log the accuracy. The
+            gold labels reach nothing else.
+    """
+
+    # Parameters that control the rounds
+    num_rounds: int = field(
+        default=3,
+        metadata={"help": "Number of rounds after round 0, which trains on the labeled pairs alone."},
+    )
+    round_init: str = field(
+        default="continue",
+        metadata={
+            "help": "Weights that a round starts from: those of the round before, or the initial ones.",
+            "choices": ["continue", "base"],
+        },
+    )
+    round_num_train_epochs: float | None = field(
+        default=None,
+        metadata={
+            "help": "Number of epochs of each round after round 0, over labeled and kept pairs together. If `None`, "
+            "later rounds are as long as round 0 is told to be."
+        },
+    )
+    keep_best_round: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to end with the weights of the round that has the lowest log-loss on "
+            "`calibration_dataset` or, without one, on `eval_dataset`."
+        },
+    )
+
+    # Parameters that control the unlabeled pool
+    pool_per_round: str = field(
+        default="full",
+        metadata={
+            "help": "Part of the pool that a round labels: all of it, or one of `num_rounds` disjoint shares.",
+            "choices": ["full", "shard"],
+        },
+    )
+    max_unlabeled_samples: int | None = field(
+        default=None,
+        metadata={"help": "Number of rows taken from the head of `unlabeled_dataset`. Required for a stream."},
+    )
+    score_batch_tokens: int = field(
+        default=16384,
+        metadata={"help": "Size of a scoring batch in tokens, padding included."},
+    )
+
+    # Parameters that control the pseudo-labels
+    confidence_threshold: float = field(
+        default=0.8,
+        metadata={"help": "A pair is kept if the confidence in its pseudo-label is strictly greater. In [0.5, 1)."},
+    )
+    pseudo_label_type: str = field(
+        default="hard",
+        metadata={
+            "help": "Target that a kept pair is trained on: 1 for the preferred completion, or the confidence.",
+            "choices": ["hard", "soft"],
+        },
+    )
+    pseudo_label_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of a kept pair in the loss; a labeled pair weighs 1."},
+    )
+    track_pseudo_label_accuracy: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to compare the pseudo-labels with the gold labels in `unlabeled_dataset`, for metrics only."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("round_init", "pool_per_round", "pseudo_label_type"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        # Each row: parameter, its range as a test (NaN passes none), and in words. `None` is checked by its type alone.
+        for name, is_valid, words in (
+            ("num_rounds", lambda value: value >= 0, "at least 0"),
+            ("round_num_train_epochs", lambda value: value > 0, "positive"),
+            ("max_unlabeled_samples", lambda value: value > 0, "positive"),
+            ("score_batch_tokens", lambda value: value > 0, "positive"),
+            ("confidence_threshold", lambda value: 0.5 <= value < 1, "in [0.5, 1)"),
+            ("pseudo_label_weight", lambda value: 0 <= value < float("inf"), "at least 0 and finite"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not is_valid(value):
+                raise ValueError(f"`{name}` must be {words}, got {value}.")

@@ -1,0 +1,303 @@
+"""Preference data, labeled and unlabeled: accepted formats, what is refused, and the pool without its labels."""
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset
+from transformers.utils import logging
+from trl import maybe_extract_prompt
+
+from .scoring import PairedSequences
+
+
+logger = logging.get_logger(__name__)
+
+# Columns besides the text that decide how a row is tokenized, as in `RewardTrainer`.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+POOL_FORMATS = (
+    "`prompt` with `completions`, `prompt` with `completion_a` and `completion_b`, or the `chosen` and `rejected` of a "
+    "preference dataset"
+)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """
+    Unlabeled pairs: tokenized, free of labels, in an order that the labels did not decide.
+
+    Args:
+        source ([`~datasets.Dataset`]):
+            The rows that the pairs come from.
+        rows (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Row of `source` that each pair comes from.
+        completions (`np.ndarray` of shape `(num_pairs, 2)`, int64):
+            Positions of the first and the second completion among those of the row.
+        pairs ([`PairedSequences`]):
+            Their token IDs, in the same order.
+        gold (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
+            Whether the first completion is the preferred one, where that is tracked.
+        dropped (`dict[str, int]`):
+            Number of pairs that were left out, by reason.
+    """
+
+    source: Dataset
+    rows: np.ndarray
+    completions: np.ndarray
+    pairs: PairedSequences
+    gold: np.ndarray | None
+    dropped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, pairs: np.ndarray) -> "Pool":
+        """Some of the pairs."""
+        gold = None if self.gold is None else self.gold[pairs]
+        return Pool(self.source, self.rows[pairs], self.completions[pairs], self.pairs.take(pairs), gold, self.dropped)
+
+    def texts(self, pair: int, first_is_chosen: bool) -> dict[str, Any]:
+        """`dict` with the keys `prompt`, `chosen` and `rejected`: the text or messages of a pair, oriented."""
+        row = self.source[int(self.rows[pair])]
+        first, second = (_completions(row)[position] for position in self.completions[pair].tolist())
+        chosen, rejected = (first, second) if first_is_chosen else (second, first)
+        prompt = {"prompt": row["prompt"]} if row.get("prompt") is not None else {}
+        return maybe_extract_prompt({**prompt, "chosen": chosen, "rejected": rejected})
+
+
+def build_pool(
+    dataset: Dataset | IterableDataset,
+    tokenize: Callable[[Dataset], Dataset],
+    seed: int,
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    is_conversational: bool = False,
+    with_gold: bool = False,
+    known_pairs: dict[str, set] | None = None,
+) -> Pool:
+    """
+    Turn an unlabeled dataset into a [`Pool`]. A row with `n` completions gives `n * (n - 1) / 2` pairs.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `prompt` and `completions` (two or more), with `prompt`, `completion_a` and `completion_b`, or
+            with `chosen` and `rejected`, whose labels are hidden.
+        tokenize (`Callable[[Dataset], Dataset]`):
+            Adds `chosen_ids` and `rejected_ids` to a preference dataset and keeps its rows.
+        seed (`int`):
+            Decides, with the row and the tokens of the two completions, which of them is the first.
+        max_length (`int`, *optional*):
+            Longest sequence in tokens; pairs with a longer one are dropped.
+        max_samples (`int`, *optional*):
+            Number of rows to take. Required for an [`~datasets.IterableDataset`].
+        is_conversational (`bool`, *optional*, defaults to `False`):
+            Whether the labeled data is conversational. The pool has to be so too.
+        with_gold (`bool`, *optional*, defaults to `False`):
+            Whether to keep the gold labels, for metrics.
+        known_pairs (`dict[str, set]`, *optional*):
+            Pair keys of other datasets by the name of each; pairs among them are dropped.
+
+    Returns:
+        [`Pool`]
+
+    Raises:
+        ValueError: If the dataset is not of an accepted format, a row has no text or fewer than two completions, or no
+            pair is left.
+    """
+    name = "unlabeled_dataset"
+    if isinstance(dataset, IterableDataset):
+        if max_samples is None:
+            raise ValueError(f"`{name}` is an `IterableDataset`; set `max_unlabeled_samples` to the rows to take.")
+        dataset = Dataset.from_list(list(dataset.take(max_samples)), features=dataset.features)
+    elif max_samples is not None:
+        dataset = dataset.select(range(min(max_samples, len(dataset))))
+    check_not_empty(dataset, name)
+    columns = set(dataset.column_names)
+    if not ({"chosen", "rejected"} <= columns or {"prompt", "completions"} <= columns) and not (
+        {"prompt", "completion_a", "completion_b"} <= columns
+    ):
+        raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs {POOL_FORMATS}. Rename or add them.")
+    if with_gold and ("completions" in columns or "chosen" not in columns):
+        raise ValueError(
+            f"`track_pseudo_label_accuracy` needs gold labels, but `{name}` has no `chosen` and `rejected`; turn it off."
+        )
+    has_prompt = "prompt" in columns
+    num_completions = []
+    for number, row in enumerate(dataset):
+        completions = _completions(row)
+        check_row(row, completions, f"row {number} of `{name}`", is_conversational, has_prompt)
+        if len(completions) < 2:
+            raise ValueError(f"Row {number} of `{name}` has {len(completions)} completions; give it two or more.")
+        num_completions.append(len(completions))
+
+    tokenized = PairedSequences.from_tokenized(tokenize(_two_by_two(dataset)))
+    digests = tokenized.digests
+    known_pairs, seen = known_pairs or {}, set()
+    dropped: Counter[str] = Counter()
+    rows, kept_completions, first, second = [], [], [], []
+    offset = 0
+    for row, count in enumerate(num_completions):
+        sequence_of = [
+            int((tokenized.first, tokenized.second)[i % 2][offset + i // 2]) for i in range(count)
+        ]
+        offset += (count + 1) // 2
+        for pair in itertools.combinations(range(count), 2):
+            # The order is drawn from the seed, the row and the tokens, never from the order in the input, which may be
+            # the label.
+            i, j = sorted(pair, key=lambda i: _draw(seed, row, digests[sequence_of[i]]))
+            key = tuple(sorted((digests[sequence_of[i]], digests[sequence_of[j]])))
+            reason = next((f"overlap with {other}" for other, keys in known_pairs.items() if key in keys), None)
+            if key[0] == key[1]:
+                reason = "identical completions"
+            elif max_length is not None and max(tokenized.lengths[[sequence_of[i], sequence_of[j]]]) > max_length:
+                reason = f"longer than max_length={max_length}"
+            elif reason is None and key in seen:
+                reason = "duplicate"
+            if reason is not None:
+                dropped[reason] += 1
+                continue
+            seen.add(key)
+            rows.append(row)
+            kept_completions.append((i, j))
+            first.append(sequence_of[i])
+            second.append(sequence_of[j])
+    report_dropped(name, dropped)
+    if not rows:
+        raise ValueError(f"No pair of `{name}` is left ({_in_words(dropped)}); give it other rows, or mend that.")
+    completions = np.array(kept_completions, dtype=np.int64)
+    pool = Pool(
+        source=dataset,
+        rows=np.array(rows, dtype=np.int64),
+        completions=completions,
+        pairs=PairedSequences(
+            tokenized.sequences, tokenized.lengths, digests, np.array(first, dtype=np.int64), np.array(second, dtype=np.int64)
+        ),
+        # The completions of a preference row are `chosen` and `rejected`, in that order.
+        gold=completions[:, 0] == 0 if with_gold else None,
+        dropped=dict(dropped),
+    )
+    return pool.take(np.arange(len(pool)))
+
+
+def check_preference_dataset(dataset: Dataset, name: str) -> bool:
+    """
+    Refuse preference data that can't be trained or measured on.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with `chosen` and `rejected`, and with `prompt` where it is explicit, or with `chosen_ids` and
+            `rejected_ids`.
+        name (`str`):
+            Argument that the dataset was given as, for the message.
+
+    Returns:
+        `bool`: whether the dataset is conversational.
+
+    Raises:
+        ValueError: If it is empty, lacks a column, or has a row without text.
+    """
+    check_not_empty(dataset, name)
+    columns = set(dataset.column_names)
+    if {"chosen_ids", "rejected_ids"} <= columns:
+        return False
+    if missing := {"chosen", "rejected"} - columns:
+        raise ValueError(
+            f"`{name}` has no column {' and no column '.join(f'`{column}`' for column in sorted(missing))}, only "
+            f"{sorted(columns)}; rename or add it."
+        )
+    is_conversational = isinstance(dataset[0]["chosen"], list)
+    for number, row in enumerate(dataset):
+        where = f"row {number} of `{name}`"
+        check_row(row, [row["chosen"], row["rejected"]], where, is_conversational, "prompt" in columns)
+    return is_conversational
+
+
+def check_row(
+    row: dict[str, Any], completions: list, where: str, is_conversational: bool, has_prompt: bool
+) -> None:
+    """Refuse a row with missing or empty text, or with text where messages are due, or the other way round."""
+    fields = [("prompt", row["prompt"])] if has_prompt else []
+    if "completions" in row:
+        names = [f"completions[{position}]" for position in range(len(completions))]
+    else:
+        names = ["chosen", "rejected"] if "chosen" in row else ["completion_a", "completion_b"]
+    fields += zip(names, completions, strict=True)
+    for name, value in fields:
+        if value is None or (isinstance(value, str | list) and not value) or (isinstance(value, str) and not value.strip()):
+            raise ValueError(f"`{name}` of {where} is {'missing' if value is None else 'empty'}; fill it in or drop the row.")
+        if isinstance(value, list) != is_conversational or not isinstance(value, str | list):
+            kind, due = ("a conversation", "text") if isinstance(value, list) else ("text", "a conversation")
+            raise ValueError(
+                f"`{name}` of {where} is {kind}, but the labeled data starts with {due}; make all of it one or the other."
+            )
+        if isinstance(value, list):
+            _check_messages(value, f"`{name}` of {where}")
+
+
+def _check_messages(messages: list, where: str) -> None:
+    for message in messages:
+        if not isinstance(message, dict) or not message.get("role"):
+            raise ValueError(f"{where} has a message without a `role`; each message needs `role` and `content`.")
+        if not message.get("content") and not message.get("tool_calls"):
+            raise ValueError(f"{where} has a message without `content`; fill it in or drop the row.")
+
+
+def check_not_empty(dataset: Dataset, name: str) -> None:
+    """Refuse a dataset without rows."""
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty; give it at least one row.")
+
+
+def report_dropped(name: str, dropped: dict[str, int]) -> None:
+    """Log how many pairs of a dataset were left out, and why."""
+    if any(dropped.values()):
+        logger.warning(f"Pairs of `{name}` left out: {_in_words(dropped)}.")
+
+
+def _in_words(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} ({reason})" for reason, count in sorted(dropped.items())) or "none was given"
+
+
+def _two_by_two(dataset: Dataset) -> Dataset:
+    """`RewardTrainer` tokenizes two completions a row, so they go through it so; one without a partner goes twice."""
+    shared = [column for column in ("prompt", *TEMPLATE_COLUMNS) if column in dataset.column_names]
+    example = {name: dataset.features[name] for name in dataset.column_names}
+    feature = _completions(example)[0] if "completions" not in example else example["completions"].feature
+
+    def split(batch: dict[str, list]) -> dict[str, list]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        split_rows: dict[str, list] = {name: [] for name in (*shared, "chosen", "rejected")}
+        for row in rows:
+            completions = _completions(row)
+            for start in range(0, len(completions), 2):
+                for name in shared:
+                    split_rows[name].append(row[name])
+                split_rows["chosen"].append(completions[start])
+                split_rows["rejected"].append(completions[min(start + 1, len(completions) - 1)])
+        return split_rows
+
+    features = Features({**{name: example[name] for name in shared}, "chosen": feature, "rejected": feature})
+    return dataset.map(
+        split,
+        batched=True,
+        remove_columns=dataset.column_names,
+        features=features,
+        desc="Splitting the unlabeled dataset into completions",
+    )
+
+
+def _completions(row: dict[str, Any]) -> list:
+    if "completions" in row:
+        return row["completions"] or []
+    if "chosen" in row:
+        return [row["chosen"], row["rejected"]]
+    return [row["completion_a"], row["completion_b"]]
+
+
+def _draw(seed: int, row: int, digest: bytes) -> bytes:
+    return hashlib.blake2b(json.dumps([seed, row]).encode() + digest, digest_size=8).digest()

@@ -1,0 +1,279 @@
+"""
+What a run leaves on disk, and how it is resumed from it.
+
+```
+output_dir/rounds/
+    run.json                   settings and data that the run was started with
+    initial.safetensors        trainable weights before round 0
+    round_1/
+        scores/                rewards of the pool under the weights of round 0
+        pseudo_labels.parquet  kept pairs: what round 1 trains on beside the labeled pairs
+        checkpoint-*/          as of any trainer
+        weights.safetensors    trainable weights after round 1
+        trainer_state.json     written after the weights: the steps and logs up to here
+        round.json             facts of the round, written last: the round is over
+```
+
+Every file is written aside and renamed, and files of numbers and pairs carry a checksum.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+import torch.nn as nn
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Written into a checkpoint when all of it is on disk. `Trainer` itself gives no sign of that, and would resume from
+# half a checkpoint.
+CHECKPOINT_MARKER = "checkpoint_complete"
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, and move it there once it was written without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that appears whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    content = hashlib.sha256()
+    for name in sorted(tensors):
+        content.update(name.encode())
+        content.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str = "") -> None:
+    """
+    Write tensors as safetensors, with a checksum and a key that says what they belong to.
+
+    Args:
+        path (`Path`):
+            File to write, whole or not at all.
+        tensors (`dict[str, torch.Tensor]`):
+            Tensors of any shape, dtype and device.
+        key (`str`, *optional*, defaults to `""`):
+            What [`read_tensors`] must ask for.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_aside(path) as aside:
+        save_file(tensors, aside, metadata={"key": key, "sha256": _checksum(tensors)})
+
+
+def read_tensors(path: Path, key: str = "") -> dict[str, torch.Tensor] | None:
+    """
+    Read what [`write_tensors`] wrote.
+
+    Returns:
+        `dict[str, torch.Tensor]` or `None`: the tensors, on the CPU; `None` if there is no such file, if it belongs to
+        another key, or if it is damaged, which is logged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        logger.warning(f"{path} is damaged ({error}) and is not used.")
+        return None
+    if metadata.get("sha256") != _checksum(tensors):
+        logger.warning(f"{path} is damaged (its checksum does not fit) and is not used.")
+        return None
+    return tensors if metadata.get("key") == key else None
+
+
+class RunDirectory:
+    """
+    The files of one run.
+
+    Args:
+        output_dir (`str`):
+            Output directory of the trainer.
+    """
+
+    def __init__(self, output_dir: str):
+        self.root = Path(output_dir) / "rounds"
+
+    def round_dir(self, round: int) -> Path:
+        """`Path`: directory of a round."""
+        return self.root / f"round_{round}"
+
+    @property
+    def has_run(self) -> bool:
+        """`bool`: whether a run was started here."""
+        return (self.root / "run.json").is_file()
+
+    @property
+    def num_finished(self) -> int:
+        """`int`: number of rounds that are over, round 0 included."""
+        round = 0
+        while (self.round_dir(round) / "round.json").is_file():
+            round += 1
+        return round
+
+    def start(self, identity: dict[str, Any], resume: bool) -> None:
+        """
+        Open the directory for a new run, or check that the run in it is the same.
+
+        Args:
+            identity (`dict[str, Any]`):
+                Settings and data that decide the result, as JSON values.
+            resume (`bool`):
+                Whether to go on with the run in the directory.
+
+        Raises:
+            ValueError: If there is a run and `resume` is not set, if there is none and it is, or if the run was
+                started with other settings or data.
+        """
+        identity = json.loads(json.dumps(identity))
+        if not self.has_run:
+            if resume:
+                raise ValueError(
+                    f"There is no run to resume in {self.root.parent}; leave out `resume_from_checkpoint` to start one."
+                )
+            write_json(self.root / "run.json", identity)
+            return
+        if not resume:
+            raise ValueError(
+                f"{self.root.parent} already holds a run; pass `resume_from_checkpoint=True` to go on with it, choose "
+                f"another `output_dir`, or delete {self.root}."
+            )
+        started = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
+        changed = sorted(name for name in started.keys() | identity.keys() if started.get(name) != identity.get(name))
+        if changed:
+            now = ", ".join(f"`{name}` ({started.get(name)!r} then, {identity.get(name)!r} now)" for name in changed)
+            raise ValueError(
+                f"The run in {self.root.parent} was started with other settings or data: {now}. Resume it with what "
+                "it was started with, or choose another `output_dir`."
+            )
+
+    def write_weights(self, path: Path, model: nn.Module) -> str:
+        """Keep the trainable weights of a model. Returns the hash that names them."""
+        weights = trainable_weights(model)
+        write_tensors(path, weights)
+        return _checksum(weights)
+
+    def read_weights(self, path: Path, model: nn.Module) -> None:
+        """
+        Put the trainable weights of a model back.
+
+        Raises:
+            ValueError: If the file is missing, damaged, or holds the weights of another model.
+        """
+        stored, current = read_tensors(path), trainable_weights(model)
+        if stored is None:
+            raise ValueError(f"{path} is missing or damaged, so the run can't go on; start it anew elsewhere.")
+        if {name: tensor.shape for name, tensor in stored.items()} != {
+            name: tensor.shape for name, tensor in current.items()
+        }:
+            raise ValueError(f"{path} holds the weights of another model; resume with the model of that run.")
+        with torch.no_grad():
+            for name, tensor in current.items():
+                tensor.copy_(stored[name])
+
+    def weights_hash(self, path: Path) -> str:
+        """`str`: what [`RunDirectory.write_weights`] returned for a file."""
+        with safe_open(path, framework="pt") as file:
+            return file.metadata()["sha256"]
+
+    def write_round(self, round: int, facts: dict[str, Any]) -> None:
+        """End a round with its facts."""
+        write_json(self.round_dir(round) / "round.json", facts)
+
+    def read_round(self, round: int) -> dict[str, Any]:
+        """`dict[str, Any]`: the facts of a round that is over."""
+        return json.loads((self.round_dir(round) / "round.json").read_text(encoding="utf-8"))
+
+    def state_path(self, round: int) -> Path:
+        """`Path`: steps and logs up to the end of a round, there once the round was trained."""
+        return self.round_dir(round) / "trainer_state.json"
+
+    def write_state(self, round: int, state: TrainerState) -> None:
+        """Keep the steps and logs up to the end of a round."""
+        with written_aside(self.state_path(round)) as aside:
+            state.save_to_json(str(aside))
+
+    def write_pseudo_labels(self, round: int, pseudo_labels: Dataset, facts: dict[str, Any]) -> None:
+        """Keep the pairs that a round will train on, and the facts of their selection."""
+        path = self.round_dir(round) / "pseudo_labels.parquet"
+        with written_aside(path) as aside:
+            pseudo_labels.to_parquet(str(aside))
+            facts = {**facts, "sha256": _file_hash(aside)}
+        # The facts are the sign that the selection is done, so they come last.
+        write_json(path.with_suffix(".json"), facts)
+
+    def read_pseudo_labels(self, round: int) -> tuple[Dataset, dict[str, Any]] | None:
+        """
+        The pairs that a round trains on, and the facts of their selection.
+
+        Returns:
+            `tuple[Dataset, dict]` or `None`: `None` if there are none yet or the file is damaged, which is logged.
+        """
+        path = self.round_dir(round) / "pseudo_labels.parquet"
+        if not path.with_suffix(".json").is_file():
+            return None
+        try:
+            facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            is_whole = facts.pop("sha256") == _file_hash(path)
+        except (ValueError, KeyError, OSError):
+            is_whole = False
+        if not is_whole:
+            logger.warning(f"{path} is damaged; the pairs of round {round} are selected again.")
+            return None
+        return Dataset(pq.read_table(path)), facts
+
+    def last_checkpoint(self, round: int) -> str | None:
+        """`str` or `None`: directory of the last checkpoint of a round that was written to its end."""
+        whole = [marker.parent for marker in self.round_dir(round).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{CHECKPOINT_MARKER}")]
+        return str(max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if whole else None
+
+    def weights_path(self, round: int) -> Path:
+        """`Path`: trainable weights after a round; round -1 stands for the initial ones."""
+        return self.root / "initial.safetensors" if round < 0 else self.round_dir(round) / "weights.safetensors"
+
+    def prune_weights(self, needed: set[int]) -> None:
+        """Delete the weights after rounds that are over, but for some."""
+        for round in set(range(-1, self.num_finished)) - needed:
+            self.weights_path(round).unlink(missing_ok=True)
+
+
+def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`dict[str, torch.Tensor]`: the parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def content_hash(*values: Any) -> str:
+    """`str`: hash of JSON values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,237 @@
+"""The only place that runs a reward model over a pool: unique sequences, longest first, in batches of tokens."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset, concatenate_datasets
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from .rounds import read_tensors, write_tensors
+
+
+# What is lost when scoring is interrupted: a minute on a laptop, less than a second on a GPU.
+SHARD_TOKENS = 1 << 18
+
+
+class NonFiniteScoreError(ValueError):
+    """
+    A reward model gave NaN or infinity.
+
+    Args:
+        message (`str`):
+            What happened.
+        sequences (`np.ndarray` of shape `(num_sequences,)`, int64, *optional*):
+            Positions of the sequences in the [`PairedSequences`] that was scored.
+    """
+
+    def __init__(self, message: str, sequences: np.ndarray | None = None):
+        super().__init__(message)
+        self.sequences = sequences
+
+
+@dataclass(frozen=True)
+class PairedSequences:
+    """
+    Pairs of tokenized sequences, each distinct sequence stored once, in an order that depends on the content alone.
+
+    Args:
+        sequences ([`~datasets.Dataset`]):
+            Column `input_ids`: the distinct sequences, longest first.
+        lengths (`np.ndarray` of shape `(num_sequences,)`, int64):
+            Their lengths in tokens.
+        digests (`list[bytes]` of length `num_sequences`):
+            Their hashes.
+        first (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Position in `sequences` of the first, or chosen, sequence of each pair.
+        second (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Position in `sequences` of the second, or rejected, sequence of each pair.
+    """
+
+    sequences: Dataset
+    lengths: np.ndarray
+    digests: list[bytes]
+    first: np.ndarray
+    second: np.ndarray
+
+    @classmethod
+    def from_tokenized(cls, dataset: Dataset) -> "PairedSequences":
+        """Pair up a dataset with the columns `chosen_ids` and `rejected_ids`."""
+        columns = [dataset.select_columns(name).rename_column(name, "input_ids") for name in ("chosen_ids", "rejected_ids")]
+        # Both columns hold lists of integers, but one that is empty or was tokenized elsewhere may differ in width.
+        stacked = concatenate_datasets([columns[0], columns[1].cast(columns[0].features)])
+        position_of: dict[bytes, int] = {}
+        lengths = np.empty(len(stacked), dtype=np.int64)
+        digest_of_row = []
+        for position, ids in enumerate(_iterate_column(stacked, "input_ids")):
+            digest = hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
+            position_of.setdefault(digest, position)
+            lengths[position] = len(ids)
+            digest_of_row.append(digest)
+        # Content decides the order, so batches, and with them the last bit of every score, are the same whichever
+        # completion of a pair was labeled as chosen.
+        digests = sorted(position_of, key=lambda digest: (-lengths[position_of[digest]], digest))
+        rank = {digest: index for index, digest in enumerate(digests)}
+        index = np.array([rank[digest] for digest in digest_of_row], dtype=np.int64)
+        unique = np.array([position_of[digest] for digest in digests], dtype=np.int64)
+        return cls(stacked.select(unique), lengths[unique], digests, *np.split(index, 2))
+
+    @property
+    def fingerprint(self) -> str:
+        """`str`: hash of the pairs and their order."""
+        pairs = hashlib.blake2b(digest_size=16)
+        for digest in self.digests:
+            pairs.update(digest)
+        pairs.update(np.stack([self.first, self.second]).tobytes())
+        return pairs.hexdigest()
+
+    def pair_keys(self) -> list[tuple[bytes, bytes]]:
+        """`list[tuple[bytes, bytes]]` of length `num_pairs`: what two pairs share if they hold the same sequences."""
+        return [
+            tuple(sorted((self.digests[first], self.digests[second])))
+            for first, second in zip(self.first.tolist(), self.second.tolist(), strict=True)
+        ]
+
+    def take(self, pairs: np.ndarray) -> "PairedSequences":
+        """Some of the pairs, without the sequences that only the others hold."""
+        used, index = np.unique(np.concatenate([self.first[pairs], self.second[pairs]]), return_inverse=True)
+        digests = [self.digests[position] for position in used]
+        return PairedSequences(self.sequences.select(used), self.lengths[used], digests, *np.split(index, 2))
+
+
+def _iterate_column(dataset: Dataset, column: str) -> Iterator[list[int]]:
+    for batch in dataset.select_columns(column).iter(batch_size=1000):
+        yield from batch[column]
+
+
+def score_pairs(
+    model: nn.Module,
+    pairs: PairedSequences,
+    pad_token_id: int,
+    accelerator: Accelerator,
+    batch_tokens: int,
+    directory: Path | None = None,
+    key: str = "",
+    description: str = "Scoring",
+    disable_tqdm: bool = False,
+) -> np.ndarray:
+    """
+    Pair logits `z = r(first) - r(second)` under a reward model.
+
+    The sequences are cut into shards, always at the same places, and the processes take turns with them. A shard that
+    lies in `directory` under the same `key` is read, not scored.
+
+    Args:
+        model ([`~torch.nn.Module`]):
+            Sequence classifier with one label, the same in every process.
+        pairs ([`PairedSequences`]):
+            What to score.
+        pad_token_id (`int`):
+            Token ID to use for padding, on the right.
+        accelerator ([`~accelerate.Accelerator`]):
+            Its device, mixed precision and processes are used.
+        batch_tokens (`int`):
+            Size of a batch in tokens, padding included.
+        directory (`Path`, *optional*):
+            Where finished shards are kept.
+        key (`str`, *optional*, defaults to `""`):
+            Names the model and the sequences; a shard with another key is scored again.
+        description (`str`, *optional*, defaults to `"Scoring"`):
+            Label of the progress bar.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to leave out the progress bar.
+
+    Returns:
+        `np.ndarray` of shape `(num_pairs,)`, float64: the pair logits, the same in every process.
+
+    Raises:
+        NonFiniteScoreError: If a score is NaN or infinite, after every other shard was scored and kept.
+    """
+    shards = list(_split(pairs.lengths, SHARD_TOKENS))
+    mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
+    scored: list[tuple[int, np.ndarray]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(
+            total=sum(int(pairs.lengths[shards[number]].sum()) for number in mine),
+            desc=description,
+            unit="token",
+            unit_scale=True,
+            disable=disable_tqdm or not accelerator.is_main_process,
+        ) as progress:
+            for number in mine:
+                shard = shards[number]
+                path = directory / f"shard-{number:05d}-of-{len(shards):05d}.safetensors" if directory else None
+                stored = read_tensors(path, key) if path else None
+                if stored is not None:
+                    scores = stored["scores"].numpy()
+                    progress.update(int(pairs.lengths[shard].sum()))
+                else:
+                    scores = _score_shard(model, pairs, shard, pad_token_id, accelerator, batch_tokens, progress)
+                    if path and np.isfinite(scores).all():
+                        write_tensors(path, {"scores": torch.from_numpy(scores)}, key)
+                scored.append((shard.start, scores))
+    finally:
+        model.train(was_training)
+    rewards = np.empty(len(pairs.lengths), dtype=np.float64)
+    for start, scores in gather_object(scored):
+        rewards[start : start + len(scores)] = scores
+    # Raised only now, in every process: one that stopped alone would leave the others waiting for its scores.
+    if not np.isfinite(rewards).all():
+        bad = np.flatnonzero(~np.isfinite(rewards))
+        raise NonFiniteScoreError(f"The model gives NaN or infinite rewards to {len(bad)} sequences.", bad)
+    return rewards[pairs.first] - rewards[pairs.second]
+
+
+def _score_shard(model, pairs, shard, pad_token_id, accelerator, batch_tokens, progress) -> np.ndarray:
+    scores = np.empty(shard.stop - shard.start, dtype=np.float32)
+    for batch in _split(pairs.lengths[shard], batch_tokens):
+        rows = pairs.sequences[shard.start + batch.start : shard.start + batch.stop]["input_ids"]
+        ids = [torch.tensor(row) for row in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(accelerator.device)
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(accelerator.device)
+        with torch.inference_mode(), accelerator.autocast(), _float32_logits(model):
+            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        scores[batch] = logits.squeeze(-1).float().cpu().numpy()
+        progress.update(sum(map(len, rows)))
+    return scores
+
+
+def _split(lengths: np.ndarray, tokens: int) -> Iterator[slice]:
+    """Cut sequences that are sorted from long to short into runs of at most `tokens` tokens with padding."""
+    start = 0
+    while start < len(lengths):
+        stop = min(start + max(1, tokens // max(1, int(lengths[start]))), len(lengths))
+        yield slice(start, stop)
+        start = stop
+
+
+@contextlib.contextmanager
+def _float32_logits(model: nn.Module) -> Iterator[None]:
+    """
+    Compute the last layer in float32 under autocast: in bfloat16, rewards near 5 are 0.03 apart, and pairs tie.
+    """
+
+    def in_float32(head: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(output.device.type, enabled=False):
+            return nn.functional.linear(
+                args[0].float(), head.weight.float(), None if head.bias is None else head.bias.float()
+            )
+
+    # By exact type: a quantized layer is a subclass, but its weight is packed.
+    heads = [module for module in model.modules() if type(module) is nn.Linear and module.out_features == 1]
+    handles = [head.register_forward_hook(in_float32) for head in heads]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
