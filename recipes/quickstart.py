@@ -58,28 +58,34 @@ def paragraphs() -> dict[str, dict[str, str]]:
     """First paragraphs of the docstrings in the standard library, by module and name. The files are read, not run."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, dict[str, str]] = {}
+
+    def visit(node: ast.AST, module: str, qualname: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            is_definition = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if is_definition and not child.name.startswith("_"):
+                name = f"{qualname}.{child.name}"
+                text = " ".join((ast.get_docstring(child) or "").split("\n\n")[0].split())
+                if 30 <= len(text) <= 300:
+                    found.setdefault(module, {}).setdefault(name, text)
+                visit(child, module, name)
+
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(parts):
-            continue
-        module = ".".join(part for part in parts if part != "__init__")
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                if 30 <= len(text) <= 300:
-                    found.setdefault(module, {}).setdefault(node.name, text)
+        if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(parts):
+            module = ".".join(part for part in parts if part != "__init__")
+            visit(ast.parse(path.read_bytes()), module, module)
     return found
 
 
 def documentation_pairs(seed: int) -> Dataset:
     """Preference pairs out of the paragraphs, each paragraph being the right answer once."""
     draw, rows, seen = random.Random(seed), [], set()
-    for module, texts in paragraphs().items():
+    for texts in paragraphs().values():
         for name, text in texts.items():
             others = sorted(set(texts.values()) - {text})
             if others and text not in seen:
                 seen.add(text)
-                prompt = f"What does {module}.{name} do in Python? "
+                prompt = f"What does {name} do in Python? "
                 rows.append({"prompt": prompt, "chosen": text, "rejected": draw.choice(others)})
     draw.shuffle(rows)
     return Dataset.from_list(rows)

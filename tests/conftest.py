@@ -60,8 +60,9 @@ def llama(tmp_path_factory, tokenizer) -> str:
     set_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        # The least that 4-bit quantization, by blocks of 64 weights, takes.
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

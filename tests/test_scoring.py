@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import preference_rows
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -151,6 +152,8 @@ def test_nan_reward_is_named_and_the_other_shards_are_kept(model_and_tokenizer, 
 def test_rewards_are_float32_under_bfloat16_autocast(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     pairs = pairs_of(tokenizer, preference_rows(40))
+    # The state is shared in a process, and remembers the precision that the first accelerator in it asked for.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     with torch.no_grad():
         head = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.out_features == 1][0]
@@ -159,6 +162,7 @@ def test_rewards_are_float32_under_bfloat16_autocast(model_and_tokenizer):
     logits = score_pairs(model, pairs, tokenizer.pad_token_id, accelerator, 512, disable_tqdm=True)
     with torch.no_grad():
         head.weight.copy_(before)
+    AcceleratorState._reset_state()
     assert not torch.equal(torch.tensor(logits), torch.tensor(logits).bfloat16().double())
 
 

@@ -33,6 +33,7 @@ def test_without_a_pool_it_is_reward_trainer_bit_for_bit(llama, tmp_path, kind):
         logging_steps=1,
         center_rewards_coefficient=0.1 if kind == "centered" else None,
         save_strategy="no",
+        bf16=False,
     )
     trainers = []
     for trainer_class, config_class in ((RewardTrainer, RewardConfig), (SSRMTrainer, RewardConfig), (SSRMTrainer, SSRMConfig)):
@@ -83,7 +84,7 @@ def test_soft_label_and_weight_enter_the_loss(llama, config, labeled, unlabeled)
 
 
 def test_rounds_train_on_labeled_and_kept_pairs(llama, config, labeled, unlabeled, held_out):
-    args = config(track_pseudo_label_accuracy=True, learning_rate=1e-3, num_train_epochs=2)
+    args = config(track_pseudo_label_accuracy=True, num_train_epochs=2)
     trainer = SSRMTrainer(llama, args, train_dataset=labeled, eval_dataset=held_out, unlabeled_dataset=unlabeled)
     output = trainer.train()
     assert [facts["round"] for facts in trainer.round_history] == list(range(len(trainer.round_history)))
@@ -203,7 +204,7 @@ def test_later_rounds_have_their_own_length(llama, config, labeled, unlabeled):
 def test_charts_go_on_across_rounds(llama, config, labeled, unlabeled, held_out, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    args = config(report_to="tensorboard", logging_dir=str(tmp_path / "logs")) if False else config(report_to="tensorboard")
+    args = config(report_to="tensorboard")
     trainer = SSRMTrainer(llama, args, train_dataset=labeled, eval_dataset=held_out, unlabeled_dataset=unlabeled)
     trainer.train()
     steps = [log["step"] for log in trainer.state.log_history if "loss" in log]
@@ -244,7 +245,7 @@ def test_unchanged_selection_ends_the_rounds(llama, config, labeled, unlabeled):
 def test_best_round_is_kept(llama, config, labeled, unlabeled, held_out, chosen_by):
     # Labels turned round in the held-out pairs: every round is worse than the one before.
     turned = held_out.rename_columns({"chosen": "rejected", "rejected": "chosen"})
-    args = config(keep_best_round=True, num_train_epochs=2)
+    args = config(keep_best_round=True, num_train_epochs=2, confidence_threshold=0.5)
     trainer = SSRMTrainer(
         llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, **{f"{chosen_by}_dataset": turned}
     )
@@ -285,7 +286,7 @@ def test_labels_weigh_what_the_config_says(llama, config, labeled, unlabeled):
 
 
 def test_plain_reward_config_is_completed(llama, tmp_path, labeled, unlabeled):
-    args = RewardConfig(str(tmp_path), report_to="none", learning_rate=3e-4, max_length=77)
+    args = RewardConfig(str(tmp_path), report_to="none", bf16=False, learning_rate=3e-4, max_length=77)
     trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled)
     assert isinstance(trainer.args, SSRMConfig)
     assert (trainer.args.learning_rate, trainer.args.max_length, trainer.args.num_rounds) == (3e-4, 77, 3)
@@ -318,7 +319,7 @@ def test_model_card_names_the_method_and_holds_the_rounds(llama, config, labeled
         card = (type(tmp_path)(directory) / "README.md").read_text()
         assert "trained with SSRM" in card and "2409.06903" in card and "he2024semi" in card and "- ssrm" in card
         assert f"| 1 | 40 | {trainer.round_history[1]['kept']} |" in card
-    plain = SSRMTrainer(llama, RewardConfig(str(tmp_path / "plain"), report_to="none"), train_dataset=labeled)
+    plain = SSRMTrainer(llama, RewardConfig(str(tmp_path / "plain"), report_to="none", bf16=False), train_dataset=labeled)
     plain.create_model_card("plain")
     assert "SSRM" not in (tmp_path / "plain" / "README.md").read_text()
 

@@ -54,6 +54,11 @@ class PseudoLabelingCallback(TrainerCallback):
         # Logs of the rounds that are over; `Trainer` starts every call of `train` with none.
         self.log_history: list[dict[str, float]] = []
 
+    @property
+    def has_own_policy(self) -> bool:
+        """`bool`: whether something else than `confidence_threshold` selects the pairs."""
+        return self.selection_policy is not None or type(self).select is not PseudoLabelingCallback.select
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         # A checkpoint within a round brings the logs of the rounds before with it.
         state.log_history = state.log_history or list(self.log_history)
@@ -178,7 +183,7 @@ class PseudoLabelingCallback(TrainerCallback):
             "coverage": len(kept) / len(pool),
             "ties": int(scores.is_tie.sum()),
             "mean_confidence": float(scores.confidence[kept].mean()) if len(kept) else None,
-            "confidence_threshold": args.confidence_threshold if self.selection_policy is None else None,
+            "confidence_threshold": None if self.has_own_policy else args.confidence_threshold,
             "temperature": scores.temperature,
             "scoring_seconds": seconds,
             "scoring_pairs_per_second": len(pool) / seconds,

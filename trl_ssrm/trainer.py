@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -229,8 +230,8 @@ class SSRMTrainer(RewardTrainer):
         self.pseudo_labeling_callback.trainer = self
         if not own:
             self.add_callback(self.pseudo_labeling_callback)
-        if self.pseudo_labeling_callback.selection_policy is not None:
-            # The policy decides; the collator's own filter leaves only ties out.
+        if self.pseudo_labeling_callback.has_own_policy:
+            # It decides; the collator's own filter leaves only ties out.
             self.data_collator.confidence_threshold = 0.5
         self.callback_handler = RoundCallbackHandler(self.callback_handler, self.args.report_to)
 
@@ -353,7 +354,6 @@ class SSRMTrainer(RewardTrainer):
         self.log(dict(facts))
         self.pseudo_labeling_callback.log_history = self.state.log_history
         facts |= {"num_train_pairs": len(self.train_dataset), "global_step": self._steps_before_round + self.state.global_step}
-        facts |= {"train_loss": next(log["train_loss"] for log in reversed(self.state.log_history) if "train_loss" in log)}
         # What the pool gave to this round. Round 0 had nothing from it.
         facts |= {name: value for name, value in self.labeling_facts.items() if name not in facts}
         self.round_history.append(facts)
@@ -376,8 +376,9 @@ class SSRMTrainer(RewardTrainer):
         self.accelerator.print(
             f"The rounds ended after round {last['round']} ({self.termination_reason}); the model is that of round {kept}."
         )
+        train_loss = next(log["train_loss"] for log in reversed(self.state.log_history) if "train_loss" in log)
         metrics = {**last, "termination_reason": self.termination_reason, "kept_round": kept}
-        return TrainOutput(last["global_step"], last["train_loss"], metrics)
+        return TrainOutput(last["global_step"], train_loss, metrics)
 
     @property
     def best_round(self) -> int:
@@ -608,9 +609,7 @@ class SSRMTrainer(RewardTrainer):
         if args is None:
             model_id = model if isinstance(model, str) else model.config.name_or_path
             return SSRMConfig(f"{model_id.split('/')[-1]}-SSRM")
-        # `to_dict` hides the tokens.
-        values = {**args.to_dict(), "hub_token": args.hub_token}
-        return SSRMConfig(**{name: value for name, value in values.items() if name in SSRMConfig.__dataclass_fields__})
+        return SSRMConfig(**{each.name: getattr(args, each.name) for each in fields(args) if each.init})
 
     @staticmethod
     def _load_tokenizer(model: "str | PreTrainedModel | PeftModel", args: SSRMConfig) -> PreTrainedTokenizerBase:

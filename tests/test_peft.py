@@ -1,0 +1,103 @@
+import pytest
+import torch
+from conftest import assert_same_weights, weights_of
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+
+from trl_ssrm import SSRMTrainer
+
+
+TEXTS = ["Say 1: kind", "Say 2: rude words", "x"]
+
+
+def lora(**settings) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "task_type": "SEQ_CLS", "target_modules": ["q_proj", "v_proj"], **settings})
+
+
+def four_bit() -> BitsAndBytesConfig:
+    # `RewardTrainer` keeps the trained weights beside a 4-bit base in bfloat16, which needs `bf16=True`.
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_type="nf4")
+
+
+def rewards(model, tokenizer, bf16: bool = False) -> torch.Tensor:
+    model.eval()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        return torch.stack([model(**tokenizer(text, return_tensors="pt")).logits.squeeze() for text in TEXTS]).float()
+
+
+@pytest.fixture
+def trained(llama, config, labeled, unlabeled):
+    def train(model=llama, peft_config=None, bf16=False, **arguments) -> SSRMTrainer:
+        trainer = SSRMTrainer(
+            model,
+            config(num_rounds=1, confidence_threshold=0.5, bf16=bf16, use_cpu=True),
+            train_dataset=labeled,
+            unlabeled_dataset=unlabeled,
+            peft_config=peft_config,
+            **arguments,
+        )
+        before = weights_of(trainer.model)
+        trainer.train()
+        assert len(trainer.round_history) == 2
+        changed = {name for name, value in weights_of(trainer.model).items() if not torch.equal(value, before[name])}
+        assert any("score" in name for name in changed)
+        if peft_config is not None:
+            assert all("lora" in name or "modules_to_save" in name for name in changed)
+        return trainer
+
+    return train
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["score"]])
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None, "CAUSAL_LM"])
+def test_adapter_is_saved_with_its_score_head(trained, llama, tmp_path, modules_to_save, task_type):
+    trainer = trained(peft_config=lora(task_type=task_type, modules_to_save=modules_to_save))
+    trainer.save_model(str(tmp_path / "saved"))
+    model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "saved", num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(rewards(model, tokenizer), rewards(trainer.model, tokenizer), rtol=0, atol=0)
+
+
+def test_merged_model_reloads_with_plain_transformers(trained, tmp_path):
+    trainer = trained(peft_config=lora())
+    before = weights_of(trainer.model)
+    trainer.merge_and_save(str(tmp_path / "merged"))
+    assert_same_weights(weights_of(trainer.model), before)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(rewards(model, tokenizer), rewards(trainer.model, tokenizer), rtol=0, atol=1e-5)
+
+
+def test_peft_model_is_accepted(trained, llama):
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
+    trainer = trained(model=get_peft_model(model, lora()))
+    assert isinstance(trainer.model, PeftModel)
+
+
+def test_four_bit_base_with_adapter_reloads_to_the_same_scores(trained, llama, tmp_path):
+    trainer = trained(peft_config=lora(), quantization_config=four_bit(), bf16=True)
+    trainer.save_model(str(tmp_path / "saved"))
+    base = AutoModelForSequenceClassification.from_pretrained(
+        llama, num_labels=1, quantization_config=four_bit(), dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(base, tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    one, other = (rewards(each, tokenizer, bf16=True) for each in (model, trainer.model))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-2)
+
+
+def test_four_bit_base_is_merged_in_full_precision(trained, tmp_path):
+    trainer = trained(peft_config=lora(), quantization_config=four_bit(), bf16=True)
+    trainer.merge_and_save(str(tmp_path / "merged"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert not getattr(model, "is_quantized", False)
+    assert not (tmp_path / "merged" / "adapter").exists()
+    # What quantization rounds away from the base is the only difference.
+    torch.testing.assert_close(rewards(model, tokenizer), rewards(trainer.model, tokenizer, bf16=True), rtol=0, atol=0.2)
+
+
+def test_model_without_an_adapter_has_nothing_to_merge(trained, tmp_path):
+    with pytest.raises(ValueError, match="has no adapter to merge; use `save_model`"):
+        trained().merge_and_save(str(tmp_path))

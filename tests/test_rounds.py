@@ -1,0 +1,188 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_weights, preference_rows, weights_of
+from datasets import Dataset
+
+from trl_ssrm import SSRMTrainer
+from trl_ssrm.rounds import RunDirectory, write_tensors, written_aside
+
+
+SCRIPT = Path(__file__).parent / "run_script.py"
+
+
+def run(*command: str, **settings) -> dict | None:
+    """What the script printed last, or `None` if it was killed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])}
+    done = subprocess.run(
+        [*(command or [sys.executable]), str(SCRIPT), json.dumps(settings)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode == -signal.SIGKILL:
+        return None
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return min(results, key=lambda result: result["rank"])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+def undisturbed(request, llama, tmp_path_factory) -> dict:
+    settings = {"model": llama, "lora": request.param}
+    result = run(output_dir=str(tmp_path_factory.mktemp("undisturbed")), **settings)
+    assert len(result["facts"]) == 3
+    return {**settings, "result": result}
+
+
+@pytest.mark.parametrize("kill_at", ["training:0", "training:1", "scoring:2", "selection:1", "measuring:1"])
+def test_killed_run_resumes_to_the_result_of_the_undisturbed_one(undisturbed, tmp_path, kill_at):
+    settings = {"model": undisturbed["model"], "lora": undisturbed["lora"], "output_dir": str(tmp_path)}
+    assert run(**settings, kill_at=kill_at) is None
+    resumed, expected = run(**settings, resume=True), undisturbed["result"]
+    for name in ("weights", "kept", "confidence", "facts", "losses"):
+        assert resumed[name] == expected[name], name
+    if kill_at == "scoring:2":
+        before = {tuple(shard) for shard in expected["scored"]} - {tuple(shard) for shard in resumed["scored"]}
+        assert {shard for shard in before if shard[0] == 2}, "what was scored is not scored again"
+        assert all(round == 2 for round, _ in resumed["scored"])
+
+
+def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path):
+    # A last batch that is not full would be filled up in two processes, and trained on as it is in one.
+    settings = {"model": llama, "dataloader_drop_last": True}
+    one = run(**settings, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
+    # `--multi_gpu` is what starts several processes; without a GPU they are of the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    two = run(*launch, **settings, output_dir=str(tmp_path / "two"), per_device_train_batch_size=4)
+    assert len(one["kept"]) == 2 and all(one["kept"])
+    assert two["kept"] == one["kept"]
+    for mine, theirs in zip(one["confidence"], two["confidence"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    # They shared the work: the main process scored some of the shards only.
+    assert 0 < len(two["scored"]) < len(one["scored"])
+
+
+# ---- Within one process ----
+
+
+@pytest.fixture
+def trainer_of(llama, config, labeled, unlabeled):
+    def make(**settings) -> SSRMTrainer:
+        rows = {name: settings.pop(name, given) for name, given in (("labeled", labeled), ("unlabeled", unlabeled))}
+        return SSRMTrainer(
+            llama, config(**settings), train_dataset=rows["labeled"], unlabeled_dataset=rows["unlabeled"]
+        )
+
+    return make
+
+
+def test_finished_run_resumes_to_its_own_end(trainer_of):
+    first = trainer_of()
+    first.train()
+    again = trainer_of()
+    output = again.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(first.model), weights_of(again.model))
+    assert again.round_history == first.round_history
+    assert output.metrics["termination_reason"] == first.termination_reason
+
+
+def test_directory_of_a_run_is_not_overwritten(trainer_of):
+    trainer_of(num_rounds=0).train()
+    with pytest.raises(ValueError, match="already holds a run"):
+        trainer_of(num_rounds=0).train()
+
+
+def test_resuming_nothing_is_refused(trainer_of):
+    with pytest.raises(ValueError, match="There is no run to resume"):
+        trainer_of().train(resume_from_checkpoint=True)
+
+
+def test_resuming_from_elsewhere_is_refused(trainer_of, tmp_path):
+    trainer_of(num_rounds=0).train()
+    with pytest.raises(ValueError, match="is resumed from its `output_dir`"):
+        trainer_of(num_rounds=0).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 1e-4}, "`learning_rate` (0.003 then, 0.0001 now)"),
+        ({"confidence_threshold": 0.9}, "`confidence_threshold` (0.6 then, 0.9 now)"),
+        ({"labeled": Dataset.from_list(preference_rows(16, seed=7))}, "`train_dataset`"),
+        ({"unlabeled": Dataset.from_list(preference_rows(40, seed=7))}, "`unlabeled_dataset`"),
+    ],
+)
+def test_resuming_with_other_settings_or_data_is_refused(trainer_of, change, named):
+    trainer_of(num_rounds=1).train()
+    with pytest.raises(ValueError, match="started with other settings or data") as raised:
+        trainer_of(**{"num_rounds": 1, **change}).train(resume_from_checkpoint=True)
+    assert named in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_pseudo_labels_are_found_and_made_again(trainer_of, damage):
+    first = trainer_of(num_rounds=1)
+    first.train()
+    run = first.run
+    # As if killed right after the selection.
+    for name in ("round.json", "trainer_state.json", "weights.safetensors"):
+        (run.round_dir(1) / name).unlink()
+    weights = run.weights_path(0)
+    retrained = trainer_of(num_rounds=0, output_dir=first.args.output_dir + "-again")
+    retrained.train()
+    run.write_weights(weights, retrained.model)
+    path = run.round_dir(1) / "pseudo_labels.parquet"
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] if damage == "truncated" else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    again = trainer_of(num_rounds=1)
+    again.train(resume_from_checkpoint=True)
+    assert path.read_bytes() == content
+    assert_same_weights(weights_of(first.model), weights_of(again.model))
+
+
+def test_damaged_weights_end_the_run_with_a_sentence(trainer_of):
+    trainer = trainer_of(num_rounds=0)
+    trainer.train()
+    path = trainer.run.weights_path(0)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="is missing or damaged"):
+        trainer_of(num_rounds=0).train(resume_from_checkpoint=True)
+
+
+def test_half_a_checkpoint_is_not_resumed_from(tmp_path):
+    run = RunDirectory(str(tmp_path))
+    for step, is_whole in ((3, True), (12, True), (15, False)):
+        checkpoint = run.round_dir(0) / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
+        if is_whole:
+            (checkpoint / "checkpoint_complete").touch()
+    assert run.last_checkpoint(0).endswith("checkpoint-12")
+    assert run.last_checkpoint(1) is None
+
+
+def test_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(KeyError), written_aside(path) as aside:
+        aside.write_text("half")
+        raise KeyError
+    assert path.read_text() == "before"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    run = RunDirectory(str(tmp_path))
+    write_tensors(tmp_path / "weights.safetensors", {"weight": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match="weights of another model"):
+        run.read_weights(tmp_path / "weights.safetensors", torch.nn.Linear(2, 2, bias=False))

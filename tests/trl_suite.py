@@ -1,0 +1,119 @@
+"""
+TRL's own tests of `RewardTrainer`, run on `SSRMTrainer`.
+
+    git clone --branch v1.16.0 https://github.com/huggingface/trl
+    python tests/trl_suite.py trl
+
+The tests are copied from the given checkout to a temporary directory and the two names swapped there. They load tiny
+models and data from the hub by name; here, stand-ins of the same architectures and formats lie under these names in the
+working directory, where transformers and datasets look first. On a machine without a GPU, `use_cpu=True` is added to
+their settings, which TRL's defaults need there. Left out is the test of a model that comes with code of its own.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import conftest
+import torch
+from datasets import Dataset
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    set_seed,
+)
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content or '' }}{{ (message.tool_calls or '') | tojson }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_models() -> None:
+    tokenizer = conftest.make_tokenizer(pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    attention = {"num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 4}
+    for name, model_class, config, has_template in (
+        ("tiny-Qwen2ForCausalLM-2.5", Qwen2ForCausalLM, Qwen2Config(**TINY, **attention), True),
+        ("tiny-LlamaForCausalLM-3.2", LlamaForCausalLM, LlamaConfig(**TINY, **attention), True),
+        ("tiny-Qwen3MoeForCausalLM", Qwen3MoeForCausalLM, Qwen3MoeConfig(**TINY, **attention, **experts), True),
+        (
+            "tiny-Qwen2ForSequenceClassification-2.5",
+            Qwen2ForSequenceClassification,
+            Qwen2Config(**TINY, **attention, num_labels=1),
+            True,
+        ),
+        ("tiny-GPTNeoXForCausalLM", GPTNeoXForCausalLM, GPTNeoXConfig(**TINY, vocab_size=len(tokenizer)), False),
+    ):
+        set_seed(0)
+        directory = Path("trl-internal-testing") / name
+        model_class(config).save_pretrained(directory)
+        tokenizer.chat_template = TEMPLATE if has_template else None
+        tokenizer.save_pretrained(directory)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<think>"]})
+    tokenizer.save_pretrained(Path("Qwen") / "Qwen3-4B")
+
+
+def write_datasets() -> None:
+    def implicit(row: dict) -> dict:
+        return {name: row["prompt"] + row[name] for name in ("chosen", "rejected")}
+
+    tools = '[{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]'
+    forms = {
+        "standard_preference": lambda row: row,
+        "conversational_preference": conftest.as_messages,
+        "standard_implicit_prompt_preference": implicit,
+        "conversational_implicit_prompt_preference": lambda row: implicit(conftest.as_messages(row)),
+    }
+    for dataset, configs in (
+        ("zen", forms),
+        ("toolcall", {"preference": lambda row: {**conftest.as_messages(row), "tools": tools}}),
+    ):
+        lines = ["---", "configs:"]
+        for config, form in configs.items():
+            lines += [f"- config_name: {config}", "  data_files:"]
+            for split, num_rows in (("train", 17), ("test", 2)):
+                path = Path("trl-internal-testing") / dataset / config / f"{split}.parquet"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                rows = conftest.preference_rows(num_rows, seed=num_rows)
+                Dataset.from_list([form(row) for row in rows]).to_parquet(str(path))
+                lines += [f"  - split: {split}", f"    path: {config}/{split}.parquet"]
+        (Path("trl-internal-testing") / dataset / "README.md").write_text("\n".join([*lines, "---", ""]))
+
+
+def main(checkout: str) -> int:
+    source, here = Path(checkout).resolve() / "tests", Path(__file__).resolve().parent
+    with tempfile.TemporaryDirectory() as directory:
+        os.chdir(directory)
+        write_models()
+        write_datasets()
+        shutil.copytree(source, "tests", ignore=shutil.ignore_patterns("test_*", "experimental", "distributed"))
+        text = (source / "test_reward_trainer.py").read_text()
+        text = text.replace("from trl import RewardConfig, RewardTrainer", "from trl_ssrm import SSRMConfig, SSRMTrainer")
+        text = re.sub(r"\bRewardTrainer\(", "SSRMTrainer(", re.sub(r"\bRewardConfig\(", "SSRMConfig(", text))
+        if not torch.cuda.is_available():
+            text = re.sub(r"\bSSRMConfig\(", "SSRMConfig(use_cpu=True, ", text)
+        Path("tests/test_reward_trainer.py").write_text(text)
+        environment = {**os.environ, "PYTHONPATH": str(here.parent)}
+        command = [sys.executable, "-m", "pytest", "-q", "tests/test_reward_trainer.py", "-k", "not trust_remote_code"]
+        return subprocess.run(command, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
