@@ -13,11 +13,14 @@ With a hub, the same with other data and another model:
         --dataset_name trl-lib/ultrafeedback_binarized --max_length 1024
 """
 
-import ast
+import contextlib
+import importlib
 import importlib.util
+import inspect
 import os
 import random
-import sysconfig
+import sys
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,25 +58,25 @@ class QuickstartArguments(ScriptArguments):
 
 
 def paragraphs() -> dict[str, dict[str, str]]:
-    """First paragraphs of the docstrings in the standard library, by module and name. The files are read, not run."""
-    root = Path(sysconfig.get_path("stdlib"))
+    """First paragraphs of the documentation of the standard library, by module and name."""
     found: dict[str, dict[str, str]] = {}
 
-    def visit(node: ast.AST, module: str, qualname: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            is_definition = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-            if is_definition and not child.name.startswith("_"):
-                name = f"{qualname}.{child.name}"
-                text = " ".join((ast.get_docstring(child) or "").split("\n\n")[0].split())
-                if 30 <= len(text) <= 300:
-                    found.setdefault(module, {}).setdefault(name, text)
-                visit(child, module, name)
+    def visit(owner: object, module: str, name: str) -> None:
+        for key, value in sorted(vars(owner).items()):
+            is_documented = inspect.isroutine(value) or inspect.isclass(value)
+            if key.startswith("_") or not is_documented or getattr(value, "__module__", module) not in (module, None):
+                continue
+            text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+            if 30 <= len(text) <= 300:
+                found.setdefault(module, {}).setdefault(f"{name}.{key}", text)
+            if inspect.isclass(value):
+                visit(value, module, f"{name}.{key}")
 
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(parts):
-            module = ".".join(part for part in parts if part != "__init__")
-            visit(ast.parse(path.read_bytes()), module, module)
+    for module in sorted(sys.stdlib_module_names):
+        # These two open a browser and print a poem; the others of this kind need a screen.
+        if not module.startswith("_") and module not in ("antigravity", "this", "idlelib", "tkinter", "turtle"):
+            with contextlib.suppress(ImportError), warnings.catch_warnings(action="ignore"):
+                visit(importlib.import_module(module), module, module)
     return found
 
 

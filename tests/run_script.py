@@ -65,11 +65,12 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
             "bf16": False,
             "use_cpu": True,
             "gradient_checkpointing": False,
-            "learning_rate": 2e-2 if lora else 3e-3,
+            "learning_rate": 1e-2 if lora else 3e-3,
             "per_device_train_batch_size": 4,
             "num_train_epochs": 3,
             "num_rounds": 2,
             "confidence_threshold": 0.6,
+            "pool_per_round": "shard" if lora else "full",
             # After a resumption within a logging interval, `Trainer` logs the mean over the rest of it.
             "logging_steps": 1,
             "save_strategy": "steps",

@@ -66,7 +66,7 @@ def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path):
     assert len(one["kept"]) == 2 and all(one["kept"])
     assert two["kept"] == one["kept"]
     for mine, theirs in zip(one["confidence"], two["confidence"], strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-4)
+        assert mine == pytest.approx(theirs, abs=1e-3)
     # They shared the work: the main process scored some of the shards only.
     assert 0 < len(two["scored"]) < len(one["scored"])
 
