@@ -108,7 +108,9 @@ def main(script_args: QuickstartArguments, training_args: SSRMConfig, model_args
         dataset = dataset.shuffle(seed=training_args.seed)
     sizes = (script_args.num_labeled, script_args.num_unlabeled, script_args.num_held_out)
     if len(dataset) < sum(sizes):
-        raise ValueError(f"{sum(sizes)} pairs are asked for, and the data has {len(dataset)}; lower the three numbers.")
+        raise ValueError(
+            f"{sum(sizes)} pairs are asked for, and the data has {len(dataset)}; lower the three numbers."
+        )
     ends = [sum(sizes[: number + 1]) for number in range(3)]
     labeled, unlabeled, held_out = (
         dataset.select(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)

@@ -163,5 +163,5 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """Equal bit for bit."""
     assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name

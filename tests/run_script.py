@@ -99,7 +99,10 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
         "weights": content_hash(weights),
         "kept": [dict(zip(each["pair"], each["first_is_chosen"], strict=True)) for each in kept],
         "confidence": [each["confidence"] for each in kept],
-        "facts": [{name: value for name, value in facts.items() if not name.startswith("scoring")} for facts in trainer.round_history],
+        "facts": [
+            {name: value for name, value in facts.items() if not name.startswith("scoring")}
+            for facts in trainer.round_history
+        ],
         "losses": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
         "scored": scored,
     }

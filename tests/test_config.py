@@ -32,12 +32,23 @@ def test_edges_of_the_ranges_are_accepted(tmp_path):
 
 
 def test_yaml_and_command_line_are_parsed_as_any_trl_config(tmp_path):
-    config = {"output_dir": str(tmp_path), "num_rounds": 5, "confidence_threshold": 0.9, "round_init": "base", "bf16": False}
+    config = {
+        "output_dir": str(tmp_path),
+        "num_rounds": 5,
+        "confidence_threshold": 0.9,
+        "round_init": "base",
+        "bf16": False,
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (args,) = TrlParser((SSRMConfig,)).parse_args_and_config(
         ["--config", str(tmp_path / "config.yaml"), "--confidence_threshold", "0.7", "--keep_best_round"]
     )
-    assert (args.num_rounds, args.confidence_threshold, args.round_init, args.keep_best_round) == (5, 0.7, "base", True)
+    assert (args.num_rounds, args.confidence_threshold, args.round_init, args.keep_best_round) == (
+        5,
+        0.7,
+        "base",
+        True,
+    )
 
 
 def test_defaults_of_reward_config_are_kept(tmp_path):

@@ -101,7 +101,9 @@ def test_four_bit_base_is_merged_in_full_precision(trained, tmp_path):
     assert not getattr(model, "is_quantized", False)
     assert not (tmp_path / "merged" / "adapter").exists()
     # What quantization rounds away from the base is the only difference.
-    torch.testing.assert_close(rewards(model, tokenizer), rewards(trainer.model, tokenizer, bf16=True), rtol=0, atol=0.2)
+    torch.testing.assert_close(
+        rewards(model, tokenizer), rewards(trainer.model, tokenizer, bf16=True), rtol=0, atol=0.2
+    )
 
 
 def test_model_without_an_adapter_has_nothing_to_merge(trained, tmp_path):

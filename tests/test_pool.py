@@ -5,7 +5,8 @@ import pytest
 from conftest import as_messages, preference_rows
 from datasets import Dataset
 
-from trl_ssrm.pool import build_pool, check_preference_dataset
+from trl_ssrm.checks import check_preference_dataset
+from trl_ssrm.pool import build_pool
 from trl_ssrm.scoring import PairedSequences
 
 
@@ -21,7 +22,7 @@ def tokenize(dataset: Dataset) -> Dataset:
 
 def pool_of(rows, **settings):
     dataset = rows if not isinstance(rows, list) else Dataset.from_list(rows)
-    return build_pool(dataset, tokenize, **{"seed": 0, **settings})
+    return build_pool(dataset, tokenize, **{"seed": 0, "is_conversational": False, **settings})
 
 
 def texts_of(pool) -> set[frozenset]:
@@ -73,7 +74,9 @@ def test_identical_duplicate_long_and_known_pairs_are_left_out_and_counted():
         {"prompt": "p ", "chosen": "d", "rejected": "e" * 50},
         {"prompt": "p ", "chosen": "f", "rejected": "g"},
     ]
-    known = PairedSequences.from_tokenized(tokenize(Dataset.from_list([{"prompt": "p ", "chosen": "g", "rejected": "f"}])))
+    known = PairedSequences.from_tokenized(
+        tokenize(Dataset.from_list([{"prompt": "p ", "chosen": "g", "rejected": "f"}]))
+    )
     pool = pool_of(rows, max_length=20, known_pairs={"the labeled pairs": set(known.pair_keys())})
     assert pool.dropped == {
         "duplicate": 1,
@@ -106,14 +109,20 @@ def test_order_of_the_sequences_depends_on_their_content_alone():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "p", "completion_1": "a", "completion_2": "b"}], "has the columns ['completion_1', 'completion_2'"),
+        (
+            [{"prompt": "p", "completion_1": "a", "completion_2": "b"}],
+            "has the columns ['completion_1', 'completion_2'",
+        ),
         ([{"prompt": "p", "completions": ["a"]}], "Row 0 of `unlabeled_dataset` has 1 completions"),
         ([{"prompt": "p", "completions": ["a", "b"]}, {"prompt": "p", "completions": []}], "Row 1 of"),
         ([{"prompt": "p", "completions": ["a", None]}], "`completions[1]` of row 0 of `unlabeled_dataset` is missing"),
         ([{"prompt": "p", "completion_a": "a", "completion_b": " "}], "`completion_b` of row 0"),
         ([{"prompt": None, "chosen": "a", "rejected": "b"}], "`prompt` of row 0 of `unlabeled_dataset` is missing"),
         ([{"prompt": "p", "chosen": "a", "rejected": ""}], "`rejected` of row 0 of `unlabeled_dataset` is empty"),
-        ([as_messages(preference_rows(1)[0])], "is a conversation, but the labeled data starts with text"),
+        (
+            [as_messages(preference_rows(1)[0])],
+            "`prompt` of row 0 of `unlabeled_dataset` is a conversation, but the labeled data starts with text",
+        ),
         ([{"prompt": "p", "chosen": "a", "rejected": "a"}], "No pair of `unlabeled_dataset` is left (1 (identical"),
     ],
 )
@@ -135,8 +144,14 @@ def test_accuracy_of_a_pool_without_labels_can_not_be_tracked():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "p", "chosen": "a", "reject": "b"}], "has no column `rejected`, only ['chosen', 'prompt', 'reject']"),
-        ([{"chosen": "a", "rejected": "b"}, {"chosen": None, "rejected": "b"}], "`chosen` of row 1 of `train_dataset`"),
+        (
+            [{"prompt": "p", "chosen": "a", "reject": "b"}],
+            "has no column `rejected`, only ['chosen', 'prompt', 'reject']",
+        ),
+        (
+            [{"chosen": "a", "rejected": "b"}, {"chosen": None, "rejected": "b"}],
+            "`chosen` of row 1 of `train_dataset`",
+        ),
         (
             [{"chosen": [{"role": "user", "content": ""}], "rejected": [{"role": "user", "content": "b"}]}],
             "`chosen` of row 0 of `train_dataset` has a message without `content`",

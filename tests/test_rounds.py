@@ -26,11 +26,14 @@ def run(*command: str, **settings) -> dict | None:
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
     )
     if done.returncode == -signal.SIGKILL:
         return None
     assert done.returncode == 0, done.stderr[-3000:]
-    results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    results = [
+        json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     return min(results, key=lambda result: result["rank"])
 
 
@@ -143,7 +146,11 @@ def test_damaged_pseudo_labels_are_found_and_made_again(trainer_of, damage):
     path = run.round_dir(1) / "pseudo_labels.parquet"
     content = path.read_bytes()
     middle = len(content) // 2
-    path.write_bytes(content[:middle] if damage == "truncated" else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    path.write_bytes(
+        content[:middle]
+        if damage == "truncated"
+        else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    )
     again = trainer_of(num_rounds=1)
     again.train(resume_from_checkpoint=True)
     assert path.read_bytes() == content

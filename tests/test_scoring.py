@@ -7,8 +7,7 @@ from conftest import preference_rows
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import trl_ssrm.scoring as scoring
-from trl_ssrm import NonFiniteScoreError
+from trl_ssrm import NonFiniteScoreError, scoring
 from trl_ssrm.rounds import read_tensors, write_tensors
 from trl_ssrm.scoring import PairedSequences, score_pairs
 
@@ -117,7 +116,7 @@ def test_shards_on_disk_are_not_scored_again(model_and_tokenizer, tmp_path, coun
 def test_damaged_shard_is_found_and_scored_again(model_and_tokenizer, tmp_path, counted, damage, caplog):
     pairs = pairs_of(model_and_tokenizer[1], preference_rows(30))
     first = score(model_and_tokenizer, pairs, directory=tmp_path, key="k")
-    path = sorted(tmp_path.iterdir())[0]
+    path = min(tmp_path.iterdir())
     content = path.read_bytes()
     flipped = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
     path.write_bytes({"truncated": content[:-3], "flipped": flipped, "empty": b""}[damage])
@@ -130,7 +129,11 @@ def test_nan_reward_is_named_and_the_other_shards_are_kept(model_and_tokenizer, 
     model, tokenizer = model_and_tokenizer
     rows = preference_rows(30)
     pairs = pairs_of(tokenizer, rows)
-    bad = next(i for i, ids in enumerate(pairs.sequences["input_ids"]) if ids == tokenizer(rows[3]["prompt"] + rows[3]["chosen"])["input_ids"])
+    bad = next(
+        i
+        for i, ids in enumerate(pairs.sequences["input_ids"])
+        if ids == tokenizer(rows[3]["prompt"] + rows[3]["chosen"])["input_ids"]
+    )
     embeddings = model.get_input_embeddings()
 
     def poison(module, args, output):
@@ -156,7 +159,9 @@ def test_rewards_are_float32_under_bfloat16_autocast(model_and_tokenizer):
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     with torch.no_grad():
-        head = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.out_features == 1][0]
+        (head,) = (
+            module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.out_features == 1
+        )
         before = head.weight.clone()
         head.weight.mul_(100)
     logits = score_pairs(model, pairs, tokenizer.pad_token_id, accelerator, 512, disable_tqdm=True)

@@ -36,7 +36,11 @@ def test_without_a_pool_it_is_reward_trainer_bit_for_bit(llama, tmp_path, kind):
         bf16=False,
     )
     trainers = []
-    for trainer_class, config_class in ((RewardTrainer, RewardConfig), (SSRMTrainer, RewardConfig), (SSRMTrainer, SSRMConfig)):
+    for trainer_class, config_class in (
+        (RewardTrainer, RewardConfig),
+        (SSRMTrainer, RewardConfig),
+        (SSRMTrainer, SSRMConfig),
+    ):
         trainer = trainer_class(llama, config_class(**settings), train_dataset=Dataset.from_list(rows))
         trainer.train()
         trainers.append(trainer)
@@ -258,7 +262,10 @@ def test_best_round_is_kept(llama, config, labeled, unlabeled, held_out, chosen_
 
 def test_temperature_is_fitted_on_the_calibration_pairs(llama, config, labeled, unlabeled, held_out):
     rows = list(held_out)
-    noisy = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i % 3 == 0 else row for i, row in enumerate(rows)]
+    noisy = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i % 3 == 0 else row
+        for i, row in enumerate(rows)
+    ]
     trainer = SSRMTrainer(
         llama,
         config(num_rounds=1),
@@ -274,9 +281,7 @@ def test_temperature_is_fitted_on_the_calibration_pairs(llama, config, labeled, 
 
 def test_labels_weigh_what_the_config_says(llama, config, labeled, unlabeled):
     collators = [
-        SSRMTrainer(
-            llama, config(**settings), train_dataset=labeled, unlabeled_dataset=unlabeled
-        ).data_collator
+        SSRMTrainer(llama, config(**settings), train_dataset=labeled, unlabeled_dataset=unlabeled).data_collator
         for settings in ({}, {"pseudo_label_type": "soft", "pseudo_label_weight": 0.3, "confidence_threshold": 0.7})
     ]
     assert collators[0] == ConfidenceFilteredDataCollator(collators[0].pad_token_id, confidence_threshold=0.6)
@@ -319,7 +324,9 @@ def test_model_card_names_the_method_and_holds_the_rounds(llama, config, labeled
         card = (type(tmp_path)(directory) / "README.md").read_text()
         assert "trained with SSRM" in card and "2409.06903" in card and "he2024semi" in card and "- ssrm" in card
         assert f"| 1 | 40 | {trainer.round_history[1]['kept']} |" in card
-    plain = SSRMTrainer(llama, RewardConfig(str(tmp_path / "plain"), report_to="none", bf16=False), train_dataset=labeled)
+    plain = SSRMTrainer(
+        llama, RewardConfig(str(tmp_path / "plain"), report_to="none", bf16=False), train_dataset=labeled
+    )
     plain.create_model_card("plain")
     assert "SSRM" not in (tmp_path / "plain" / "README.md").read_text()
 
@@ -332,15 +339,30 @@ def test_model_card_names_the_method_and_holds_the_rounds(llama, config, labeled
     [
         ({"train_dataset": []}, "`train_dataset` is empty"),
         ({"unlabeled_dataset": []}, "`unlabeled_dataset` is empty"),
-        ({"train_dataset": [{"prompt": "p", "choosen": "a", "rejected": "b"}]}, "`train_dataset` has no column `chosen`"),
+        (
+            {"train_dataset": [{"prompt": "p", "choosen": "a", "rejected": "b"}]},
+            "`train_dataset` has no column `chosen`",
+        ),
         ({"eval_dataset": [{"prompt": "p", "chosen": "a"}]}, "`eval_dataset` has no column `rejected`"),
         ({"eval_dataset": {"one": [{"chosen": "a", "rejected": ""}]}}, "row 0 of `eval_dataset_one` is empty"),
-        ({"calibration_dataset": [as_messages(preference_rows(1)[0])]}, "`train_dataset` holds text and `calibration_"),
-        ({"unlabeled_dataset": [as_messages(preference_rows(1)[0])]}, "is a conversation, but the labeled data starts"),
+        (
+            {"calibration_dataset": [as_messages(preference_rows(1)[0])]},
+            "`train_dataset` holds text and `calibration_",
+        ),
+        (
+            {"unlabeled_dataset": [as_messages(preference_rows(1)[0])]},
+            "is a conversation, but the labeled data starts",
+        ),
         ({"unlabeled_dataset": preference_rows(16, seed=1)}, "16 (overlap with the labeled pairs)"),
         ({"args": {"max_length": 5}}, "Every row of `train_dataset` is longer than max_length=5"),
         ({"args": {"keep_best_round": True}}, "`keep_best_round` needs"),
-        ({"args": {"track_pseudo_label_accuracy": True}, "unlabeled_dataset": [{"prompt": "p", "completions": ["a", "b"]}]}, "needs gold labels"),
+        (
+            {
+                "args": {"track_pseudo_label_accuracy": True},
+                "unlabeled_dataset": [{"prompt": "p", "completions": ["a", "b"]}],
+            },
+            "needs gold labels",
+        ),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "`optimizers` can't be started afresh"),
         ({"data_collator": lambda rows: rows}, "`data_collator` must be a `ConfidenceFilteredDataCollator`"),
         ({"callbacks": [PseudoLabelingCallback(), PseudoLabelingCallback()]}, "has 2 callbacks that label the pool"),
@@ -406,7 +428,10 @@ def test_output_directory_that_can_not_be_written_is_refused(llama, config, labe
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="`output_dir` can't be written"):
         SSRMTrainer(
-            llama, config(output_dir=str(tmp_path / "file" / "run")), train_dataset=labeled, unlabeled_dataset=unlabeled
+            llama,
+            config(output_dir=str(tmp_path / "file" / "run")),
+            train_dataset=labeled,
+            unlabeled_dataset=unlabeled,
         )
 
 
@@ -414,7 +439,7 @@ def test_long_rows_are_counted(llama, config, labeled, unlabeled, caplog):
     long = Dataset.from_list([{"prompt": "p ", "chosen": "x" * 100, "rejected": "y"}])
     from datasets import concatenate_datasets
 
-    import trl_ssrm.pool as pool
+    from trl_ssrm import pool
 
     pool.logger.propagate = True
     trainer = SSRMTrainer(

@@ -14,7 +14,14 @@ _HOME_OF = {
     "SSRMTrainer": "trainer",
 }
 
-__all__ = ["__version__", *_HOME_OF]
+__all__ = [
+    "ConfidenceFilteredDataCollator",
+    "NonFiniteScoreError",
+    "PairScores",
+    "PseudoLabelingCallback",
+    "SSRMConfig",
+    "SSRMTrainer",
+]
 
 if TYPE_CHECKING:
     from .callback import PseudoLabelingCallback as PseudoLabelingCallback

@@ -8,8 +8,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from .config import SSRMConfig
 from .rounds import CHECKPOINT_MARKER
-from .scoring import NonFiniteScoreError, score_pairs
+from .scoring import NonFiniteScoreError
 from .selection import PairScores, SelectionPolicy, above_threshold
 
 
@@ -48,6 +49,9 @@ class PseudoLabelingCallback(TrainerCallback):
     ```
     """
 
+    # Set by the trainer.
+    trainer: "SSRMTrainer"
+
     def __init__(self, selection_policy: SelectionPolicy | None = None):
         self.selection_policy = selection_policy
         self.termination_reason: str | None = None
@@ -65,14 +69,14 @@ class PseudoLabelingCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         # Every process is done with its part of the checkpoint once all of them are here.
-        trainer: SSRMTrainer = self.trainer
+        trainer = self.trainer
         trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero and trainer.run is not None:
+        if state.is_world_process_zero:
             checkpoint = trainer.run.round_dir(trainer.round) / f"checkpoint-{state.global_step}"
             (checkpoint / CHECKPOINT_MARKER).touch()
 
     def on_round_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, trainer: "SSRMTrainer", round: int
+        self, args: SSRMConfig, state: TrainerState, control: TrainerControl, trainer: "SSRMTrainer", round: int
     ) -> Dataset | None:
         """
         Event called by [`SSRMTrainer`] after a round, but for the last one: score the pool with the weights of this
@@ -162,7 +166,7 @@ class PseudoLabelingCallback(TrainerCallback):
             return self.selection_policy(scores)
         return above_threshold(scores, self.trainer.args.confidence_threshold)
 
-    def _label_pool(self, args: TrainingArguments, trainer: "SSRMTrainer", round: int) -> None:
+    def _label_pool(self, args: SSRMConfig, trainer: "SSRMTrainer", round: int) -> None:
         share = trainer.share_of_pool(round + 1)
         pool = trainer.pool.take(share)
         start = time.perf_counter()
@@ -212,7 +216,8 @@ class PseudoLabelingCallback(TrainerCallback):
         probability = np.where(pseudo_labels["first_is_chosen"], confidence, 1 - confidence)
         ids = {"chosen_ids": pool.pairs.first, "rejected_ids": pool.pairs.second}
         columns = [
-            pool.pairs.sequences.select(position[pairs]).rename_column("input_ids", name) for name, position in ids.items()
+            pool.pairs.sequences.select(position[pairs]).rename_column("input_ids", name)
+            for name, position in ids.items()
         ]
         return concatenate_datasets([*columns, Dataset.from_dict({"probability": probability})], axis=1)
 
@@ -229,13 +234,15 @@ class RoundCallbackHandler(CallbackHandler):
     what the next round logs would go to another one.
     """
 
-    def __init__(self, handler: CallbackHandler, report_to: list[str]):
+    def __init__(self, handler: CallbackHandler, report_to: str | list[str] | None):
         super().__init__(
             handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
         )
         self.trackers = tuple(get_reporting_integration_callbacks(report_to))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
+    def on_train_end(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> TrainerControl:
         return self._end([c for c in self.callbacks if not isinstance(c, self.trackers)], args, state, control)
 
     def end_trackers(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:

@@ -1,4 +1,4 @@
-"""Preference data, labeled and unlabeled: accepted formats, what is refused, and the pool without its labels."""
+"""The unlabeled pool: accepted formats -> tokenized pairs without labels."""
 
 import hashlib
 import itertools
@@ -13,6 +13,7 @@ from datasets import Dataset, Features, IterableDataset
 from transformers.utils import logging
 from trl import maybe_extract_prompt
 
+from .checks import check_not_empty, check_row
 from .scoring import PairedSequences
 
 
@@ -76,7 +77,7 @@ def build_pool(
     seed: int,
     max_length: int | None = None,
     max_samples: int | None = None,
-    is_conversational: bool = False,
+    is_conversational: bool | None = None,
     with_gold: bool = False,
     known_pairs: dict[str, set] | None = None,
 ) -> Pool:
@@ -95,8 +96,8 @@ def build_pool(
             Longest sequence in tokens; pairs with a longer one are dropped.
         max_samples (`int`, *optional*):
             Number of rows to take. Required for an [`~datasets.IterableDataset`].
-        is_conversational (`bool`, *optional*, defaults to `False`):
-            Whether the labeled data is conversational. The pool has to be so too.
+        is_conversational (`bool`, *optional*):
+            Whether the labeled data is conversational; the pool has to be so too. If `None`, the first row decides.
         with_gold (`bool`, *optional*, defaults to `False`):
             Whether to keep the gold labels, for metrics.
         known_pairs (`dict[str, set]`, *optional*):
@@ -130,6 +131,8 @@ def build_pool(
     num_completions = []
     for number, row in enumerate(dataset):
         completions = _completions(row)
+        if is_conversational is None:
+            is_conversational = isinstance(next(iter(completions), None), list)
         check_row(row, completions, f"row {number} of `{name}`", is_conversational, has_prompt)
         if len(completions) < 2:
             raise ValueError(f"Row {number} of `{name}` has {len(completions)} completions; give it two or more.")
@@ -142,9 +145,7 @@ def build_pool(
     rows, kept_completions, first, second = [], [], [], []
     offset = 0
     for row, count in enumerate(num_completions):
-        sequence_of = [
-            int((tokenized.first, tokenized.second)[i % 2][offset + i // 2]) for i in range(count)
-        ]
+        sequence_of = [int((tokenized.first, tokenized.second)[i % 2][offset + i // 2]) for i in range(count)]
         offset += (count + 1) // 2
         for pair in itertools.combinations(range(count), 2):
             # The order is drawn from the seed, the row and the tokens, never from the order in the input, which may be
@@ -169,88 +170,23 @@ def build_pool(
     report_dropped(name, dropped)
     if not rows:
         raise ValueError(f"No pair of `{name}` is left ({_in_words(dropped)}); give it other rows, or mend that.")
-    completions = np.array(kept_completions, dtype=np.int64)
+    positions = np.array(kept_completions, dtype=np.int64)
     pool = Pool(
         source=dataset,
         rows=np.array(rows, dtype=np.int64),
-        completions=completions,
+        completions=positions,
         pairs=PairedSequences(
-            tokenized.sequences, tokenized.lengths, digests, np.array(first, dtype=np.int64), np.array(second, dtype=np.int64)
+            tokenized.sequences,
+            tokenized.lengths,
+            digests,
+            np.array(first, dtype=np.int64),
+            np.array(second, dtype=np.int64),
         ),
         # The completions of a preference row are `chosen` and `rejected`, in that order.
-        gold=completions[:, 0] == 0 if with_gold else None,
+        gold=positions[:, 0] == 0 if with_gold else None,
         dropped=dict(dropped),
     )
     return pool.take(np.arange(len(pool)))
-
-
-def check_preference_dataset(dataset: Dataset, name: str) -> bool:
-    """
-    Refuse preference data that can't be trained or measured on.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows with `chosen` and `rejected`, and with `prompt` where it is explicit, or with `chosen_ids` and
-            `rejected_ids`.
-        name (`str`):
-            Argument that the dataset was given as, for the message.
-
-    Returns:
-        `bool`: whether the dataset is conversational.
-
-    Raises:
-        ValueError: If it is empty, lacks a column, or has a row without text.
-    """
-    check_not_empty(dataset, name)
-    columns = set(dataset.column_names)
-    if {"chosen_ids", "rejected_ids"} <= columns:
-        return False
-    if missing := {"chosen", "rejected"} - columns:
-        raise ValueError(
-            f"`{name}` has no column {' and no column '.join(f'`{column}`' for column in sorted(missing))}, only "
-            f"{sorted(columns)}; rename or add it."
-        )
-    is_conversational = isinstance(dataset[0]["chosen"], list)
-    for number, row in enumerate(dataset):
-        where = f"row {number} of `{name}`"
-        check_row(row, [row["chosen"], row["rejected"]], where, is_conversational, "prompt" in columns)
-    return is_conversational
-
-
-def check_row(
-    row: dict[str, Any], completions: list, where: str, is_conversational: bool, has_prompt: bool
-) -> None:
-    """Refuse a row with missing or empty text, or with text where messages are due, or the other way round."""
-    fields = [("prompt", row["prompt"])] if has_prompt else []
-    if "completions" in row:
-        names = [f"completions[{position}]" for position in range(len(completions))]
-    else:
-        names = ["chosen", "rejected"] if "chosen" in row else ["completion_a", "completion_b"]
-    fields += zip(names, completions, strict=True)
-    for name, value in fields:
-        if value is None or (isinstance(value, str | list) and not value) or (isinstance(value, str) and not value.strip()):
-            raise ValueError(f"`{name}` of {where} is {'missing' if value is None else 'empty'}; fill it in or drop the row.")
-        if isinstance(value, list) != is_conversational or not isinstance(value, str | list):
-            kind, due = ("a conversation", "text") if isinstance(value, list) else ("text", "a conversation")
-            raise ValueError(
-                f"`{name}` of {where} is {kind}, but the labeled data starts with {due}; make all of it one or the other."
-            )
-        if isinstance(value, list):
-            _check_messages(value, f"`{name}` of {where}")
-
-
-def _check_messages(messages: list, where: str) -> None:
-    for message in messages:
-        if not isinstance(message, dict) or not message.get("role"):
-            raise ValueError(f"{where} has a message without a `role`; each message needs `role` and `content`.")
-        if not message.get("content") and not message.get("tool_calls"):
-            raise ValueError(f"{where} has a message without `content`; fill it in or drop the row.")
-
-
-def check_not_empty(dataset: Dataset, name: str) -> None:
-    """Refuse a dataset without rows."""
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty; give it at least one row.")
 
 
 def report_dropped(name: str, dropped: dict[str, int]) -> None:

@@ -27,13 +27,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-import torch.nn as nn
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from .config import SSRMConfig
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +67,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     content = hashlib.sha256()
     for name in sorted(tensors):
         content.update(name.encode())
-        content.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 
@@ -99,7 +101,7 @@ def read_tensors(path: Path, key: str = "") -> dict[str, torch.Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         logger.warning(f"{path} is damaged ({error}) and is not used.")
         return None
@@ -107,6 +109,45 @@ def read_tensors(path: Path, key: str = "") -> dict[str, torch.Tensor] | None:
         logger.warning(f"{path} is damaged (its checksum does not fit) and is not used.")
         return None
     return tensors if metadata.get("key") == key else None
+
+
+# Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
+_DECISIVE_SETTINGS = (
+    *(
+        name
+        for name in SSRMConfig.__annotations__
+        if name not in ("score_batch_tokens", "track_pseudo_label_accuracy")
+    ),
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm"),
+    *("seed", "data_seed", "bf16", "fp16", "max_length", "center_rewards_coefficient", "disable_dropout"),
+    *("load_best_model_at_end", "metric_for_best_model", "neftune_noise_alpha", "train_sampling_strategy"),
+)
+
+
+def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
+    """
+    What decides the result of a run.
+
+    Args:
+        args ([`SSRMConfig`]):
+            Settings of the run.
+        model ([`~torch.nn.Module`]):
+            Model of the run; its class and the shapes of its parameters count.
+        data (`dict[str, Any]`):
+            Fingerprints of the datasets, by their names.
+
+    Returns:
+        `dict[str, Any]`: JSON values by the names of what they stand for.
+    """
+    settings = args.to_dict()
+    shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+    return {
+        **{name: settings[name] for name in _DECISIVE_SETTINGS},
+        "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "model": f"{type(model).__name__} {content_hash(shapes)}",
+        **data,
+    }
 
 
 class RunDirectory:
@@ -119,7 +160,8 @@ class RunDirectory:
     """
 
     def __init__(self, output_dir: str):
-        self.root = Path(output_dir) / "rounds"
+        self.output_dir = Path(output_dir)
+        self.root = self.output_dir / "rounds"
 
     def round_dir(self, round: int) -> Path:
         """`Path`: directory of a round."""
@@ -156,13 +198,13 @@ class RunDirectory:
         if not self.has_run:
             if resume:
                 raise ValueError(
-                    f"There is no run to resume in {self.root.parent}; leave out `resume_from_checkpoint` to start one."
+                    f"There is no run to resume in {self.output_dir}; leave out `resume_from_checkpoint` to start one."
                 )
             write_json(self.root / "run.json", identity)
             return
         if not resume:
             raise ValueError(
-                f"{self.root.parent} already holds a run; pass `resume_from_checkpoint=True` to go on with it, choose "
+                f"{self.output_dir} already holds a run; pass `resume_from_checkpoint=True` to go on with it, choose "
                 f"another `output_dir`, or delete {self.root}."
             )
         started = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
@@ -170,7 +212,7 @@ class RunDirectory:
         if changed:
             now = ", ".join(f"`{name}` ({started.get(name)!r} then, {identity.get(name)!r} now)" for name in changed)
             raise ValueError(
-                f"The run in {self.root.parent} was started with other settings or data: {now}. Resume it with what "
+                f"The run in {self.output_dir} was started with other settings or data: {now}. Resume it with what "
                 "it was started with, or choose another `output_dir`."
             )
 
@@ -251,7 +293,9 @@ class RunDirectory:
 
     def last_checkpoint(self, round: int) -> str | None:
         """`str` or `None`: directory of the last checkpoint of a round that was written to its end."""
-        whole = [marker.parent for marker in self.round_dir(round).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{CHECKPOINT_MARKER}")]
+        whole = [
+            marker.parent for marker in self.round_dir(round).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{CHECKPOINT_MARKER}")
+        ]
         return str(max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if whole else None
 
     def weights_path(self, round: int) -> Path:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -29,11 +29,11 @@ class NonFiniteScoreError(ValueError):
     Args:
         message (`str`):
             What happened.
-        sequences (`np.ndarray` of shape `(num_sequences,)`, int64, *optional*):
-            Positions of the sequences in the [`PairedSequences`] that was scored.
+        sequences (`np.ndarray` of shape `(num_sequences,)`, int64):
+            Positions of these sequences in the [`PairedSequences`] that was scored.
     """
 
-    def __init__(self, message: str, sequences: np.ndarray | None = None):
+    def __init__(self, message: str, sequences: np.ndarray):
         super().__init__(message)
         self.sequences = sequences
 
@@ -65,7 +65,9 @@ class PairedSequences:
     @classmethod
     def from_tokenized(cls, dataset: Dataset) -> "PairedSequences":
         """Pair up a dataset with the columns `chosen_ids` and `rejected_ids`."""
-        columns = [dataset.select_columns(name).rename_column(name, "input_ids") for name in ("chosen_ids", "rejected_ids")]
+        columns = [
+            dataset.select_columns(name).rename_column(name, "input_ids") for name in ("chosen_ids", "rejected_ids")
+        ]
         # Both columns hold lists of integers, but one that is empty or was tokenized elsewhere may differ in width.
         stacked = concatenate_datasets([columns[0], columns[1].cast(columns[0].features)])
         position_of: dict[bytes, int] = {}

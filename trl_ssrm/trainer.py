@@ -1,8 +1,6 @@
 import contextlib
 import copy
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -10,11 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn as nn
 from accelerate.utils import DistributedType, broadcast_object_list, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     DataCollator,
@@ -28,13 +25,15 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer
 
+from .adapters import merged, with_score_head
 from .calibration import fit_temperature, preference_metrics
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
+from .checks import check_arguments, check_labeled_data, check_tokenizer
 from .collator import ConfidenceFilteredDataCollator
 from .config import SSRMConfig
-from .pool import Pool, build_pool, check_preference_dataset, report_dropped
+from .pool import Pool, build_pool, report_dropped
 from .report import round_line, round_table
-from .rounds import RunDirectory, content_hash
+from .rounds import RunDirectory, content_hash, run_identity
 from .scoring import PairedSequences, score_pairs
 
 
@@ -45,15 +44,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
-
-# Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
-_DECISIVE_SETTINGS = (
-    *(name for name in SSRMConfig.__annotations__ if name not in ("score_batch_tokens", "track_pseudo_label_accuracy")),
-    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm"),
-    *("seed", "data_seed", "bf16", "fp16", "max_length", "center_rewards_coefficient", "disable_dropout"),
-    *("load_best_model_at_end", "metric_for_best_model", "neftune_noise_alpha", "train_sampling_strategy"),
-)
 
 
 class SSRMTrainer(RewardTrainer):
@@ -148,6 +138,20 @@ class SSRMTrainer(RewardTrainer):
 }""",
     }
 
+    # What `Trainer` leaves open, and what there is only with a pool.
+    args: SSRMConfig
+    model: Any
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    data_collator: ConfidenceFilteredDataCollator
+    callback_handler: RoundCallbackHandler
+    _signature_columns: list[str]  # type: ignore[assignment]
+    pool: Pool
+    run: RunDirectory
+    round_history: list[dict[str, Any]]
+    labeling_facts: dict[str, Any]
+    termination_reason: str | None
+
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -171,16 +175,16 @@ class SSRMTrainer(RewardTrainer):
         unlabeled_dataset: Dataset | IterableDataset | None = None,
         calibration_dataset: Dataset | None = None,
     ):
-        self.pool: Pool | None = None
-        self.run: RunDirectory | None = None
-        if unlabeled_dataset is not None:
+        self.has_pool = unlabeled_dataset is not None
+        is_conversational = None
+        if self.has_pool:
             args = self._complete_args(args, model)
             processing_class = processing_class or self._load_tokenizer(model, args)
-            self._check_arguments(args, data_collator, train_dataset, eval_dataset, optimizers, calibration_dataset)
-            is_conversational = self._check_data(
-                args, processing_class, train_dataset, _as_dict(eval_dataset, "eval_dataset"), calibration_dataset
-            )
-            peft_config = _with_score_head(peft_config)
+            held_out = _by_name(eval_dataset, "eval_dataset") | _by_name(calibration_dataset, "calibration_dataset")
+            check_arguments(args, data_collator, train_dataset, optimizers, bool(held_out))
+            is_conversational = check_labeled_data({"train_dataset": train_dataset, **held_out})
+            check_tokenizer(args, processing_class, is_conversational)
+            peft_config = with_score_head(peft_config)
         elif calibration_dataset is not None:
             raise ValueError("`calibration_dataset` calibrates pseudo-labels, so it needs `unlabeled_dataset`.")
         super().__init__(
@@ -198,7 +202,7 @@ class SSRMTrainer(RewardTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        if unlabeled_dataset is None:
+        if not self.has_pool:
             # The model card names the trainer, and this one has done nothing that the parent does not do.
             self._name, self._paper = super()._name, super()._paper
             return
@@ -211,19 +215,21 @@ class SSRMTrainer(RewardTrainer):
         if data_collator is None:
             self.data_collator = ConfidenceFilteredDataCollator(
                 pad_token_id=self.processing_class.pad_token_id,
-                pad_to_multiple_of=self.args.pad_to_multiple_of,
+                pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]  # `"auto"` is resolved
                 confidence_threshold=self.args.confidence_threshold,
                 pseudo_label_type=self.args.pseudo_label_type,
                 pseudo_label_weight=self.args.pseudo_label_weight,
             )
         self._prepare_data(train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational)
 
-        self.run = RunDirectory(self.args.output_dir)
+        self.run = RunDirectory(str(self.args.output_dir))
         self.round = 0
-        self.round_history: list[dict[str, Any]] = []
-        self.labeling_facts: dict[str, Any] = {}
-        self.termination_reason: str | None = None
-        own = [callback for callback in self.callback_handler.callbacks if isinstance(callback, PseudoLabelingCallback)]
+        self.round_history = []
+        self.labeling_facts = {}
+        self.termination_reason = None
+        own = [
+            callback for callback in self.callback_handler.callbacks if isinstance(callback, PseudoLabelingCallback)
+        ]
         if len(own) > 1:
             raise ValueError(f"`callbacks` has {len(own)} callbacks that label the pool; pass one.")
         self.pseudo_labeling_callback = own[0] if own else PseudoLabelingCallback()
@@ -263,10 +269,12 @@ class SSRMTrainer(RewardTrainer):
             ValueError: If `output_dir` holds another run, or holds a run that is not to be resumed.
             NonFiniteScoreError: If the model gives a NaN or infinite reward.
         """
-        if self.pool is None:
+        if not self.has_pool:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if trial is not None:
-            raise ValueError("Hyperparameter search does not support `unlabeled_dataset`; search on the labeled pairs.")
+            raise ValueError(
+                "Hyperparameter search does not support `unlabeled_dataset`; search on the labeled pairs."
+            )
 
         labeled = self.train_dataset
         self._open_run(resume_from_checkpoint)
@@ -292,13 +300,18 @@ class SSRMTrainer(RewardTrainer):
         """Start a run in the output directory, or load the one in it up to the last round that is over."""
         run, model = self.run, self._unwrapped_model
         if isinstance(resume_from_checkpoint, str) and (
-            Path(resume_from_checkpoint).resolve() != Path(self.args.output_dir).resolve()
+            Path(resume_from_checkpoint).resolve() != run.output_dir.resolve()
         ):
             raise ValueError(
                 f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but a run with `unlabeled_dataset` is resumed "
                 f"from its `output_dir` ({self.args.output_dir!r}); pass `True`."
             )
-        identity = self._identity()
+        data = {
+            "train_dataset": content_hash(self._labeled_pairs.fingerprint, self._margins),
+            "unlabeled_dataset": self.pool.pairs.fingerprint,
+            **{f"{name}_dataset": pairs.fingerprint for name, pairs in self._held_out.items()},
+        }
+        identity = run_identity(self.args, model, data)
 
         def start() -> str | None:
             try:
@@ -353,7 +366,10 @@ class SSRMTrainer(RewardTrainer):
                 facts["temperature"] = fit_temperature(logits)
         self.log(dict(facts))
         self.pseudo_labeling_callback.log_history = self.state.log_history
-        facts |= {"num_train_pairs": len(self.train_dataset), "global_step": self._steps_before_round + self.state.global_step}
+        facts |= {
+            "num_train_pairs": len(self.train_dataset),
+            "global_step": self._steps_before_round + self.state.global_step,
+        }
         # What the pool gave to this round. Round 0 had nothing from it.
         facts |= {name: value for name, value in self.labeling_facts.items() if name not in facts}
         self.round_history.append(facts)
@@ -371,7 +387,7 @@ class SSRMTrainer(RewardTrainer):
         last = self.round_history[-1]
         kept = self.best_round if self.args.keep_best_round else last["round"]
         self.run.read_weights(self.run.weights_path(kept), self._unwrapped_model)
-        self.create_model_card(model_name=Path(self.args.output_dir).name)
+        self.create_model_card(model_name=self.run.output_dir.name)
         self.control = self.callback_handler.end_trackers(self.args, self.state, self.control)
         self.accelerator.print(
             f"The rounds ended after round {last['round']} ({self.termination_reason}); the model is that of round {kept}."
@@ -409,25 +425,10 @@ class SSRMTrainer(RewardTrainer):
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.pseudo_labeling_callback.log_history = self.state.log_history
 
-    def _identity(self) -> dict[str, Any]:
-        """What decides the result of a run."""
-        settings = self.args.to_dict()
-        parameters = sorted((name, list(value.shape)) for name, value in self._unwrapped_model.named_parameters())
-        return {
-            **{name: settings[name] for name in _DECISIVE_SETTINGS},
-            "total_train_batch_size": self.args.train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.args.world_size,
-            "model": f"{type(self._unwrapped_model).__name__} {content_hash(parameters)}",
-            "train_dataset": content_hash(self._labeled_pairs.fingerprint, self.train_dataset.to_dict().get("margin")),
-            "unlabeled_dataset": self.pool.pairs.fingerprint,
-            **{f"{name}_dataset": pairs.fingerprint for name, pairs in self._held_out.items()},
-        }
-
     # ---- What the callback uses ----
 
     @property
-    def _unwrapped_model(self) -> nn.Module:
+    def _unwrapped_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
     def on_main_process(self, function: Callable[[], T]) -> T:
@@ -487,7 +488,7 @@ class SSRMTrainer(RewardTrainer):
             directory=directory,
             key=key,
             description=description,
-            disable_tqdm=self.args.disable_tqdm,
+            disable_tqdm=bool(self.args.disable_tqdm),
         )
 
     # ---- What is different from `RewardTrainer` within a round ----
@@ -495,9 +496,7 @@ class SSRMTrainer(RewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The parent would hand them to the model.
         label, weight = inputs.pop("label", None), inputs.pop("weight", None)
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if weight is not None:
             loss = self._weighted_loss(outputs.logits.squeeze(-1), label, weight, inputs.get("margin"))
         return (loss, outputs) if return_outputs else loss
@@ -526,12 +525,12 @@ class SSRMTrainer(RewardTrainer):
 
     def _get_output_dir(self, trial):
         # Private in `Trainer`: each round counts its steps from 0, so each has its own place for checkpoints.
-        if self.run is None:
+        if not self.has_pool:
             return super()._get_output_dir(trial)
         return str(self.run.round_dir(self.round))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.run is None:
+        if not self.has_pool:
             return super().log(logs, start_time)
         # Trackers draw over the steps of all rounds, while `Trainer` counts those of one.
         steps = self._steps_before_round
@@ -546,18 +545,18 @@ class SSRMTrainer(RewardTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        card = Path(self.args.output_dir) / "README.md"
-        if self.run is not None and not _internal_call and self.args.should_save and card.is_file():
-            target = Path(output_dir or self.args.output_dir) / "README.md"
-            if target.resolve() != card.resolve():
-                shutil.copyfile(card, target)
+        if not self.has_pool or _internal_call or not self.args.should_save:
+            return
+        card = self.run.output_dir / "README.md"
+        target = Path(output_dir or self.run.output_dir) / "README.md"
+        if card.is_file() and target.resolve() != card.resolve():
+            shutil.copyfile(card, target)
 
     def merge_and_save(self, output_dir: str) -> None:
         """
         Save a PEFT model with its adapter merged into the base model, for tools that take no adapters.
 
-        A quantized base is loaded again in full precision from where it came, and the adapter merged into that, since
-        merging into quantized weights would round the adapter away. Other models are saved as they are.
+        A quantized base is loaded again in float32 from where it came, and the adapter merged into that.
 
         Args:
             output_dir (`str`):
@@ -566,36 +565,21 @@ class SSRMTrainer(RewardTrainer):
         Raises:
             ValueError: If the model is no PEFT model; use `save_model` then.
         """
-        model = self._unwrapped_model
-        if not is_peft_model(model):
+        if not is_peft_model(self._unwrapped_model):
             raise ValueError("The model has no adapter to merge; use `save_model`.")
-        if not self.args.should_save:
-            return
-        if getattr(model.get_base_model(), "is_quantized", False):
-            from peft import PeftModel
+        if self.args.should_save:
+            merged(self._unwrapped_model).save_pretrained(output_dir)
+            self.processing_class.save_pretrained(output_dir)
 
-            adapter = Path(output_dir) / "adapter"
-            model.save_pretrained(adapter)
-            base = AutoModelForSequenceClassification.from_pretrained(
-                model.get_base_model().config.name_or_path, num_labels=1, dtype=torch.float32
-            )
-            merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-            shutil.rmtree(adapter)
-        else:
-            merged = copy.deepcopy(model).merge_and_unload()
-        merged.config.pad_token_id = self.processing_class.pad_token_id
-        merged.save_pretrained(output_dir)
-        self.processing_class.save_pretrained(output_dir)
-
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ):
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        if self.run is not None and self.is_world_process_zero():
-            card = Path(self.args.output_dir) / "README.md"
+        if self.has_pool and self.is_world_process_zero():
+            card = self.run.output_dir / "README.md"
             text, heading = card.read_text(encoding="utf-8"), "### Framework versions"
             section = f"### Rounds\n\n{round_table(self.round_history)}\n\n"
             card.write_text(text.replace(heading, section + heading, 1), encoding="utf-8")
@@ -607,73 +591,16 @@ class SSRMTrainer(RewardTrainer):
         if isinstance(args, SSRMConfig):
             return args
         if args is None:
-            model_id = model if isinstance(model, str) else model.config.name_or_path
-            return SSRMConfig(f"{model_id.split('/')[-1]}-SSRM")
+            return SSRMConfig(f"{_model_id(model).split('/')[-1]}-SSRM")
         return SSRMConfig(**{each.name: getattr(args, each.name) for each in fields(args) if each.init})
 
     @staticmethod
     def _load_tokenizer(model: "str | PreTrainedModel | PeftModel", args: SSRMConfig) -> PreTrainedTokenizerBase:
         # As the parent does it, but before the data is checked against it.
-        model_id = model if isinstance(model, str) else model.config.name_or_path
-        revision = (args.model_init_kwargs or {}).get("revision")
-        return AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
-
-    @staticmethod
-    def _check_arguments(args, data_collator, train_dataset, eval_dataset, optimizers, calibration_dataset) -> None:
-        if not isinstance(train_dataset, Dataset):
-            raise TypeError(
-                f"`train_dataset` must be a `Dataset` beside `unlabeled_dataset`, got `{type(train_dataset).__name__}`; it "
-                "is the small one."
-            )
-        if data_collator is not None and not isinstance(data_collator, ConfidenceFilteredDataCollator):
-            raise TypeError(
-                f"`data_collator` must be a `ConfidenceFilteredDataCollator`, got `{type(data_collator).__name__}`; leave it "
-                "out for the default one."
-            )
-        if optimizers != (None, None):
-            raise ValueError(
-                "`optimizers` can't be started afresh each round; use `optimizer_cls_and_kwargs`, or `optim` in the config."
-            )
-        if args.keep_best_round and eval_dataset is None and calibration_dataset is None:
-            raise ValueError("`keep_best_round` needs `calibration_dataset` or `eval_dataset` to choose the round by.")
-        try:
-            os.makedirs(args.output_dir, exist_ok=True)
-            with tempfile.TemporaryFile(dir=args.output_dir):
-                pass
-        except OSError as error:
-            raise ValueError(f"`output_dir` can't be written: {error}. Choose another one.") from error
-
-    @staticmethod
-    def _check_data(args, processing_class, train_dataset, eval_datasets, calibration_dataset) -> bool:
-        named = {"train_dataset": train_dataset, **eval_datasets}
-        if calibration_dataset is not None:
-            named["calibration_dataset"] = calibration_dataset
-        kinds = {
-            name: check_preference_dataset(dataset, name)
-            for name, dataset in named.items()
-            if isinstance(dataset, Dataset)
-        }
-        is_conversational = kinds["train_dataset"]
-        for name, kind in kinds.items():
-            if kind != is_conversational:
-                raise ValueError(
-                    f"`train_dataset` holds {_kind(is_conversational)} and `{name}` {_kind(kind)}; make all of it one or "
-                    "the other."
-                )
-        if is_conversational and processing_class.chat_template is None and args.chat_template_path is None:
-            raise ValueError(
-                "The data is conversational, but the tokenizer has no chat template; set `chat_template_path`, or give "
-                "the data as text."
-            )
-        eos_token = args.eos_token or processing_class.eos_token
-        if not is_conversational and eos_token is None:
-            raise ValueError(
-                "The data is text, which ends with an end-of-sequence token, but the tokenizer has none; set `eos_token`, "
-                "for a BERT-like model to '[SEP]'."
-            )
-        if args.pad_token is None and processing_class.pad_token is None and eos_token is None:
-            raise ValueError("The tokenizer has no padding token and none to fall back on; set its `pad_token`.")
-        return is_conversational
+        kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        return AutoTokenizer.from_pretrained(
+            _model_id(model), revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+        )
 
     def _prepare_data(
         self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
@@ -687,12 +614,9 @@ class SSRMTrainer(RewardTrainer):
         if len(self.train_dataset) == 0:
             raise ValueError(f"Every row of `train_dataset` is {max_length}; raise it, or shorten the texts.")
         self._labeled_pairs = PairedSequences.from_tokenized(self.train_dataset)
-        held_out = {
-            name.removesuffix("_dataset"): (given, prepared)
-            for (name, given), prepared in zip(
-                _as_dict(eval_dataset, "eval_dataset").items(), _as_dict(self.eval_dataset, "eval").values(), strict=True
-            )
-        }
+        self._margins = list(self.train_dataset["margin"]) if "margin" in self.train_dataset.column_names else None
+        given = _by_name(eval_dataset, "eval")
+        held_out = {name: (given[name], prepared) for name, prepared in _by_name(self.eval_dataset, "eval").items()}
         if calibration_dataset is not None:
             prepared = self._prepare_dataset(calibration_dataset, self.processing_class, self.args, "calibration")
             held_out["calibration"] = (calibration_dataset, prepared)
@@ -720,21 +644,12 @@ class SSRMTrainer(RewardTrainer):
         )
 
 
-def _as_dict(dataset: Any, name: str) -> dict[str, Any]:
+def _by_name(dataset: Any, name: str) -> dict[str, Any]:
+    """One dataset, several by their names, or none, as a dictionary."""
     if dataset is None:
         return {}
     return {f"{name}_{key}": value for key, value in dataset.items()} if isinstance(dataset, dict) else {name: dataset}
 
 
-def _kind(is_conversational: bool) -> str:
-    return "conversations" if is_conversational else "text"
-
-
-def _with_score_head(peft_config: "PeftConfig | None") -> "PeftConfig | None":
-    """A PEFT configuration under which the score head is trained and saved."""
-    if peft_config is None or peft_config.task_type == "SEQ_CLS":
-        return peft_config
-    logger.warning("`peft_config` is taken as one with `task_type='SEQ_CLS'`, so that the score head is trained and saved.")
-    peft_config = copy.deepcopy(peft_config)
-    peft_config.task_type = "SEQ_CLS"
-    return peft_config
+def _model_id(model: Any) -> str:
+    return model if isinstance(model, str) else model.config.name_or_path

@@ -37,7 +37,9 @@ class BenchmarkArguments:
     """Arguments of the benchmark besides those of the trainer; the `help` of each says what it is."""
 
     dataset_path: str = field(metadata={"help": "Parquet file with `prompt`, `chosen` and `rejected`, as messages."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Default: all-MiniLM-L6-v2 of the package."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Default: all-MiniLM-L6-v2 of the package."}
+    )
     part: str = field(default="test", metadata={"help": "Part to measure on.", "choices": ["dev", "test"]})
     num_seeds: int = field(default=3, metadata={"help": "Number of seeds, from `seed` on."})
     label_fraction: float = field(default=1 / 16, metadata={"help": "Share of the training prompts that is labeled."})
@@ -67,7 +69,7 @@ def load_parts(script_args: BenchmarkArguments) -> dict[str, list[dict[str, str]
     random.Random(0).shuffle(prompts)
     test, dev = len(prompts) // 4, len(prompts) // 4 + len(prompts) // 8
     cut = {"test": prompts[:test], "dev": prompts[test:dev], "train": prompts[dev:]}
-    return {part: [[row for row in rows_of[prompt]] for prompt in names] for part, names in cut.items()}
+    return {part: [rows_of[prompt] for prompt in names] for part, names in cut.items()}
 
 
 def make_model(script_args: BenchmarkArguments, path: str, seed: int):
@@ -150,8 +152,12 @@ def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
                     file.write(json.dumps(done[-1]) + "\n")
 
     entries = [entry for entry in done if entry["part"] == script_args.part]
-    names = sorted({name for entry in entries for name in entry["rows"]}, key=lambda name: (name[0] == "a", name[0] == "S", name))
-    print(f"\n| Trained on | Pairs | Accuracy | Log-loss | ECE | Pseudo-label accuracy |\n|---|---:|---:|---:|---:|---:|")
+    names = sorted(
+        {name for entry in entries for name in entry["rows"]}, key=lambda name: (name[0] == "a", name[0] == "S", name)
+    )
+    print(
+        "\n| Trained on | Pairs | Accuracy | Log-loss | ECE | Pseudo-label accuracy |\n|---|---:|---:|---:|---:|---:|"
+    )
     for name in names:
         rows = [entry["rows"][name] for entry in entries if name in entry["rows"]]
         known = [row["pseudo_label_accuracy"] for row in rows if row.get("pseudo_label_accuracy") is not None]
@@ -161,7 +167,9 @@ def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
     runs = [entry["rows"] for entry in entries if entry["arm"] == "ssrm"]
     if runs:
         last = [max((name for name in rows if name.startswith("SSRM")), default="labeled only") for rows in runs]
-        gains = [rows[name]["accuracy"] - rows["labeled only"]["accuracy"] for name, rows in zip(last, runs, strict=True)]
+        gains = [
+            rows[name]["accuracy"] - rows["labeled only"]["accuracy"] for name, rows in zip(last, runs, strict=True)
+        ]
         print(f"\nAccuracy of the last round over labeled-only, seed by seed: {interval(gains)}")
 
 

@@ -1,0 +1,166 @@
+"""What is refused before any work is done: one sentence each, which names the place and the mend."""
+
+import os
+import tempfile
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .collator import ConfidenceFilteredDataCollator
+from .config import SSRMConfig
+
+
+def check_arguments(
+    args: SSRMConfig,
+    data_collator: Any,
+    train_dataset: Any,
+    optimizers: tuple[Any, Any],
+    has_held_out: bool,
+) -> None:
+    """Refuse arguments of the trainer that can't go with a pool, and an output directory that can't be written."""
+    if not isinstance(train_dataset, Dataset):
+        raise TypeError(
+            f"`train_dataset` must be a `Dataset` beside `unlabeled_dataset`, got `{type(train_dataset).__name__}`; it "
+            "is the small one."
+        )
+    if data_collator is not None and not isinstance(data_collator, ConfidenceFilteredDataCollator):
+        raise TypeError(
+            f"`data_collator` must be a `ConfidenceFilteredDataCollator`, got `{type(data_collator).__name__}`; leave "
+            "it out for the default one."
+        )
+    if optimizers != (None, None):
+        raise ValueError(
+            "`optimizers` can't be started afresh each round; use `optimizer_cls_and_kwargs`, or `optim` in the config."
+        )
+    if args.keep_best_round and not has_held_out:
+        raise ValueError("`keep_best_round` needs `calibration_dataset` or `eval_dataset` to choose the round by.")
+    try:
+        os.makedirs(str(args.output_dir), exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"`output_dir` can't be written: {error}. Choose another one.") from error
+
+
+def check_labeled_data(datasets: dict[str, Any]) -> bool | None:
+    """
+    Refuse labeled datasets that can't be trained or measured on, or that are not of one kind. Streams are not read.
+
+    Args:
+        datasets (`dict[str, Dataset | IterableDataset]`):
+            The datasets by the argument that each was given as.
+
+    Returns:
+        `bool` or `None`: whether they are conversational; `None` if all of them are tokenized.
+
+    Raises:
+        ValueError: As [`check_preference_dataset`], or if some are text and others conversations.
+    """
+    kinds = {
+        name: check_preference_dataset(data, name) for name, data in datasets.items() if isinstance(data, Dataset)
+    }
+    known = {name: kind for name, kind in kinds.items() if kind is not None}
+    if not known:
+        return None
+    first, expected = next(iter(known.items()))
+    for name, kind in known.items():
+        if kind != expected:
+            raise ValueError(
+                f"`{first}` holds {_kind(expected)} and `{name}` {_kind(kind)}; make all of it one or the other."
+            )
+    return expected
+
+
+def check_tokenizer(args: SSRMConfig, tokenizer: PreTrainedTokenizerBase, is_conversational: bool | None) -> None:
+    """Refuse a tokenizer that lacks what [`~trl.RewardTrainer`] needs for this kind of data."""
+    if is_conversational and tokenizer.chat_template is None and args.chat_template_path is None:
+        raise ValueError(
+            "The data is conversational, but the tokenizer has no chat template; set `chat_template_path`, or give the "
+            "data as text."
+        )
+    eos_token = args.eos_token or tokenizer.eos_token
+    if is_conversational is False and eos_token is None:
+        raise ValueError(
+            "The data is text, which ends with an end-of-sequence token, but the tokenizer has none; set `eos_token`, "
+            "for a BERT-like model to '[SEP]'."
+        )
+    if args.pad_token is None and tokenizer.pad_token is None and eos_token is None:
+        raise ValueError("The tokenizer has no padding token and none to fall back on; set its `pad_token`.")
+
+
+def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
+    """
+    Refuse preference data that can't be trained or measured on.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with `chosen` and `rejected`, and with `prompt` where it is explicit, or with `chosen_ids` and
+            `rejected_ids`.
+        name (`str`):
+            Argument that the dataset was given as, for the message.
+
+    Returns:
+        `bool` or `None`: whether the dataset is conversational; `None` if it is tokenized.
+
+    Raises:
+        ValueError: If it is empty, lacks a column, or has a row without text.
+    """
+    check_not_empty(dataset, name)
+    columns = set(dataset.column_names)
+    if {"chosen_ids", "rejected_ids"} <= columns:
+        return None
+    if missing := {"chosen", "rejected"} - columns:
+        raise ValueError(
+            f"`{name}` has no column {' and no column '.join(f'`{column}`' for column in sorted(missing))}, only "
+            f"{sorted(columns)}; rename or add it."
+        )
+    is_conversational = isinstance(dataset[0]["chosen"], list)
+    for number, row in enumerate(dataset):
+        where = f"row {number} of `{name}`"
+        check_row(row, [row["chosen"], row["rejected"]], where, is_conversational, "prompt" in columns)
+    return is_conversational
+
+
+def check_row(row: dict[str, Any], completions: list, where: str, is_conversational: bool, has_prompt: bool) -> None:
+    """Refuse a row with missing or empty text, or with text where messages are due, or the other way round."""
+    fields = [("prompt", row["prompt"])] if has_prompt else []
+    if "completions" in row:
+        names = [f"completions[{position}]" for position in range(len(completions))]
+    else:
+        names = ["chosen", "rejected"] if "chosen" in row else ["completion_a", "completion_b"]
+    fields += zip(names, completions, strict=True)
+    for name, value in fields:
+        if (
+            value is None
+            or (isinstance(value, str | list) and not value)
+            or (isinstance(value, str) and not value.strip())
+        ):
+            raise ValueError(
+                f"`{name}` of {where} is {'missing' if value is None else 'empty'}; fill it in or drop the row."
+            )
+        if isinstance(value, list) != is_conversational or not isinstance(value, str | list):
+            kind, due = ("a conversation", "text") if isinstance(value, list) else ("text", "a conversation")
+            raise ValueError(
+                f"`{name}` of {where} is {kind}, but the labeled data starts with {due}; make all of it one or the other."
+            )
+        if isinstance(value, list):
+            _check_messages(value, f"`{name}` of {where}")
+
+
+def _check_messages(messages: list, where: str) -> None:
+    for message in messages:
+        if not isinstance(message, dict) or not message.get("role"):
+            raise ValueError(f"{where} has a message without a `role`; each message needs `role` and `content`.")
+        if not message.get("content") and not message.get("tool_calls"):
+            raise ValueError(f"{where} has a message without `content`; fill it in or drop the row.")
+
+
+def check_not_empty(dataset: Dataset, name: str) -> None:
+    """Refuse a dataset without rows."""
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty; give it at least one row.")
+
+
+def _kind(is_conversational: bool) -> str:
+    return "conversations" if is_conversational else "text"
