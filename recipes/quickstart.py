@@ -127,7 +127,8 @@ def main(script_args: QuickstartArguments, training_args: SSRMConfig, model_args
         unlabeled_dataset=unlabeled,
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    # Started again after an interruption, it goes on where it was.
+    trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
 
     # The reference: what the hidden labels would have been worth. Without a pool, the trainer is `RewardTrainer`.
@@ -144,7 +145,7 @@ def main(script_args: QuickstartArguments, training_args: SSRMConfig, model_args
     )
     reference.train()
     pairs = PairedSequences.from_tokenized(reference.eval_dataset)
-    all_labels = preference_metrics(reference.score_pairs(pairs, "Scoring with all labels"))
+    all_labels = preference_metrics(reference.score_pairs(pairs, "held-out pairs"))
 
     plot = os.path.join(training_args.output_dir, "rounds.png")
     plot_rounds(trainer.round_history, plot, references={"all labels": all_labels})

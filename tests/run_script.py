@@ -104,6 +104,7 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
             for facts in trainer.round_history
         ],
         "losses": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
+        "num_logs": len(trainer.state.log_history),
         "scored": scored,
     }
     print("RESULT " + json.dumps(result), flush=True)

@@ -50,7 +50,7 @@ def test_killed_run_resumes_to_the_result_of_the_undisturbed_one(undisturbed, tm
     settings = {"model": undisturbed["model"], "lora": undisturbed["lora"], "output_dir": str(tmp_path)}
     assert run(**settings, kill_at=kill_at) is None
     resumed, expected = run(**settings, resume=True), undisturbed["result"]
-    for name in ("weights", "kept", "confidence", "facts", "losses"):
+    for name in ("weights", "kept", "confidence", "facts", "losses", "num_logs"):
         assert resumed[name] == expected[name], name
     if kill_at == "scoring:2":
         before = {tuple(shard) for shard in expected["scored"]} - {tuple(shard) for shard in resumed["scored"]}

@@ -148,7 +148,8 @@ def test_nan_reward_is_named_and_the_other_shards_are_kept(model_and_tokenizer, 
     with pytest.raises(NonFiniteScoreError) as raised:
         score(model_and_tokenizer, pairs, directory=tmp_path, key="k")
     handle.remove()
-    assert raised.value.sequences.tolist() == [bad]
+    assert raised.value.rows == [3]
+    assert "rows 3 of `dataset`" in str(raised.value)
     assert len(list(tmp_path.iterdir())) == len(counted) - 1
 
 

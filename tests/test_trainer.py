@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_messages, assert_same_weights, make_tokenizer, preference_rows, weights_of
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
@@ -256,7 +256,7 @@ def test_best_round_is_kept(llama, config, labeled, unlabeled, held_out, chosen_
     output = trainer.train()
     log_losses = [facts[f"{chosen_by}_log_loss"] for facts in trainer.round_history]
     assert output.metrics["kept_round"] == int(np.argmin(log_losses)) < len(log_losses) - 1
-    logits = trainer.score_pairs(trainer._held_out[chosen_by], "Scoring")
+    logits = trainer.score_pairs(trainer._held_out[chosen_by], chosen_by)
     assert np.mean(np.logaddexp(0, -logits)) == pytest.approx(min(log_losses), abs=1e-6)
 
 
@@ -295,6 +295,32 @@ def test_plain_reward_config_is_completed(llama, tmp_path, labeled, unlabeled):
     trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled)
     assert isinstance(trainer.args, SSRMConfig)
     assert (trainer.args.learning_rate, trainer.args.max_length, trainer.args.num_rounds) == (3e-4, 77, 3)
+
+
+def test_run_that_was_interrupted_is_resumed_in_the_same_process(llama, config, labeled, unlabeled):
+    class Interrupt(TrainerCallback):
+        is_armed = True
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.is_armed and trainer.round == 1 and state.global_step == 4:
+                raise KeyboardInterrupt
+
+    undisturbed = SSRMTrainer(
+        llama,
+        config(output_dir=config().output_dir + "-undisturbed"),
+        train_dataset=labeled,
+        unlabeled_dataset=unlabeled,
+    )
+    undisturbed.train()
+    callback = Interrupt()
+    trainer = SSRMTrainer(llama, config(), train_dataset=labeled, unlabeled_dataset=unlabeled, callbacks=[callback])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    callback.is_armed = False
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(trainer.model), weights_of(undisturbed.model))
+    assert trainer.state.log_history[0].keys() == undisturbed.state.log_history[0].keys()
+    assert len(trainer.state.log_history) == len(undisturbed.state.log_history)
 
 
 # ---- What comes out ----
@@ -363,9 +389,11 @@ def test_model_card_names_the_method_and_holds_the_rounds(llama, config, labeled
             },
             "needs gold labels",
         ),
+        ({"calibration_dataset": preference_rows(16, seed=1)[:3]}, "shares 3 pairs with `train_dataset`"),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "`optimizers` can't be started afresh"),
         ({"data_collator": lambda rows: rows}, "`data_collator` must be a `ConfidenceFilteredDataCollator`"),
         ({"callbacks": [PseudoLabelingCallback(), PseudoLabelingCallback()]}, "has 2 callbacks that label the pool"),
+        ({"unlabeled_dataset": None, "callbacks": [PseudoLabelingCallback()]}, "so it needs `unlabeled_dataset`"),
         ({"unlabeled_dataset": None, "calibration_dataset": preference_rows(3)}, "it needs `unlabeled_dataset`"),
     ],
 )
@@ -437,8 +465,6 @@ def test_output_directory_that_can_not_be_written_is_refused(llama, config, labe
 
 def test_long_rows_are_counted(llama, config, labeled, unlabeled, caplog):
     long = Dataset.from_list([{"prompt": "p ", "chosen": "x" * 100, "rejected": "y"}])
-    from datasets import concatenate_datasets
-
     from trl_ssrm import pool
 
     pool.logger.propagate = True

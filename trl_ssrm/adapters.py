@@ -1,16 +1,16 @@
 """Adapters of PEFT: a score head that is trained with them, and their merge into the base model."""
 
 import copy
+import logging
 import tempfile
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import logging
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def with_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:

@@ -1,12 +1,13 @@
 """How far a reward model's confidence can be believed: metrics of held-out pairs, and the temperature that mends it."""
 
+import logging
+
 import numpy as np
-from transformers.utils import logging
 
 from .selection import sigmoid
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 TEMPERATURE_RANGE = (0.1, 100.0)
 NUM_ECE_BINS = 15

@@ -1,3 +1,4 @@
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -6,11 +7,9 @@ from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
-from transformers.utils import logging
 
 from .config import SSRMConfig
 from .rounds import CHECKPOINT_MARKER
-from .scoring import NonFiniteScoreError
 from .selection import PairScores, SelectionPolicy, above_threshold
 
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from .trainer import SSRMTrainer
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class PseudoLabelingCallback(TrainerCallback):
@@ -138,17 +137,7 @@ class PseudoLabelingCallback(TrainerCallback):
         """
         directory = trainer.run.round_dir(round + 1) / "scores"
         key = f"{trainer.run.weights_hash(trainer.run.weights_path(round))} {pool.pairs.fingerprint}"
-        try:
-            logits = trainer.score_pairs(pool.pairs, f"Scoring the pool after round {round}", directory, key)
-        except NonFiniteScoreError as error:
-            bad = np.isin(pool.pairs.first, error.sequences) | np.isin(pool.pairs.second, error.sequences)
-            rows = np.unique(pool.rows[bad]).tolist()
-            named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
-            raise NonFiniteScoreError(
-                f"The model of round {round} gives NaN or infinite rewards to rows {named} of `unlabeled_dataset`; "
-                "lower `learning_rate`, or train in another precision.",
-                error.sequences,
-            ) from error
+        logits = trainer.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
         return PairScores(logits, trainer.round_history[round]["temperature"])
 
     def select(self, scores: PairScores) -> np.ndarray:

@@ -91,7 +91,8 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
         if "margin" in features:
             kept = kept.add_column("margin", [0.0] * len(kept))
         labeled = labeled.add_column("probability", [None] * len(labeled))
-        return concatenate_datasets([part.select_columns(list(features)).cast(features) for part in (labeled, kept)])
+        parts = [part.select_columns(list(features)) for part in (labeled, kept)]
+        return concatenate_datasets([part if part.features == features else part.cast(features) for part in parts])
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if not any("probability" in example for example in examples):

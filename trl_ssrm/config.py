@@ -26,7 +26,7 @@ class SSRMConfig(RewardConfig):
             `max_steps`, in steps. If set, `max_steps` bounds round 0 only.
         keep_best_round (`bool`, *optional*, defaults to `False`):
             Whether to end with the weights of the round that has the lowest log-loss on `calibration_dataset` or,
-            without one, on `eval_dataset`. Otherwise the last round is kept.
+            without one, on `eval_dataset`, the first if there are several. Otherwise the last round is kept.
 
         > Parameters that control the unlabeled pool
 

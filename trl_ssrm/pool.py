@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +11,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset
-from transformers.utils import logging
 from trl import maybe_extract_prompt
 
 from .checks import check_not_empty, check_row
 from .scoring import PairedSequences
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Columns besides the text that decide how a row is tokenized, as in `RewardTrainer`.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")

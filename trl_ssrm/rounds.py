@@ -10,8 +10,8 @@ output_dir/rounds/
         pseudo_labels.parquet  kept pairs: what round 1 trains on beside the labeled pairs
         checkpoint-*/          as of any trainer
         weights.safetensors    trainable weights after round 1
-        trainer_state.json     written after the weights: the steps and logs up to here
-        round.json             facts of the round, written last: the round is over
+        trainer_state.json     written after the weights: the round is trained
+        round.json             facts of the round and logs up to here, written last: the round is over
 ```
 
 Every file is written aside and renamed, and files of numbers and pairs carry a checksum.
@@ -20,6 +20,7 @@ Every file is written aside and renamed, and files of numbers and pairs carry a 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +34,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from .config import SSRMConfig
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Written into a checkpoint when all of it is on disk. `Trainer` itself gives no sign of that, and would resume from
 # half a checkpoint.
@@ -245,20 +245,20 @@ class RunDirectory:
         with safe_open(path, framework="pt") as file:
             return file.metadata()["sha256"]
 
-    def write_round(self, round: int, facts: dict[str, Any]) -> None:
-        """End a round with its facts."""
-        write_json(self.round_dir(round) / "round.json", facts)
+    def write_round(self, round: int, facts: dict[str, Any], log_history: list[dict[str, float]]) -> None:
+        """End a round with its facts and the logs up to here, in one file, so that both are there or none."""
+        write_json(self.round_dir(round) / "round.json", {"facts": facts, "log_history": log_history})
 
     def read_round(self, round: int) -> dict[str, Any]:
-        """`dict[str, Any]`: the facts of a round that is over."""
+        """`dict[str, Any]`: `facts` and `log_history` of a round that is over."""
         return json.loads((self.round_dir(round) / "round.json").read_text(encoding="utf-8"))
 
     def state_path(self, round: int) -> Path:
-        """`Path`: steps and logs up to the end of a round, there once the round was trained."""
+        """`Path`: state of the trainer at the end of a round, there once the round was trained."""
         return self.round_dir(round) / "trainer_state.json"
 
     def write_state(self, round: int, state: TrainerState) -> None:
-        """Keep the steps and logs up to the end of a round."""
+        """Keep the state of the trainer at the end of a round, which is the sign that it was trained."""
         with written_aside(self.state_path(round)) as aside:
             state.save_to_json(str(aside))
 

@@ -27,15 +27,19 @@ class NonFiniteScoreError(ValueError):
     A reward model gave NaN or infinity.
 
     Args:
-        message (`str`):
-            What happened.
-        sequences (`np.ndarray` of shape `(num_sequences,)`, int64):
-            Positions of these sequences in the [`PairedSequences`] that was scored.
+        name (`str`):
+            Dataset that was scored.
+        rows (`list[int]`):
+            Its rows with such a reward.
     """
 
-    def __init__(self, message: str, sequences: np.ndarray):
-        super().__init__(message)
-        self.sequences = sequences
+    def __init__(self, name: str, rows: list[int]):
+        named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+        super().__init__(
+            f"The model gives NaN or infinite rewards to rows {named} of `{name}`; lower `learning_rate`, or train in "
+            "another precision."
+        )
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,10 @@ class PairedSequences:
         columns = [
             dataset.select_columns(name).rename_column(name, "input_ids") for name in ("chosen_ids", "rejected_ids")
         ]
-        # Both columns hold lists of integers, but one that is empty or was tokenized elsewhere may differ in width.
-        stacked = concatenate_datasets([columns[0], columns[1].cast(columns[0].features)])
+        # Both columns hold lists of integers, but those that were tokenized elsewhere may differ in width.
+        if columns[0].features != columns[1].features:
+            columns[1] = columns[1].cast(columns[0].features)
+        stacked = concatenate_datasets(columns)
         position_of: dict[bytes, int] = {}
         lengths = np.empty(len(stacked), dtype=np.int64)
         digest_of_row = []
@@ -122,7 +128,8 @@ def score_pairs(
     batch_tokens: int,
     directory: Path | None = None,
     key: str = "",
-    description: str = "Scoring",
+    name: str = "dataset",
+    rows: np.ndarray | None = None,
     disable_tqdm: bool = False,
 ) -> np.ndarray:
     """
@@ -146,8 +153,10 @@ def score_pairs(
             Where finished shards are kept.
         key (`str`, *optional*, defaults to `""`):
             Names the model and the sequences; a shard with another key is scored again.
-        description (`str`, *optional*, defaults to `"Scoring"`):
-            Label of the progress bar.
+        name (`str`, *optional*, defaults to `"dataset"`):
+            What the pairs are called on the progress bar and in an error.
+        rows (`np.ndarray` of shape `(num_pairs,)`, int64, *optional*):
+            Row that each pair comes from, for an error. If `None`, each pair is a row.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to leave out the progress bar.
 
@@ -165,7 +174,7 @@ def score_pairs(
     try:
         with tqdm(
             total=sum(int(pairs.lengths[shards[number]].sum()) for number in mine),
-            desc=description,
+            desc=f"Scoring {name}",
             unit="token",
             unit_scale=True,
             disable=disable_tqdm or not accelerator.is_main_process,
@@ -188,10 +197,12 @@ def score_pairs(
     for start, scores in gather_object(scored):
         rewards[start : start + len(scores)] = scores
     # Raised only now, in every process: one that stopped alone would leave the others waiting for its scores.
-    if not np.isfinite(rewards).all():
-        bad = np.flatnonzero(~np.isfinite(rewards))
-        raise NonFiniteScoreError(f"The model gives NaN or infinite rewards to {len(bad)} sequences.", bad)
-    return rewards[pairs.first] - rewards[pairs.second]
+    logits = rewards[pairs.first] - rewards[pairs.second]
+    is_finite = np.isfinite(rewards[pairs.first]) & np.isfinite(rewards[pairs.second])
+    if not is_finite.all():
+        rows = np.arange(len(logits)) if rows is None else rows
+        raise NonFiniteScoreError(name, np.unique(rows[~is_finite]).tolist())
+    return logits
 
 
 def _score_shard(model, pairs, shard, pad_token_id, accelerator, batch_tokens, progress) -> np.ndarray:

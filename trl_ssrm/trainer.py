@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -22,7 +23,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalPrediction, TrainOutput
-from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer
 
 from .adapters import merged, with_score_head
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -187,6 +187,8 @@ class SSRMTrainer(RewardTrainer):
             peft_config = with_score_head(peft_config)
         elif calibration_dataset is not None:
             raise ValueError("`calibration_dataset` calibrates pseudo-labels, so it needs `unlabeled_dataset`.")
+        elif any(isinstance(callback, PseudoLabelingCallback) for callback in callbacks or []):
+            raise ValueError("`PseudoLabelingCallback` labels the pool, so it needs `unlabeled_dataset`.")
         super().__init__(
             model=model,
             args=args,
@@ -276,7 +278,8 @@ class SSRMTrainer(RewardTrainer):
                 "Hyperparameter search does not support `unlabeled_dataset`; search on the labeled pairs."
             )
 
-        labeled = self.train_dataset
+        # A run that was interrupted in this process has left the pairs of its round.
+        self.train_dataset = self._labeled
         self._open_run(resume_from_checkpoint)
         while True:
             if self.round == len(self.round_history):
@@ -291,9 +294,9 @@ class SSRMTrainer(RewardTrainer):
             if pseudo_labeled is None:
                 self.termination_reason = self.pseudo_labeling_callback.termination_reason
                 break
-            self.train_dataset = self.data_collator.build_dataset(labeled, pseudo_labeled)
+            self.train_dataset = self.data_collator.build_dataset(self._labeled, pseudo_labeled)
             self.round += 1
-        self.train_dataset = labeled
+        self.train_dataset = self._labeled
         return self._end_run()
 
     def _open_run(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -327,10 +330,14 @@ class SSRMTrainer(RewardTrainer):
             raise ValueError(error)
         num_finished = self.on_main_process(lambda: run.num_finished)
         self.round = max(num_finished - 1, 0)
-        self.round_history = [run.read_round(round) for round in range(num_finished)]
+        rounds = [run.read_round(round) for round in range(num_finished)]
+        self.round_history = [round["facts"] for round in rounds]
+        self.labeling_facts = {}
+        self.pseudo_labeling_callback.log_history = rounds[-1]["log_history"] if rounds else []
         run.read_weights(run.weights_path(num_finished - 1), model)
         if num_finished > 0:
             self._load_state(self.round)
+            self.state.log_history = self.pseudo_labeling_callback.log_history
             self.accelerator.print(f"Resuming the run in {self.args.output_dir} after round {self.round}.")
 
     def _train_round(self, ignore_keys_for_eval: list[str] | None) -> None:
@@ -340,12 +347,12 @@ class SSRMTrainer(RewardTrainer):
             run.read_weights(run.weights_path(round), self._unwrapped_model)
             self._load_state(round)
             return
-        if round > 0:
-            # A round depends on its data, its initial weights and this seed alone, so that it can be resumed.
-            set_seed(self.args.seed + round)
-            self.optimizer = None
-            if self.args.round_init == "base":
-                run.read_weights(run.weights_path(-1), self._unwrapped_model)
+        # A round depends on its data, its initial weights and this seed alone, so that it can be resumed. Round 0 starts
+        # from the seed that `RewardTrainer` starts from.
+        set_seed(self.args.seed + round)
+        self.optimizer = None
+        if round > 0 and self.args.round_init == "base":
+            run.read_weights(run.weights_path(-1), self._unwrapped_model)
         with self._round_length():
             super().train(
                 resume_from_checkpoint=self.on_main_process(lambda: run.last_checkpoint(round)),
@@ -360,7 +367,7 @@ class SSRMTrainer(RewardTrainer):
         """Measure the model of a round on the held-out pairs, fit the temperature, and log and keep the facts."""
         facts: dict[str, Any] = {"round": self.round, "temperature": 1.0}
         for name, pairs in self._held_out.items():
-            logits = self.score_pairs(pairs, f"Scoring {name} after round {self.round}")
+            logits = self.score_pairs(pairs, f"{name}_dataset")
             facts |= {f"{name}_{metric}": value for metric, value in preference_metrics(logits).items()}
             if name == "calibration":
                 facts["temperature"] = fit_temperature(logits)
@@ -375,8 +382,7 @@ class SSRMTrainer(RewardTrainer):
         self.round_history.append(facts)
         self.accelerator.print(round_line(facts))
         if self.accelerator.is_main_process:
-            self.run.write_state(self.round, self.state)
-            self.run.write_round(self.round, facts)
+            self.run.write_round(self.round, facts, self.state.log_history)
             initial = {-1} if self.args.round_init == "base" else set()
             best = {self.best_round} if self.args.keep_best_round else set()
             self.run.prune_weights({self.round} | initial | best)
@@ -423,7 +429,6 @@ class SSRMTrainer(RewardTrainer):
         self.state = TrainerState.load_from_json(str(self.run.state_path(round)))
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
-        self.pseudo_labeling_callback.log_history = self.state.log_history
 
     # ---- What the callback uses ----
 
@@ -460,24 +465,23 @@ class SSRMTrainer(RewardTrainer):
         rows = np.random.default_rng(self.args.seed).permutation(len(self.pool.source))
         return np.flatnonzero(np.isin(self.pool.rows, rows[round - 1 :: self.args.num_rounds]))
 
-    def score_pairs(
-        self, pairs: PairedSequences, description: str, directory: Path | None = None, key: str = ""
-    ) -> np.ndarray:
+    def score_pairs(self, pairs: PairedSequences, name: str, **kwargs: Any) -> np.ndarray:
         """
         Pair logits under the current weights.
 
         Args:
             pairs ([`PairedSequences`]):
                 What to score.
-            description (`str`):
-                Label of the progress bar.
-            directory (`Path`, *optional*):
-                Where finished shards are kept, and read from.
-            key (`str`, *optional*, defaults to `""`):
-                Names the weights and the sequences of these shards.
+            name (`str`):
+                What the pairs are called on the progress bar and in an error.
+            kwargs:
+                `rows`, `directory` and `key` of [`~trl_ssrm.scoring.score_pairs`].
 
         Returns:
             `np.ndarray` of shape `(num_pairs,)`, float64: `r(first) - r(second)`, the same in every process.
+
+        Raises:
+            NonFiniteScoreError: If a reward is NaN or infinite.
         """
         return score_pairs(
             self._unwrapped_model,
@@ -485,10 +489,9 @@ class SSRMTrainer(RewardTrainer):
             pad_token_id=self.processing_class.pad_token_id,
             accelerator=self.accelerator,
             batch_tokens=self.args.score_batch_tokens,
-            directory=directory,
-            key=key,
-            description=description,
+            name=name,
             disable_tqdm=bool(self.args.disable_tqdm),
+            **kwargs,
         )
 
     # ---- What is different from `RewardTrainer` within a round ----
@@ -613,6 +616,7 @@ class SSRMTrainer(RewardTrainer):
         report_dropped("train_dataset", {max_length: len(train_dataset) - len(self.train_dataset)})
         if len(self.train_dataset) == 0:
             raise ValueError(f"Every row of `train_dataset` is {max_length}; raise it, or shorten the texts.")
+        self._labeled = self.train_dataset
         self._labeled_pairs = PairedSequences.from_tokenized(self.train_dataset)
         self._margins = list(self.train_dataset["margin"]) if "margin" in self.train_dataset.column_names else None
         given = _by_name(eval_dataset, "eval")
@@ -629,6 +633,13 @@ class SSRMTrainer(RewardTrainer):
             if len(prepared) == 0:
                 raise ValueError(f"Every row of `{name}` is {max_length}; raise it, or shorten the texts.")
             self._held_out[name] = PairedSequences.from_tokenized(prepared)
+        known_pairs = {"the labeled pairs": set(self._labeled_pairs.pair_keys())}
+        known_pairs |= {name: set(pairs.pair_keys()) for name, pairs in self._held_out.items()}
+        if common := known_pairs["the labeled pairs"] & known_pairs.get("calibration", set()):
+            raise ValueError(
+                f"`calibration_dataset` shares {len(common)} pairs with `train_dataset`, of which the model is surer than "
+                "of others; leave them out of one of the two."
+            )
         self.pool = build_pool(
             unlabeled_dataset,
             lambda dataset: self._prepare_dataset(dataset, self.processing_class, without_filter, "unlabeled"),
@@ -637,10 +648,7 @@ class SSRMTrainer(RewardTrainer):
             max_samples=self.args.max_unlabeled_samples,
             is_conversational=is_conversational,
             with_gold=self.args.track_pseudo_label_accuracy,
-            known_pairs={
-                name: set(pairs.pair_keys())
-                for name, pairs in {"the labeled pairs": self._labeled_pairs, **self._held_out}.items()
-            },
+            known_pairs=known_pairs,
         )
 
 
