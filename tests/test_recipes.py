@@ -38,7 +38,7 @@ def test_quickstart_trains_a_real_model_on_real_text(tmp_path):
         all_labels_num_train_epochs=1,
         disable_tqdm=True,
     )
-    table = output[output.index("accuracy") :].splitlines()
+    table = output[output.index("log-loss") :].splitlines()
     assert [line[:16].strip() for line in table[1:4]] == ["labeled only", "SSRM, round 1", "all labels"]
     assert "What does " in output
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=1)
