@@ -54,7 +54,10 @@ def merged(model: PeftModel) -> PreTrainedModel:
         return copy.deepcopy(model).merge_and_unload()
     with tempfile.TemporaryDirectory() as adapter:
         model.save_pretrained(adapter)
+        # The padding token is what tells a decoder where a sequence ends; the trainer has set it on the model only.
+        pad_token_id = base.config.get_text_config().pad_token_id
         base = AutoModelForSequenceClassification.from_pretrained(
             base.config.name_or_path, num_labels=1, dtype=torch.float32
         )
+        base.config.get_text_config().pad_token_id = pad_token_id
         return PeftModel.from_pretrained(base, adapter).merge_and_unload()

@@ -619,8 +619,8 @@ class SSRMTrainer(RewardTrainer):
         self._labeled = self.train_dataset
         self._labeled_pairs = PairedSequences.from_tokenized(self.train_dataset)
         self._margins = list(self.train_dataset["margin"]) if "margin" in self.train_dataset.column_names else None
-        given = _by_name(eval_dataset, "eval")
-        held_out = {name: (given[name], prepared) for name, prepared in _by_name(self.eval_dataset, "eval").items()}
+        raw = _by_name(eval_dataset, "eval")
+        held_out = {name: (raw[name], prepared) for name, prepared in _by_name(self.eval_dataset, "eval").items()}
         if calibration_dataset is not None:
             prepared = self._prepare_dataset(calibration_dataset, self.processing_class, self.args, "calibration")
             held_out["calibration"] = (calibration_dataset, prepared)
