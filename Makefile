@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 TRL_NEW ?= trl==1.16.0
 TRL_OLD ?= trl==1.12.0
 
+# Where it is set, every process would compile what it imports, torch and transformers included.
+unexport PYTHONDONTWRITEBYTECODE
+
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile --constraint tests/constraints.txt
 SOURCES = trl_ssrm tests recipes
 
