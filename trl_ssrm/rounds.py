@@ -216,11 +216,9 @@ class RunDirectory:
                 "it was started with, or choose another `output_dir`."
             )
 
-    def write_weights(self, path: Path, model: nn.Module) -> str:
-        """Keep the trainable weights of a model. Returns the hash that names them."""
-        weights = trainable_weights(model)
-        write_tensors(path, weights)
-        return _checksum(weights)
+    def write_weights(self, path: Path, model: nn.Module) -> None:
+        """Keep the trainable weights of a model."""
+        write_tensors(path, trainable_weights(model))
 
     def read_weights(self, path: Path, model: nn.Module) -> None:
         """
@@ -241,7 +239,7 @@ class RunDirectory:
                 tensor.copy_(stored[name])
 
     def weights_hash(self, path: Path) -> str:
-        """`str`: what [`RunDirectory.write_weights`] returned for a file."""
+        """`str`: hash of the weights in a file, which names them."""
         with safe_open(path, framework="pt") as file:
             return file.metadata()["sha256"]
 

@@ -392,7 +392,8 @@ class SSRMTrainer(RewardTrainer):
         """Load the round that is kept, write the model card, and close the trackers."""
         last = self.round_history[-1]
         kept = self.best_round if self.args.keep_best_round else last["round"]
-        self.run.read_weights(self.run.weights_path(kept), self._unwrapped_model)
+        if kept != last["round"]:
+            self.run.read_weights(self.run.weights_path(kept), self._unwrapped_model)
         self.create_model_card(model_name=self.run.output_dir.name)
         self.control = self.callback_handler.end_trackers(self.args, self.state, self.control)
         self.accelerator.print(
