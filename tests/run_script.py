@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 import trl_ssrm.rounds
 import trl_ssrm.scoring
 from trl_ssrm import SSRMConfig, SSRMTrainer
-from trl_ssrm.rounds import content_hash
+from trl_ssrm.storage import content_hash
 
 
 def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, lora: bool = False, **settings) -> None:

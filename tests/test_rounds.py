@@ -11,7 +11,8 @@ from conftest import assert_same_weights, preference_rows, weights_of
 from datasets import Dataset
 
 from trl_ssrm import SSRMTrainer
-from trl_ssrm.rounds import RunDirectory, write_tensors, written_aside
+from trl_ssrm.rounds import RunDirectory
+from trl_ssrm.storage import write_tensors, written_aside
 
 
 SCRIPT = Path(__file__).parent / "run_script.py"

@@ -8,8 +8,8 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ssrm import NonFiniteScoreError, scoring
-from trl_ssrm.rounds import read_tensors, write_tensors
 from trl_ssrm.scoring import PairedSequences, score_pairs
+from trl_ssrm.storage import read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module", params=["llama", "bert"])

@@ -17,98 +17,33 @@ output_dir/rounds/
 Every file is written aside and renamed, and files of numbers and pairs carry a checksum.
 """
 
-import contextlib
-import hashlib
 import json
-import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import SSRMConfig
+from .storage import (
+    changed_facts,
+    content_hash,
+    read_table,
+    read_tensors,
+    write_json,
+    write_table,
+    write_tensors,
+    written_aside,
+)
 
-
-logger = logging.getLogger(__name__)
 
 # Written into a checkpoint when all of it is on disk. `Trainer` itself gives no sign of that, and would resume from
 # half a checkpoint.
 CHECKPOINT_MARKER = "checkpoint_complete"
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and move it there once it was written without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that appears whole or not at all."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    content = hashlib.sha256()
-    for name in sorted(tensors):
-        content.update(name.encode())
-        content.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return content.hexdigest()
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str = "") -> None:
-    """
-    Write tensors as safetensors, with a checksum and a key that says what they belong to.
-
-    Args:
-        path (`Path`):
-            File to write, whole or not at all.
-        tensors (`dict[str, torch.Tensor]`):
-            Tensors of any shape, dtype and device.
-        key (`str`, *optional*, defaults to `""`):
-            What [`read_tensors`] must ask for.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with written_aside(path) as aside:
-        save_file(tensors, aside, metadata={"key": key, "sha256": _checksum(tensors)})
-
-
-def read_tensors(path: Path, key: str = "") -> dict[str, torch.Tensor] | None:
-    """
-    Read what [`write_tensors`] wrote.
-
-    Returns:
-        `dict[str, torch.Tensor]` or `None`: the tensors, on the CPU; `None` if there is no such file, if it belongs to
-        another key, or if it is damaged, which is logged.
-    """
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        logger.warning(f"{path} is damaged ({error}) and is not used.")
-        return None
-    if metadata.get("sha256") != _checksum(tensors):
-        logger.warning(f"{path} is damaged (its checksum does not fit) and is not used.")
-        return None
-    return tensors if metadata.get("key") == key else None
 
 
 # Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
@@ -194,7 +129,6 @@ class RunDirectory:
             ValueError: If there is a run and `resume` is not set, if there is none and it is, or if the run was
                 started with other settings or data.
         """
-        identity = json.loads(json.dumps(identity))
         if not self.has_run:
             if resume:
                 raise ValueError(
@@ -207,12 +141,9 @@ class RunDirectory:
                 f"{self.output_dir} already holds a run; pass `resume_from_checkpoint=True` to go on with it, choose "
                 f"another `output_dir`, or delete {self.root}."
             )
-        started = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
-        changed = sorted(name for name in started.keys() | identity.keys() if started.get(name) != identity.get(name))
-        if changed:
-            now = ", ".join(f"`{name}` ({started.get(name)!r} then, {identity.get(name)!r} now)" for name in changed)
+        if changed := changed_facts(self.root / "run.json", identity):
             raise ValueError(
-                f"The run in {self.output_dir} was started with other settings or data: {now}. Resume it with what "
+                f"The run in {self.output_dir} was started with other settings or data: {changed}. Resume it with what "
                 "it was started with, or choose another `output_dir`."
             )
 
@@ -262,12 +193,7 @@ class RunDirectory:
 
     def write_pseudo_labels(self, round: int, pseudo_labels: Dataset, facts: dict[str, Any]) -> None:
         """Keep the pairs that a round will train on, and the facts of their selection."""
-        path = self.round_dir(round) / "pseudo_labels.parquet"
-        with written_aside(path) as aside:
-            pseudo_labels.to_parquet(str(aside))
-            facts = {**facts, "sha256": _file_hash(aside)}
-        # The facts are the sign that the selection is done, so they come last.
-        write_json(path.with_suffix(".json"), facts)
+        write_table(self.round_dir(round) / "pseudo_labels.parquet", pseudo_labels, facts)
 
     def read_pseudo_labels(self, round: int) -> tuple[Dataset, dict[str, Any]] | None:
         """
@@ -276,18 +202,7 @@ class RunDirectory:
         Returns:
             `tuple[Dataset, dict]` or `None`: `None` if there are none yet or the file is damaged, which is logged.
         """
-        path = self.round_dir(round) / "pseudo_labels.parquet"
-        if not path.with_suffix(".json").is_file():
-            return None
-        try:
-            facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            is_whole = facts.pop("sha256") == _file_hash(path)
-        except (ValueError, KeyError, OSError):
-            is_whole = False
-        if not is_whole:
-            logger.warning(f"{path} is damaged; the pairs of round {round} are selected again.")
-            return None
-        return Dataset(pq.read_table(path)), facts
+        return read_table(self.round_dir(round) / "pseudo_labels.parquet")
 
     def last_checkpoint(self, round: int) -> str | None:
         """`str` or `None`: directory of the last checkpoint of a round that was written to its end."""
@@ -309,13 +224,3 @@ class RunDirectory:
 def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """`dict[str, torch.Tensor]`: the parameters that training changes, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def content_hash(*values: Any) -> str:
-    """`str`: hash of JSON values."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .rounds import read_tensors, write_tensors
+from .storage import read_tensors, write_tensors
 
 
 # What is lost when scoring is interrupted: a minute on a laptop, less than a second on a GPU.
@@ -205,18 +205,52 @@ def score_pairs(
     return logits
 
 
+def score_sequences(
+    model: nn.Module, sequences: list[list[int]], pad_token_id: int, batch_tokens: int = 16384
+) -> np.ndarray:
+    """
+    Rewards of tokenized sequences, in this process, in the precision of the model and without autocast.
+
+    Args:
+        model ([`~torch.nn.Module`]):
+            Sequence classifier with one label, in evaluation mode.
+        sequences (`list[list[int]]` of length `num_sequences`):
+            Token IDs. A sequence that occurs again is scored once.
+        pad_token_id (`int`):
+            Token ID to use for padding, on the right.
+        batch_tokens (`int`, *optional*, defaults to `16384`):
+            Size of a batch in tokens, padding included.
+
+    Returns:
+        `np.ndarray` of shape `(num_sequences,)`, float32: the rewards.
+    """
+    distinct = sorted({tuple(ids) for ids in sequences}, key=lambda ids: (-len(ids), ids))
+    rewards = np.empty(len(distinct), dtype=np.float32)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, enabled=False):
+        for batch in _split(np.array([len(ids) for ids in distinct], dtype=np.int64), batch_tokens):
+            rewards[batch] = _score_batch(model, distinct[batch], pad_token_id, device)
+    position_of = {ids: position for position, ids in enumerate(distinct)}
+    return rewards[[position_of[tuple(ids)] for ids in sequences]]
+
+
 def _score_shard(model, pairs, shard, pad_token_id, accelerator, batch_tokens, progress) -> np.ndarray:
     scores = np.empty(shard.stop - shard.start, dtype=np.float32)
     for batch in _split(pairs.lengths[shard], batch_tokens):
         rows = pairs.sequences[shard.start + batch.start : shard.start + batch.stop]["input_ids"]
-        ids = [torch.tensor(row) for row in rows]
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(accelerator.device)
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(accelerator.device)
-        with torch.inference_mode(), accelerator.autocast(), _float32_logits(model):
-            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-        scores[batch] = logits.squeeze(-1).float().cpu().numpy()
+        with accelerator.autocast():
+            scores[batch] = _score_batch(model, rows, pad_token_id, accelerator.device)
         progress.update(sum(map(len, rows)))
     return scores
+
+
+def _score_batch(model, rows, pad_token_id, device) -> np.ndarray:
+    ids = [torch.tensor(row) for row in rows]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
+    with torch.inference_mode(), _float32_logits(model):
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    return logits.squeeze(-1).float().cpu().numpy()
 
 
 def _split(lengths: np.ndarray, tokens: int) -> Iterator[slice]:

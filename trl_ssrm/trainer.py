@@ -33,8 +33,9 @@ from .collator import ConfidenceFilteredDataCollator
 from .config import SSRMConfig
 from .pool import Pool, build_pool, report_dropped
 from .report import round_line, round_table
-from .rounds import RunDirectory, content_hash, run_identity
+from .rounds import RunDirectory, run_identity
 from .scoring import PairedSequences, score_pairs
+from .storage import content_hash
 
 
 if TYPE_CHECKING:

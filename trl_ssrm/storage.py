@@ -1,0 +1,163 @@
+"""Files that appear whole or not at all, and that say when they are damaged."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, and move it there once it was written without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that appears whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """`str`: hash of tensors and their names."""
+    content = hashlib.sha256()
+    for name in sorted(tensors):
+        content.update(name.encode())
+        content.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str = "") -> None:
+    """
+    Write tensors as safetensors, with a checksum and a key that says what they belong to.
+
+    Args:
+        path (`Path`):
+            File to write, whole or not at all.
+        tensors (`dict[str, torch.Tensor]`):
+            Tensors of any shape, dtype and device.
+        key (`str`, *optional*, defaults to `""`):
+            What [`read_tensors`] must ask for.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_aside(path) as aside:
+        save_file(tensors, aside, metadata={"key": key, "sha256": tensors_hash(tensors)})
+
+
+def read_tensors(path: Path, key: str = "") -> dict[str, torch.Tensor] | None:
+    """
+    Read what [`write_tensors`] wrote.
+
+    Returns:
+        `dict[str, torch.Tensor]` or `None`: the tensors, on the CPU; `None` if there is no such file, if it belongs to
+        another key, or if it is damaged, which is logged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        logger.warning(f"{path} is damaged ({error}) and is not used.")
+        return None
+    if metadata.get("sha256") != tensors_hash(tensors):
+        logger.warning(f"{path} is damaged (its checksum does not fit) and is not used.")
+        return None
+    return tensors if metadata.get("key") == key else None
+
+
+def write_table(path: Path, table: Dataset, facts: dict[str, Any]) -> None:
+    """
+    Write a dataset as Parquet and facts about it as JSON beside it.
+
+    Args:
+        path (`Path`):
+            File to write, with the suffix `.parquet`.
+        table ([`~datasets.Dataset`]):
+            Dataset to write.
+        facts (`dict[str, Any]`):
+            JSON values. They are written last, so they are the sign that the table is there.
+    """
+    with written_aside(path) as aside:
+        table.to_parquet(str(aside))
+        facts = {**facts, "sha256": _file_hash(aside)}
+    write_json(path.with_suffix(".json"), facts)
+
+
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """
+    Read the facts that [`write_table`] wrote.
+
+    Returns:
+        `dict[str, Any]` or `None`: `None` if the table is not there yet, or if it is damaged, which is logged.
+    """
+    if not path.with_suffix(".json").is_file():
+        return None
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        is_whole = facts.pop("sha256") == _file_hash(path)
+    except (ValueError, KeyError, OSError):
+        is_whole = False
+    if not is_whole:
+        logger.warning(f"{path} is damaged and is made again.")
+        return None
+    return facts
+
+
+def read_table(path: Path) -> tuple[Dataset, dict[str, Any]] | None:
+    """
+    Read what [`write_table`] wrote.
+
+    Returns:
+        `tuple[Dataset, dict]` or `None`: the dataset, in memory, and the facts; `None` as in [`read_facts`].
+    """
+    facts = read_facts(path)
+    return None if facts is None else (Dataset(pq.read_table(path)), facts)
+
+
+def changed_facts(path: Path, facts: dict[str, Any]) -> str:
+    """
+    What is different from facts that were written before, in words.
+
+    Args:
+        path (`Path`):
+            JSON file with the facts of then.
+        facts (`dict[str, Any]`):
+            JSON values of now.
+
+    Returns:
+        `str`: such as "`seed` (1 then, 2 now)"; empty if nothing is.
+    """
+    then, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(facts))
+    changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    return ", ".join(f"`{name}` ({then.get(name)!r} then, {now.get(name)!r} now)" for name in changed)
+
+
+def content_hash(*values: Any) -> str:
+    """`str`: hash of JSON values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
