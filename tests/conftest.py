@@ -17,6 +17,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     set_seed,
@@ -29,7 +30,9 @@ disable_progress_bars()
 
 CHAT_TEMPLATE = (
     "{% if tools %}<|tools|>{{ tools | tojson }}{% endif %}"
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call | tojson }}{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 GOOD = ["kind", "clear", "right", "warm", "exact"]
 BAD = ["rude", "vague", "wrong", "cold", "loose"]
@@ -92,6 +95,51 @@ def bert(tmp_path_factory, tokenizer) -> str:
     BertForSequenceClassification(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory) -> str:
+    """Directory of a tiny causal language model that writes letters, and whose tokens end a turn but pad otherwise."""
+    directory = tmp_path_factory.mktemp("policy")
+    vocab = {character: index for index, character in enumerate(f"{LETTERS} 0123456789")}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def letter_rows(num_rows: int, seed: int) -> list[dict[str, list[dict[str, str]]]]:
+    """Conversations in which the chosen completion has more letters from the first half of the alphabet."""
+    draw, rows = random.Random(seed), []
+    while len(rows) < num_rows:
+        texts = []
+        for share in (draw.random(), draw.random()):
+            halves = draw.choices((LETTERS[:13], LETTERS[13:]), weights=(share, 1 - share), k=draw.randint(3, 8))
+            texts.append("".join(draw.choice(half) for half in halves))
+        means = [sum(letter in LETTERS[:13] for letter in text) / len(text) for text in texts]
+        if means[0] != means[1]:
+            chosen, rejected = texts if means[0] > means[1] else reversed(texts)
+            rows.append(as_messages({"prompt": f"say {len(rows)}", "chosen": chosen, "rejected": rejected}))
+    return rows
 
 
 def preference_rows(num_rows: int, seed: int = 0) -> list[dict[str, str]]:

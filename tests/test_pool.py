@@ -121,7 +121,7 @@ def test_order_of_the_sequences_depends_on_their_content_alone():
         ([{"prompt": "p", "chosen": "a", "rejected": ""}], "`rejected` of row 0 of `unlabeled_dataset` is empty"),
         (
             [as_messages(preference_rows(1)[0])],
-            "`prompt` of row 0 of `unlabeled_dataset` is a conversation, but the labeled data starts with text",
+            "`prompt` of row 0 of `unlabeled_dataset` is a conversation, but the data starts with text",
         ),
         ([{"prompt": "p", "chosen": "a", "rejected": "a"}], "No pair of `unlabeled_dataset` is left (1 (identical"),
     ],

@@ -11,7 +11,14 @@ _HOME_OF = {
     "PairScores": "selection",
     "PseudoLabelingCallback": "callback",
     "SSRMConfig": "config",
+    "SSRMRewardFunction": "alignment",
     "SSRMTrainer": "trainer",
+    "best_of_n": "labeling",
+    "generate_completions": "generation",
+    "label_preferences": "labeling",
+    "load_ppo_models": "alignment",
+    "load_reward_model": "alignment",
+    "ssrm_reward": "alignment",
 }
 
 __all__ = [
@@ -20,13 +27,25 @@ __all__ = [
     "PairScores",
     "PseudoLabelingCallback",
     "SSRMConfig",
+    "SSRMRewardFunction",
     "SSRMTrainer",
+    "best_of_n",
+    "generate_completions",
+    "label_preferences",
+    "load_ppo_models",
+    "load_reward_model",
 ]
 
 if TYPE_CHECKING:
+    from .alignment import SSRMRewardFunction as SSRMRewardFunction
+    from .alignment import load_ppo_models as load_ppo_models
+    from .alignment import load_reward_model as load_reward_model
     from .callback import PseudoLabelingCallback as PseudoLabelingCallback
     from .collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
     from .config import SSRMConfig as SSRMConfig
+    from .generation import generate_completions as generate_completions
+    from .labeling import best_of_n as best_of_n
+    from .labeling import label_preferences as label_preferences
     from .scoring import NonFiniteScoreError as NonFiniteScoreError
     from .selection import PairScores as PairScores
     from .trainer import SSRMTrainer as SSRMTrainer

@@ -6,7 +6,8 @@ import tempfile
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel, TaskType, load_peft_weights
+from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 
@@ -22,17 +23,52 @@ def with_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
             The configuration that the user gave.
 
     Returns:
-        [`~peft.PeftConfig`] or `None`: the same, with `task_type="SEQ_CLS"`; PEFT then takes care of the head. A change
-        is logged.
+        [`~peft.PeftConfig`] or `None`: the same, with `task_type="SEQ_CLS"`; PEFT then adds the head to
+        `modules_to_save`. A change is logged.
     """
     if peft_config is None or peft_config.task_type == TaskType.SEQ_CLS:
         return peft_config
     logger.warning(
-        "`peft_config` is taken as one with `task_type='SEQ_CLS'`, so that the score head is trained and saved."
+        "`peft_config` is taken as one with `task_type='SEQ_CLS'`, which adds the score head to `modules_to_save`: it is "
+        "trained and saved."
     )
     peft_config = copy.deepcopy(peft_config)
     peft_config.task_type = TaskType.SEQ_CLS
     return peft_config
+
+
+def keep_score_head_in_float32(model: PeftModel) -> None:
+    """
+    Train and save the score head beside a quantized base in float32.
+
+    [`~trl.RewardTrainer`] casts all that is trained beside a quantized base to bfloat16, in which rewards near 5 are
+    0.03 apart and small updates are lost.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Sequence classifier with an adapter, before its optimizer is made.
+    """
+
+    def in_precision_of_head(head: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        # Without autocast, the hidden states of a base in bfloat16 would not go with the head.
+        return (args[0].to(next(head.parameters()).dtype),)
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for head in module.modules_to_save.values():
+                head.float().register_forward_pre_hook(in_precision_of_head)
+    logger.info("The score head beside the quantized base is trained and saved in float32.")
+
+
+def adapter_weight_names(name_or_path: str, revision: str | None = None) -> set[str]:
+    """`set[str]`: weights in a saved adapter, as the base model names them."""
+    weights = load_peft_weights(name_or_path, device="cpu", revision=revision)
+    return {name.removeprefix("base_model.model.") for name in weights}
+
+
+def merge_adapter(base: PreTrainedModel, name_or_path: str, revision: str | None = None) -> PreTrainedModel:
+    """Load a saved adapter on a base model and merge it, its score head included."""
+    return PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload()
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
@@ -60,4 +96,4 @@ def merged(model: PeftModel) -> PreTrainedModel:
             base.config.name_or_path, num_labels=1, dtype=torch.float32
         )
         base.config.get_text_config().pad_token_id = pad_token_id
-        return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        return merge_adapter(base, adapter)

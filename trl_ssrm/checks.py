@@ -1,7 +1,9 @@
 """What is refused before any work is done: one sentence each, which names the place and the mend."""
 
+import math
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -104,33 +106,26 @@ def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
         `bool` or `None`: whether the dataset is conversational; `None` if it is tokenized.
 
     Raises:
-        ValueError: If it is empty, lacks a column, or has a row without text.
+        ValueError: If it is empty, lacks a column, or has a row without text or with a margin that is not finite.
     """
     check_not_empty(dataset, name)
     columns = set(dataset.column_names)
     if {"chosen_ids", "rejected_ids"} <= columns:
         return None
-    if missing := {"chosen", "rejected"} - columns:
-        raise ValueError(
-            f"`{name}` has no column {' and no column '.join(f'`{column}`' for column in sorted(missing))}, only "
-            f"{sorted(columns)}; rename or add it."
-        )
+    check_columns(dataset, ("chosen", "rejected"), name)
     is_conversational = isinstance(dataset[0]["chosen"], list)
     for number, row in enumerate(dataset):
         where = f"row {number} of `{name}`"
-        check_row(row, [row["chosen"], row["rejected"]], where, is_conversational, "prompt" in columns)
+        texts = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
+        check_row(texts, where, is_conversational)
+        if not math.isfinite(row.get("margin") or 0):
+            raise ValueError(f"`margin` of {where} is {row['margin']}; give it a finite number or drop the row.")
     return is_conversational
 
 
-def check_row(row: dict[str, Any], completions: list, where: str, is_conversational: bool, has_prompt: bool) -> None:
+def check_row(texts: dict[str, Any], where: str, is_conversational: bool) -> None:
     """Refuse a row with missing or empty text, or with text where messages are due, or the other way round."""
-    fields = [("prompt", row["prompt"])] if has_prompt else []
-    if "completions" in row:
-        names = [f"completions[{position}]" for position in range(len(completions))]
-    else:
-        names = ["chosen", "rejected"] if "chosen" in row else ["completion_a", "completion_b"]
-    fields += zip(names, completions, strict=True)
-    for name, value in fields:
+    for name, value in texts.items():
         if (
             value is None
             or (isinstance(value, str | list) and not value)
@@ -142,7 +137,7 @@ def check_row(row: dict[str, Any], completions: list, where: str, is_conversatio
         if isinstance(value, list) != is_conversational or not isinstance(value, str | list):
             kind, due = ("a conversation", "text") if isinstance(value, list) else ("text", "a conversation")
             raise ValueError(
-                f"`{name}` of {where} is {kind}, but the labeled data starts with {due}; make all of it one or the other."
+                f"`{name}` of {where} is {kind}, but the data starts with {due}; make all of it one or the other."
             )
         if isinstance(value, list):
             _check_messages(value, f"`{name}` of {where}")
@@ -154,6 +149,27 @@ def _check_messages(messages: list, where: str) -> None:
             raise ValueError(f"{where} has a message without a `role`; each message needs `role` and `content`.")
         if not message.get("content") and not message.get("tool_calls"):
             raise ValueError(f"{where} has a message without `content`; fill it in or drop the row.")
+
+
+def check_prompts(
+    dataset: Any, name: str, named_completions: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
+) -> None:
+    """Refuse a dataset whose prompts can't be completed, or whose completions can't be scored."""
+    check_columns(dataset, ("prompt",), name)
+    check_not_empty(dataset, name)
+    is_conversational = isinstance(dataset[0]["prompt"], list)
+    for number, row in enumerate(dataset):
+        texts = {"prompt": row["prompt"], **named_completions(row)}
+        check_row(texts, f"row {number} of `{name}`", is_conversational)
+
+
+def check_columns(dataset: Any, columns: tuple[str, ...], name: str) -> None:
+    """Refuse a dataset without some columns."""
+    if missing := [column for column in columns if column not in dataset.column_names]:
+        raise ValueError(
+            f"`{name}` has no column {' and no column '.join(f'`{column}`' for column in missing)}, only "
+            f"{sorted(dataset.column_names)}; rename or add it."
+        )
 
 
 def check_not_empty(dataset: Dataset, name: str) -> None:

@@ -65,7 +65,7 @@ class Pool:
     def texts(self, pair: int, first_is_chosen: bool) -> dict[str, Any]:
         """`dict` with the keys `prompt`, `chosen` and `rejected`: the text or messages of a pair, oriented."""
         row = self.source[int(self.rows[pair])]
-        first, second = (_completions(row)[position] for position in self.completions[pair].tolist())
+        first, second = (completions_of(row)[position] for position in self.completions[pair].tolist())
         chosen, rejected = (first, second) if first_is_chosen else (second, first)
         prompt = {"prompt": row["prompt"]} if row.get("prompt") is not None else {}
         return maybe_extract_prompt({**prompt, "chosen": chosen, "rejected": rejected})
@@ -118,11 +118,8 @@ def build_pool(
     elif max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     check_not_empty(dataset, name)
+    check_format(dataset, name)
     columns = set(dataset.column_names)
-    if not ({"chosen", "rejected"} <= columns or {"prompt", "completions"} <= columns) and not (
-        {"prompt", "completion_a", "completion_b"} <= columns
-    ):
-        raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs {POOL_FORMATS}. Rename or add them.")
     if with_gold and ("completions" in columns or "chosen" not in columns):
         raise ValueError(
             f"`track_pseudo_label_accuracy` needs gold labels, but `{name}` has no `chosen` and `rejected`; turn it off."
@@ -130,10 +127,11 @@ def build_pool(
     has_prompt = "prompt" in columns
     num_completions = []
     for number, row in enumerate(dataset):
-        completions = _completions(row)
+        completions = completions_of(row)
         if is_conversational is None:
             is_conversational = isinstance(next(iter(completions), None), list)
-        check_row(row, completions, f"row {number} of `{name}`", is_conversational, has_prompt)
+        texts = {"prompt": row["prompt"]} if has_prompt else {}
+        check_row(texts | named_completions(row), f"row {number} of `{name}`", is_conversational)
         if len(completions) < 2:
             raise ValueError(f"Row {number} of `{name}` has {len(completions)} completions; give it two or more.")
         num_completions.append(len(completions))
@@ -169,7 +167,7 @@ def build_pool(
             second.append(sequence_of[j])
     report_dropped(name, dropped)
     if not rows:
-        raise ValueError(f"No pair of `{name}` is left ({_in_words(dropped)}); give it other rows, or mend that.")
+        raise ValueError(f"No pair of `{name}` is left ({in_words(dropped)}); give it other rows, or mend that.")
     positions = np.array(kept_completions, dtype=np.int64)
     pool = Pool(
         source=dataset,
@@ -192,24 +190,24 @@ def build_pool(
 def report_dropped(name: str, dropped: dict[str, int]) -> None:
     """Log how many pairs of a dataset were left out, and why."""
     if any(dropped.values()):
-        logger.warning(f"Pairs of `{name}` left out: {_in_words(dropped)}.")
+        logger.warning(f"Pairs of `{name}` left out: {in_words(dropped)}.")
 
 
-def _in_words(dropped: dict[str, int]) -> str:
+def in_words(dropped: dict[str, int]) -> str:
+    """`str`: counts by reason."""
     return ", ".join(f"{count} ({reason})" for reason, count in sorted(dropped.items())) or "none was given"
 
 
 def _two_by_two(dataset: Dataset) -> Dataset:
     """`RewardTrainer` tokenizes two completions a row, so they go through it so; one without a partner goes twice."""
     shared = [column for column in ("prompt", *TEMPLATE_COLUMNS) if column in dataset.column_names]
-    example = {name: dataset.features[name] for name in dataset.column_names}
-    feature = _completions(example)[0] if "completions" not in example else example["completions"].feature
+    feature = completion_feature(dataset)
 
     def split(batch: dict[str, list]) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         split_rows: dict[str, list] = {name: [] for name in (*shared, "chosen", "rejected")}
         for row in rows:
-            completions = _completions(row)
+            completions = completions_of(row)
             for start in range(0, len(completions), 2):
                 for name in shared:
                     split_rows[name].append(row[name])
@@ -217,7 +215,7 @@ def _two_by_two(dataset: Dataset) -> Dataset:
                 split_rows["rejected"].append(completions[min(start + 1, len(completions) - 1)])
         return split_rows
 
-    features = Features({**{name: example[name] for name in shared}, "chosen": feature, "rejected": feature})
+    features = Features({**{name: dataset.features[name] for name in shared}, "chosen": feature, "rejected": feature})
     return dataset.map(
         split,
         batched=True,
@@ -227,12 +225,33 @@ def _two_by_two(dataset: Dataset) -> Dataset:
     )
 
 
-def _completions(row: dict[str, Any]) -> list:
+def check_format(dataset: Dataset, name: str) -> None:
+    """Refuse a dataset that is not of an accepted format."""
+    columns = set(dataset.column_names)
+    if not ({"chosen", "rejected"} <= columns or {"prompt", "completions"} <= columns) and not (
+        {"prompt", "completion_a", "completion_b"} <= columns
+    ):
+        raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs {POOL_FORMATS}. Rename or add them.")
+
+
+def completions_of(row: dict[str, Any]) -> list:
+    """`list`: the completions of a row, in whichever of the accepted formats."""
+    return list(named_completions(row).values())
+
+
+def named_completions(row: dict[str, Any]) -> dict[str, Any]:
+    """`dict[str, Any]`: the completions of a row by what to call them in a message."""
     if "completions" in row:
-        return row["completions"] or []
-    if "chosen" in row:
-        return [row["chosen"], row["rejected"]]
-    return [row["completion_a"], row["completion_b"]]
+        return {f"completions[{position}]": value for position, value in enumerate(row["completions"] or [])}
+    names = ("chosen", "rejected") if "chosen" in row else ("completion_a", "completion_b")
+    return {name: row[name] for name in names}
+
+
+def completion_feature(dataset: Dataset) -> Any:
+    """The feature type of one completion in a dataset of an accepted format."""
+    if "completions" in dataset.features:
+        return dataset.features["completions"].feature
+    return completions_of(dataset.features)[0]
 
 
 def _draw(seed: int, row: int, digest: bytes) -> bytes:

@@ -36,8 +36,8 @@ class NonFiniteScoreError(ValueError):
     def __init__(self, name: str, rows: list[int]):
         named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
         super().__init__(
-            f"The model gives NaN or infinite rewards to rows {named} of `{name}`; lower `learning_rate`, or train in "
-            "another precision."
+            f"The model gives NaN or infinite rewards to rows {named} of `{name}`; lower `learning_rate`, or train or "
+            "load it in another precision."
         )
         self.rows = rows
 

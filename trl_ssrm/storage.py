@@ -158,6 +158,14 @@ def content_hash(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
+def rows_hash(dataset: Dataset) -> str:
+    """`str`: hash of the rows, which unlike the fingerprint of a dataset does not depend on how it was made."""
+    content = hashlib.sha256()
+    for row in dataset:
+        content.update(json.dumps(row, default=str).encode())
+    return content.hexdigest()[:16]
+
+
 def _file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

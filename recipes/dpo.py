@@ -1,0 +1,108 @@
+"""
+Label completions with an SSRM reward model, then train a policy on them by DPO.
+
+The dataset has `prompt`, and `completions` if there are any; otherwise the policy makes its own. What was generated and
+labeled is kept under `output_dir`, and not made again when the script is started again.
+
+    python recipes/dpo.py --config recipes/dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+
+Several GPUs, with DDP, FSDP2 or DeepSpeed; the processes share generation and labeling:
+
+    accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/dpo.py \\
+        --config recipes/dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+
+LoRA, and LoRA on a 4-bit base (QLoRA): add `--use_peft --learning_rate 1.0e-5`, and `--load_in_4bit`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from trl_ssrm import SSRMRewardFunction, generate_completions, label_preferences
+
+
+@dataclass
+class DPOScriptArguments(ScriptArguments):
+    """Arguments of the script besides those of the trainer; the `help` of each says what it is."""
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Directory that `ssrm.py` saved, of a model or of an adapter."}
+    )
+    reward_model_dtype: str = field(default="float32", metadata={"help": "Precision of the reward model."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Prompts to use. Default: all."})
+    num_completions: int = field(default=4, metadata={"help": "Completions of a prompt, where there are none."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    generation_batch_size: int = field(default=8, metadata={"help": "Prompts in a batch of generation."})
+    use_vllm: bool = field(default=False, metadata={"help": "Whether to generate with vLLM, in one process."})
+    pairing: str = field(
+        default="best_vs_worst",
+        metadata={"help": "Pairs of a prompt.", "choices": ["best_vs_worst", "best_vs_random", "all"]},
+    )
+    min_confidence: float = field(default=0.5, metadata={"help": "Least confidence of a pair, in [0.5, 1)."})
+
+
+def main(script_args: DPOScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
+    if script_args.reward_model_name_or_path is None:
+        raise ValueError("Pass `--reward_model_name_or_path`, the directory that `ssrm.py` saved.")
+    output_dir = Path(training_args.output_dir)
+    # Loaded first, so that a reward model that can't be used is known before the completions are made.
+    reward_function = SSRMRewardFunction(script_args.reward_model_name_or_path, dtype=script_args.reward_model_dtype)
+    prompts = load_dataset(
+        script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_train_split
+    )
+    if script_args.num_prompts is not None:
+        prompts = prompts.select(range(min(script_args.num_prompts, len(prompts))))
+    if "completions" not in prompts.column_names:
+        prompts = generate_completions(
+            model_args.model_name_or_path,
+            prompts,
+            str(output_dir / "completions"),
+            num_completions=script_args.num_completions,
+            max_new_tokens=script_args.max_new_tokens,
+            temperature=script_args.temperature,
+            batch_size=script_args.generation_batch_size,
+            use_vllm=script_args.use_vllm,
+            dtype=model_args.dtype,
+            seed=training_args.seed,
+        )
+    labeled = label_preferences(
+        reward_function,
+        prompts,
+        str(output_dir / "labels"),
+        pairing=script_args.pairing,
+        min_confidence=script_args.min_confidence,
+        seed=training_args.seed,
+    )
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    trainer = DPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=labeled,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((DPOScriptArguments, DPOConfig, ModelConfig))
+    main(*parser.parse_args_and_config())

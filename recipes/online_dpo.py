@@ -1,0 +1,84 @@
+"""
+Train a policy by Online DPO: two completions a prompt, of which the SSRM reward model chooses the better.
+
+    python recipes/online_dpo.py --config recipes/online_dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+
+Several GPUs, with DDP, FSDP2 or DeepSpeed:
+
+    accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/online_dpo.py \
+        --config recipes/online_dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+
+LoRA, and LoRA on a 4-bit base (QLoRA): add `--use_peft --learning_rate 1.0e-4`, and `--load_in_4bit`.
+
+Online DPO is experimental in TRL, and its place may change.
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+from trl_ssrm import SSRMRewardFunction
+
+
+@dataclass
+class OnlineDPOScriptArguments(ScriptArguments):
+    """Arguments of the script besides those of the trainer; the `help` of each says what it is."""
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Directory that `ssrm.py` saved, of a model or of an adapter."}
+    )
+    reward_model_dtype: str = field(default="float32", metadata={"help": "Precision of the reward model."})
+    num_reference: int = field(
+        default=0,
+        metadata={
+            "help": "Rows of the dataset whose `completion` fixes mean 0 and variance 1 of the reward; 0 leaves the "
+            "reward as it is."
+        },
+    )
+
+
+def main(script_args: OnlineDPOScriptArguments, training_args: OnlineDPOConfig, model_args: ModelConfig) -> None:
+    if script_args.reward_model_name_or_path is None:
+        raise ValueError("Pass `--reward_model_name_or_path`, the directory that `ssrm.py` saved.")
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, padding_side="left"
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    policy = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+        quantization_config=get_quantization_config(model_args),
+    )
+    dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+    train_dataset = dataset[script_args.dataset_train_split]
+
+    # The directory itself works too: `reward_funcs=script_args.reward_model_name_or_path`. This checks it before any
+    # work, reads the completions with the tokenizer and the template of the reward model, and can rescale.
+    reference = train_dataset.select(range(script_args.num_reference)) if script_args.num_reference else None
+    reward_function = SSRMRewardFunction(
+        script_args.reward_model_name_or_path, reference_dataset=reference, dtype=script_args.reward_model_dtype
+    )
+    trainer = OnlineDPOTrainer(
+        model=policy,
+        processing_class=tokenizer,
+        reward_funcs=reward_function,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((OnlineDPOScriptArguments, OnlineDPOConfig, ModelConfig))
+    main(*parser.parse_args_and_config())

@@ -1,0 +1,70 @@
+"""
+Train a reward model from few labeled pairs and a pool without labels.
+
+    python recipes/ssrm.py --config recipes/ssrm.yaml
+
+Several GPUs (a pool needs the whole model on each, so DDP):
+
+    accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/ssrm.py --config recipes/ssrm.yaml
+
+LoRA, and LoRA on a 4-bit base (QLoRA); the score head is trained in full either way:
+
+    python recipes/ssrm.py --config recipes/ssrm.yaml --use_peft --learning_rate 1.0e-4
+    python recipes/ssrm.py --config recipes/ssrm.yaml --use_peft --learning_rate 1.0e-4 --load_in_4bit
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from trl_ssrm import SSRMConfig, SSRMTrainer
+
+
+@dataclass
+class SSRMScriptArguments(ScriptArguments):
+    """Arguments of the script besides those of the trainer; the `help` of each says what it is."""
+
+    num_labeled: int = field(default=2000, metadata={"help": "Rows of the training split whose labels are used."})
+    num_calibration: int = field(default=0, metadata={"help": "Further labeled rows, to calibrate the confidence on."})
+    unlabeled_dataset_name: str | None = field(
+        default=None, metadata={"help": "Pool of pairs. Default: the other rows of `dataset_name`, labels hidden."}
+    )
+
+
+def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+    train = dataset[script_args.dataset_train_split].shuffle(seed=training_args.seed)
+    labeled = train.select(range(script_args.num_labeled))
+    rest = train.select(range(script_args.num_labeled, len(train)))
+    calibration = rest.select(range(script_args.num_calibration)) if script_args.num_calibration else None
+    if script_args.unlabeled_dataset_name is None:
+        pool = rest.select(range(script_args.num_calibration, len(rest)))
+    else:
+        pool = load_dataset(script_args.unlabeled_dataset_name, split=script_args.dataset_train_split)
+
+    trainer = SSRMTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=labeled,
+        eval_dataset=dataset.get(script_args.dataset_test_split),
+        unlabeled_dataset=pool,
+        calibration_dataset=calibration,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    # Started again after an interruption, it goes on where it was.
+    trainer.train(resume_from_checkpoint=trainer.run.has_run)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((SSRMScriptArguments, SSRMConfig, ModelConfig))
+    main(*parser.parse_args_and_config())

@@ -1,0 +1,240 @@
+"""Completions of a policy, to be labeled by the reward model."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, Value
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .checks import check_prompts
+from .pool import TEMPLATE_COLUMNS
+from .shards import Row, map_in_shards
+from .storage import tensors_hash
+
+
+# What is lost when generation is interrupted.
+SHARD_BATCHES = 4
+
+
+def generate_completions(
+    model: str | PreTrainedModel,
+    dataset: Dataset,
+    output_dir: str,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    num_completions: int = 2,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 8,
+    use_vllm: bool = False,
+    dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
+    seed: int = 42,
+    disable_tqdm: bool = False,
+) -> Dataset:
+    """
+    Sample completions of prompts from a policy, for [`label_preferences`] or [`best_of_n`].
+
+    Started again after an interruption, it goes on where it was, to the same result. Launched with several processes,
+    they share the work.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Policy: a directory or model ID, or a causal language model.
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt`, as text or conversations; `tools` and `chat_template_kwargs` as in TRL.
+        output_dir (`str`):
+            Directory for the completions, the same for all processes.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the policy. If `None`, it is loaded from where the policy comes from.
+        num_completions (`int`, *optional*, defaults to `2`):
+            Completions of each prompt.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest completion in tokens. A completion that reaches it is kept as it is.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of sampling; 0 is greedy, and needs `num_completions=1`.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Probability mass of the tokens to sample from. In `(0, 1]`.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Prompts in a batch, each with all of its completions.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether to generate with vLLM, which has to be installed. It needs the model as a `str`.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
+            Precision to load the policy in.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the checkpoint.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of sampling.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to leave out the progress bar.
+
+    Returns:
+        [`~datasets.Dataset`]: memory-mapped, one row a prompt, with `prompt`, `completions`, and `tools` and
+        `chat_template_kwargs` where the input has them. Completions without text are left out and counted in the log.
+
+    Raises:
+        ValueError: If the data or the settings can't be used, or if `output_dir` holds other completions.
+    """
+    for name, is_valid, words in (
+        ("num_completions", num_completions > 0, "positive"),
+        ("max_new_tokens", max_new_tokens > 0, "positive"),
+        ("batch_size", batch_size > 0, "positive"),
+        ("temperature", 0 <= temperature < math.inf, "at least 0 and finite"),
+        ("top_p", 0 < top_p <= 1, "in (0, 1]"),
+    ):
+        if not is_valid:
+            raise ValueError(f"`{name}` must be {words}.")
+    if temperature == 0 and num_completions > 1:
+        raise ValueError(
+            "With `temperature=0` all completions of a prompt are the same; set `num_completions=1` or raise it."
+        )
+    if use_vllm and not isinstance(model, str):
+        raise ValueError("`use_vllm` needs the policy as a directory or model ID, which vLLM loads itself.")
+    if use_vllm and PartialState().num_processes > 1:
+        raise ValueError("vLLM starts its own processes; with `use_vllm`, launch the script with plain `python`.")
+    check_prompts(dataset, "dataset")
+    is_conversational = isinstance(dataset[0]["prompt"], list)
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(
+            model if isinstance(model, str) else model.config.name_or_path, trust_remote_code=trust_remote_code
+        )
+    if is_conversational and processing_class.chat_template is None:
+        raise ValueError(
+            "The prompts are conversations, but the tokenizer of the policy has no chat template; set one, or give the "
+            "prompts as text."
+        )
+    if processing_class.pad_token_id is None:
+        processing_class.pad_token = processing_class.eos_token
+    policy: Any = model
+    if isinstance(model, str) and not use_vllm:
+        policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    if use_vllm:
+        sample = _vllm_sampler(policy, dtype, trust_remote_code)
+    else:
+        sample = _transformers_sampler(policy, processing_class)
+    sampling = {
+        "num_completions": num_completions,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
+
+    def generate(rows: list[Row], first_row: int) -> tuple[list[Row], Counter[str]]:
+        dropped: Counter[str] = Counter()
+        made = []
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            prompts = [_rendered(row, processing_class) if is_conversational else row["prompt"] for row in batch]
+            # Drawn from the seed and the row alone, so that it does not matter who generates it, and when.
+            texts = sample(prompts, is_conversational, seed + first_row + start, **sampling)
+            for row, completions in zip(batch, texts, strict=True):
+                kept = [text for text in completions if text.strip()]
+                dropped["completions without text"] += len(completions) - len(kept)
+                made.append(
+                    {
+                        "prompt": row["prompt"],
+                        "completions": [[{"role": "assistant", "content": text}] for text in kept]
+                        if is_conversational
+                        else kept,
+                        **{name: row[name] for name in TEMPLATE_COLUMNS if name in row},
+                    }
+                )
+        return made, dropped
+
+    feature: Any = [{"role": Value("string"), "content": Value("string")}] if is_conversational else Value("string")
+    return map_in_shards(
+        dataset,
+        generate,
+        {"completions": [feature]},
+        output_dir,
+        {
+            "model": policy if use_vllm else tensors_hash(dict(policy.named_parameters())),
+            "chat_template": processing_class.chat_template if is_conversational else None,
+            **sampling,
+            # They decide which numbers a row draws.
+            "batch_size": batch_size,
+            "use_vllm": use_vllm,
+            "seed": seed,
+        },
+        shard_rows=SHARD_BATCHES * batch_size,
+        desc="Generating",
+        disable_tqdm=disable_tqdm,
+    )
+
+
+def _rendered(row: Row, tokenizer: Any) -> str:
+    tools = row.get("tools")
+    return tokenizer.apply_chat_template(
+        row["prompt"],
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        tokenize=False,
+        add_generation_prompt=True,
+        **(row.get("chat_template_kwargs") or {}),
+    )
+
+
+def _transformers_sampler(model: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[str]]]:
+    """Samples completions of a batch of prompts in this process."""
+    model = model.to(PartialState().device).eval()
+    # A decoder goes on at the end of the prompt.
+    tokenizer.padding_side = "left"
+    # A model may declare further ones, such as that of the end of a turn.
+    declared = model.generation_config.eos_token_id
+    end_tokens = sorted({*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id} - {None})
+
+    def sample(prompts, is_rendered, seed, num_completions, max_new_tokens, temperature, top_p) -> list[list[str]]:
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not is_rendered)
+        inputs = inputs.to(model.device)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=num_completions,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=end_tokens or None,
+            bos_token_id=model.generation_config.bos_token_id,
+            **(
+                {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+                if temperature > 0
+                else {"do_sample": False}
+            ),
+        )
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            output = model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
+            )
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [texts[start : start + num_completions] for start in range(0, len(texts), num_completions)]
+
+    return sample
+
+
+def _vllm_sampler(
+    name_or_path: str, dtype: str | torch.dtype, trust_remote_code: bool
+) -> Callable[..., list[list[str]]]:
+    """Samples completions of a batch of prompts with vLLM."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = llm.get_tokenizer()
+
+    def sample(prompts, is_rendered, seed, num_completions, max_new_tokens, temperature, top_p) -> list[list[str]]:
+        ids = tokenizer(prompts, add_special_tokens=not is_rendered)["input_ids"]
+        params = SamplingParams(
+            n=num_completions, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
+        outputs = llm.generate([{"prompt_token_ids": each} for each in ids], params, use_tqdm=False)
+        return [[completion.text for completion in output.outputs] for output in outputs]
+
+    return sample

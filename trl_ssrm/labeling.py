@@ -1,0 +1,218 @@
+"""The finished reward model as a labeler: preference pairs for DPO, best completions for SFT."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Value
+from transformers import PreTrainedModel
+
+from .alignment import SSRMRewardFunction
+from .checks import check_prompts
+from .pool import TEMPLATE_COLUMNS, check_format, completion_feature, completions_of, named_completions
+from .selection import sigmoid
+from .shards import Row, map_in_shards
+from .storage import tensors_hash
+
+
+# What is lost when labeling is interrupted: minutes of a laptop, seconds of a GPU.
+SHARD_ROWS = 512
+
+PAIRINGS = ("best_vs_worst", "best_vs_random", "all")
+
+
+def label_preferences(
+    model: str | PreTrainedModel | SSRMRewardFunction,
+    dataset: Dataset,
+    output_dir: str,
+    pairing: str = "best_vs_worst",
+    min_confidence: float = 0.5,
+    temperature: float = 1.0,
+    max_length: int | None = None,
+    seed: int = 42,
+    disable_tqdm: bool = False,
+) -> Dataset:
+    """
+    Turn prompts with completions into preference pairs for [`~trl.DPOTrainer`], labeled by a reward model.
+
+    Started again after an interruption, it goes on where it was. Launched with several processes, they share the work.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`SSRMRewardFunction`]):
+            Reward model. A reward function says how to load and run it; its shifting and clipping is left out.
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt` and `completions`, with `prompt`, `completion_a` and `completion_b`, or with `prompt`,
+            `chosen` and `rejected`, whose labels are not looked at. Text or conversations; `tools` and
+            `chat_template_kwargs` as in TRL.
+        output_dir (`str`):
+            Directory for the labels, the same for all processes.
+        pairing (`str`, *optional*, defaults to `"best_vs_worst"`):
+            Pairs that a row gives: `"best_vs_worst"`, `"best_vs_random"` (the best completion against one of the
+            others, drawn from the seed and the row), or `"all"`.
+        min_confidence (`float`, *optional*, defaults to `0.5`):
+            A pair is kept if its confidence is at least this. In `[0.5, 1)`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divisor of the margin that calibrates the confidence, such as the one that [`SSRMTrainer`] fitted.
+            Positive.
+        max_length (`int`, *optional*):
+            Longest sequence in tokens of the reward model; longer completions are left out.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of `"best_vs_random"`.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to leave out the progress bar.
+
+    Returns:
+        [`~datasets.Dataset`]: memory-mapped, with `prompt`, `chosen`, `rejected`, `margin` (difference of the two
+        rewards, float64, positive), `confidence` (`sigmoid(margin / temperature)`, float64), and `tools` and
+        `chat_template_kwargs` where the input has them. Ties are left out; whatever is left out is counted in the log.
+
+    Raises:
+        ValueError: If the data or the settings can't be used, if no pair is left, or if `output_dir` holds other
+            labels.
+        NonFiniteScoreError: If a reward is NaN or infinite.
+    """
+    if pairing not in PAIRINGS:
+        raise ValueError(f"`pairing` must be one of {list(PAIRINGS)}, got {pairing!r}.")
+    if not 0.5 <= min_confidence < 1:
+        raise ValueError(f"`min_confidence` must be in [0.5, 1), got {min_confidence}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
+
+    def label(number: int, completions: list, rewards: np.ndarray, dropped: Counter[str]) -> list[Row]:
+        if len(completions) < 2:
+            dropped["rows with fewer than two completions"] += 1
+            return []
+        labeled = []
+        for pair in _pairs(pairing, rewards, np.random.default_rng([seed, number])):
+            chosen, rejected = sorted(pair, key=lambda position: -rewards[position])
+            margin = float(rewards[chosen] - rewards[rejected])
+            confidence = float(sigmoid(np.array(margin / temperature)))
+            if margin == 0:
+                dropped["tie"] += 1
+            elif confidence < min_confidence:
+                dropped[f"confidence below {min_confidence}"] += 1
+            else:
+                pair_texts = {"chosen": completions[chosen], "rejected": completions[rejected]}
+                labeled.append({**pair_texts, "margin": margin, "confidence": confidence})
+        return labeled
+
+    _check(dataset)
+    feature = completion_feature(dataset)
+    columns = {"chosen": feature, "rejected": feature, "margin": Value("float64"), "confidence": Value("float64")}
+    settings = {"pairing": pairing, "min_confidence": min_confidence, "temperature": temperature, "seed": seed}
+    return _map_scored(model, dataset, output_dir, label, columns, settings, max_length, "Labeling", disable_tqdm)
+
+
+def best_of_n(
+    model: str | PreTrainedModel | SSRMRewardFunction,
+    dataset: Dataset,
+    output_dir: str,
+    max_length: int | None = None,
+    disable_tqdm: bool = False,
+) -> Dataset:
+    """
+    Rejection sampling: the best completion of each prompt, by a reward model, for [`~trl.SFTTrainer`].
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`SSRMRewardFunction`]):
+            Reward model, as in [`label_preferences`].
+        dataset ([`~datasets.Dataset`]):
+            Prompts with completions, as in [`label_preferences`].
+        output_dir (`str`):
+            Directory for the result, the same for all processes.
+        max_length (`int`, *optional*):
+            Longest sequence in tokens of the reward model; longer completions are left out.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to leave out the progress bar.
+
+    Returns:
+        [`~datasets.Dataset`]: memory-mapped, with `prompt`, `completion`, `reward` (float64), and `tools` and
+        `chat_template_kwargs` where the input has them.
+
+    Raises:
+        ValueError: As [`label_preferences`].
+        NonFiniteScoreError: If a reward is NaN or infinite.
+    """
+
+    def select(number: int, completions: list, rewards: np.ndarray, dropped: Counter[str]) -> list[Row]:
+        if not completions:
+            dropped["rows without a completion"] += 1
+            return []
+        best = int(rewards.argmax())
+        return [{"completion": completions[best], "reward": float(rewards[best])}]
+
+    _check(dataset)
+    columns = {"completion": completion_feature(dataset), "reward": Value("float64")}
+    return _map_scored(model, dataset, output_dir, select, columns, {}, max_length, "Selecting", disable_tqdm)
+
+
+def _map_scored(
+    model: str | PreTrainedModel | SSRMRewardFunction,
+    dataset: Dataset,
+    output_dir: str,
+    function: Callable[[int, list, np.ndarray, Counter[str]], list[Row]],
+    columns: dict[str, Any],
+    settings: dict[str, Any],
+    max_length: int | None,
+    desc: str,
+    disable_tqdm: bool,
+) -> Dataset:
+    """Score the completions of each row, and turn them into rows with the prompt and other columns."""
+    reward_function = model if isinstance(model, SSRMRewardFunction) else SSRMRewardFunction(model)
+
+    def map_shard(rows: list[Row], first_row: int) -> tuple[list[Row], Counter[str]]:
+        dropped: Counter[str] = Counter()
+        sequences, completions = [], []
+        for row in rows:
+            template = [row.get(name) for name in TEMPLATE_COLUMNS]
+            kept = []
+            for completion in completions_of(row):
+                ids = reward_function.tokenize(row["prompt"], completion, *template)
+                if max_length is not None and len(ids) > max_length:
+                    dropped[f"completions longer than max_length={max_length}"] += 1
+                    continue
+                sequences.append(ids)
+                kept.append(completion)
+            completions.append(kept)
+        rewards = reward_function.score_tokenized(sequences)
+        ends = np.cumsum([len(kept) for kept in completions])[:-1]
+        made = []
+        for number, (row, kept, own) in enumerate(zip(rows, completions, np.split(rewards, ends), strict=True)):
+            shared = {name: row[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in row}
+            made += [{**shared, **new} for new in function(first_row + number, kept, own, dropped)]
+        return made, dropped
+
+    return map_in_shards(
+        dataset,
+        map_shard,
+        columns,
+        output_dir,
+        {
+            "reward_model": tensors_hash(dict(reward_function.model.named_parameters())),
+            "chat_template": reward_function.processing_class.chat_template,
+            "max_length": max_length,
+            **settings,
+        },
+        shard_rows=SHARD_ROWS,
+        desc=desc,
+        disable_tqdm=disable_tqdm,
+    )
+
+
+def _check(dataset: Dataset) -> None:
+    """Refuse prompts with completions that can't be labeled, before anything is loaded."""
+    check_format(dataset, "dataset")
+    check_prompts(dataset, "dataset", named_completions)
+
+
+def _pairs(pairing: str, rewards: np.ndarray, draw: np.random.Generator) -> list[tuple[int, int]]:
+    """Pairs of positions among the completions of a row."""
+    if pairing == "all":
+        return list(itertools.combinations(range(len(rewards)), 2))
+    best = int(rewards.argmax())
+    if pairing == "best_vs_worst":
+        return [(best, int(rewards.argmin()))]
+    return [(best, int(draw.choice(np.delete(np.arange(len(rewards)), best))))]
