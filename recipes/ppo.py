@@ -10,8 +10,9 @@ Several GPUs, with DDP or DeepSpeed ZeRO-2:
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/ppo.py \\
         --config recipes/ppo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
 
-LoRA, and LoRA on a 4-bit base (QLoRA): add `--use_peft --learning_rate 1.0e-4`, and `--load_in_4bit`. The reward model
-may have been trained with LoRA too; its adapter is merged on loading.
+LoRA, and LoRA on a 4-bit base (QLoRA): add `--use_peft --learning_rate 1.0e-4`, and `--load_in_4bit --dtype bfloat16
+--bf16 false`, since `PPOTrainer` generates without autocast. The reward model may have been trained with LoRA too; its
+adapter is merged on loading.
 """
 
 from dataclasses import dataclass, field

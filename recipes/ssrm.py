@@ -16,6 +16,7 @@ LoRA, and LoRA on a 4-bit base (QLoRA); the score head is trained in full either
 from dataclasses import dataclass, field
 
 from datasets import load_dataset
+from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
@@ -29,6 +30,10 @@ class SSRMScriptArguments(ScriptArguments):
     num_calibration: int = field(default=0, metadata={"help": "Further labeled rows, to calibrate the confidence on."})
     unlabeled_dataset_name: str | None = field(
         default=None, metadata={"help": "Pool of pairs. Default: the other rows of `dataset_name`, labels hidden."}
+    )
+    padding_token: str | None = field(
+        default=None,
+        metadata={"help": "Padding token. PPO needs one that is not the end token. Default: that of the tokenizer."},
     )
 
 
@@ -48,9 +53,13 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
     else:
         pool = load_dataset(script_args.unlabeled_dataset_name, split=script_args.dataset_train_split)
 
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    if script_args.padding_token is not None:
+        tokenizer.pad_token = script_args.padding_token
     trainer = SSRMTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
+        processing_class=tokenizer,
         train_dataset=labeled,
         eval_dataset=dataset.get(script_args.dataset_test_split),
         unlabeled_dataset=pool,

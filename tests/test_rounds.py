@@ -1,13 +1,8 @@
-import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from conftest import assert_same_weights, preference_rows, weights_of
+from conftest import TWO_PROCESSES, assert_same_weights, preference_rows, run_script, weights_of
 from datasets import Dataset
 
 from trl_ssrm import SSRMTrainer
@@ -15,27 +10,7 @@ from trl_ssrm.rounds import RunDirectory
 from trl_ssrm.storage import write_tensors, written_aside
 
 
-SCRIPT = Path(__file__).parent / "run_script.py"
-
-
-def run(*command: str, **settings) -> dict | None:
-    """What the script printed last, or `None` if it was killed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])}
-    done = subprocess.run(
-        [*(command or [sys.executable]), str(SCRIPT), json.dumps(settings)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if done.returncode == -signal.SIGKILL:
-        return None
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = [
-        json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
-    ]
-    return min(results, key=lambda result: result["rank"])
+run = partial(run_script, "run_script.py")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
@@ -63,10 +38,7 @@ def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path):
     # A last batch that is not full would be filled up in two processes, and trained on as it is in one.
     settings = {"model": llama, "dataloader_drop_last": True}
     one = run(**settings, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
-    # `--multi_gpu` is what starts several processes; without a GPU they are of the CPU.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    two = run(*launch, **settings, output_dir=str(tmp_path / "two"), per_device_train_batch_size=4)
+    two = run(*TWO_PROCESSES, **settings, output_dir=str(tmp_path / "two"), per_device_train_batch_size=4)
     assert len(one["kept"]) == 2 and all(one["kept"])
     assert two["kept"] == one["kept"]
     for mine, theirs in zip(one["confidence"], two["confidence"], strict=True):

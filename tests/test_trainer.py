@@ -472,4 +472,4 @@ def test_long_rows_are_counted(llama, config, labeled, unlabeled, caplog):
         llama, config(max_length=60), train_dataset=concatenate_datasets([labeled, long]), unlabeled_dataset=unlabeled
     )
     assert len(trainer.train_dataset) == len(labeled)
-    assert "Pairs of `train_dataset` left out: 1 (longer than max_length=60)" in caplog.text
+    assert "Left out of `train_dataset`: 1 (longer than max_length=60)" in caplog.text

@@ -365,7 +365,7 @@ def load_ppo_models(
     if reward_tokenizer.pad_token is None or reward_tokenizer.pad_token_id == processing_class.eos_token_id:
         raise ValueError(
             f"PPO tells the end of a completion from padding, but {reward_model} pads with "
-            f"{reward_tokenizer.pad_token!r}; set `pad_token` in the `SSRMConfig` of the reward model to another token."
+            f"{reward_tokenizer.pad_token!r}; train the reward model with another token as `pad_token` of its tokenizer."
         )
     processing_class.pad_token = reward_tokenizer.pad_token
     loaded = [load_reward_model(reward_model, dtype=dtype, trust_remote_code=trust_remote_code)]

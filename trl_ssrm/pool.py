@@ -188,9 +188,9 @@ def build_pool(
 
 
 def report_dropped(name: str, dropped: dict[str, int]) -> None:
-    """Log how many pairs of a dataset were left out, and why."""
+    """Log how much of a dataset was left out, and why."""
     if any(dropped.values()):
-        logger.warning(f"Pairs of `{name}` left out: {in_words(dropped)}.")
+        logger.warning(f"Left out of `{name}`: {in_words(dropped)}.")
 
 
 def in_words(dropped: dict[str, int]) -> str:

@@ -82,21 +82,23 @@ def map_in_shards(
             rows = dataset.select(range(start, min(start + shard_rows, len(dataset))))
             if read_facts(paths[number]) is None:
                 made, dropped = function(list(rows), start)
-                write_table(paths[number], Dataset.from_list(made, features=features), {"dropped": dict(dropped)})
+                # By columns, since a list without rows would have none.
+                table = Dataset.from_dict({name: [row[name] for row in made] for name in features}, features=features)
+                write_table(paths[number], table, {"num_rows": len(table), "dropped": dict(dropped)})
             progress.update(len(rows))
     state.wait_for_everyone()
-    dropped = Counter[str]()
+    num_rows, dropped = 0, Counter[str]()
     for path in paths:
         facts = read_facts(path)
         if facts is None:
             raise ValueError(f"{path} is missing or damaged; start again, and it is made anew.")
+        num_rows += facts["num_rows"]
         dropped.update(facts["dropped"])
     if state.is_main_process:
         report_dropped("dataset", dropped)
-    with state.main_process_first():
-        result = Dataset.from_parquet([str(path) for path in paths], features=features, cache_dir=str(root / "cache"))
-    if len(result) == 0:
+    if num_rows == 0:
         raise ValueError(
             f"Nothing of `dataset` is left ({in_words(dropped)}); give it other rows, or relax the settings."
         )
-    return result
+    with state.main_process_first():
+        return Dataset.from_parquet([str(path) for path in paths], features=features, cache_dir=str(root / "cache"))

@@ -1,0 +1,65 @@
+"""
+Generation and labeling in a process of its own, which can be told to kill itself. Started by the tests of resumption and
+of several processes; prints, as its last line, what came out.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import conftest
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+import trl_ssrm.generation
+import trl_ssrm.labeling
+import trl_ssrm.shards
+from trl_ssrm import generate_completions, label_preferences
+
+
+def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "") -> None:
+    """`kill_at` is `generation` or `labeling`: killed when the third shard is to be written."""
+    trl_ssrm.labeling.SHARD_ROWS = 8
+    trl_ssrm.generation.SHARD_BATCHES = 2
+    place, written = "generation", []
+    write_table = trl_ssrm.shards.write_table
+
+    def write_or_die(path, *args) -> None:
+        if place == kill_at and len(written) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_table(path, *args)
+        written.append(path.name)
+
+    trl_ssrm.shards.write_table = write_or_die
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in conftest.letter_rows(30, seed=1)])
+    completions = generate_completions(
+        policy,
+        prompts,
+        f"{output_dir}/completions",
+        num_completions=3,
+        max_new_tokens=6,
+        batch_size=4,
+        disable_tqdm=True,
+    )
+    place, num_generated = "labeling", len(written)
+    written.clear()
+    labels = label_preferences(
+        reward_model, completions, f"{output_dir}/labels", pairing="best_vs_random", disable_tqdm=True
+    )
+    result = {
+        "rank": PartialState().process_index,
+        "completions": completions["completions"][:],
+        "labels": labels.to_list(),
+        "num_generated": num_generated,
+        "num_labeled": len(written),
+    }
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # Without a GPU, the processes know of each other only so.
+    PartialState(cpu=True)
+    main(**json.loads(sys.argv[1]))
