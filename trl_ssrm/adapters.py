@@ -37,9 +37,9 @@ def with_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
     return peft_config
 
 
-def keep_score_head_in_float32(model: PeftModel) -> None:
+def prepare_quantized(model: PeftModel) -> None:
     """
-    Train and save the score head beside a quantized base in float32.
+    Make an adapter on a quantized base ready for rounds of training and scoring, with its score head in float32.
 
     [`~trl.RewardTrainer`] casts all that is trained beside a quantized base to bfloat16, in which rewards near 5 are
     0.03 apart and small updates are lost.
@@ -48,6 +48,8 @@ def keep_score_head_in_float32(model: PeftModel) -> None:
         model ([`~peft.PeftModel`]):
             Sequence classifier with an adapter, before its optimizer is made.
     """
+    # Optional, and there if the base is quantized.
+    from bitsandbytes.nn import Linear4bit
 
     def in_precision_of_head(head: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         # Without autocast, the hidden states of a base in bfloat16 would not go with the head.
@@ -57,7 +59,11 @@ def keep_score_head_in_float32(model: PeftModel) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             for head in module.modules_to_save.values():
                 head.float().register_forward_pre_hook(in_precision_of_head)
-    logger.info("The score head beside the quantized base is trained and saved in float32.")
+        elif isinstance(module, Linear4bit):
+            # On a CPU, scoring would pack the weights for a kernel without a gradient (bitsandbytes 0.50), and the
+            # rounds after it would train on a wrong one. Not documented; there is no other switch.
+            module.support_avx512bf16_for_cpu = False
+    logger.warning("The score head beside the quantized base is trained and saved in float32.")
 
 
 def adapter_weight_names(name_or_path: str, revision: str | None = None) -> set[str]:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import RewardConfig, RewardTrainer
 
-from .adapters import keep_score_head_in_float32, merged, with_score_head
+from .adapters import merged, prepare_quantized, with_score_head
 from .calibration import fit_temperature, preference_metrics
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .checks import check_arguments, check_labeled_data, check_tokenizer
@@ -216,7 +216,7 @@ class SSRMTrainer(RewardTrainer):
                 f"{self.accelerator.distributed_type.value}; launch it with DDP (`--multi_gpu`)."
             )
         if is_peft_model(self.model) and getattr(self.model.get_base_model(), "is_quantized", False):
-            keep_score_head_in_float32(self.model)
+            prepare_quantized(self.model)
         if data_collator is None:
             self.data_collator = ConfidenceFilteredDataCollator(
                 pad_token_id=self.processing_class.pad_token_id,
