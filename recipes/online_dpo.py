@@ -3,7 +3,7 @@ Train a policy by Online DPO: two completions a prompt, of which the SSRM reward
 
     python recipes/online_dpo.py --config recipes/online_dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
 
-Several GPUs, with DDP, FSDP2 or DeepSpeed:
+Several GPUs, with DDP or DeepSpeed:
 
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/online_dpo.py \
         --config recipes/online_dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
@@ -43,35 +43,44 @@ class OnlineDPOScriptArguments(ScriptArguments):
 def main(script_args: OnlineDPOScriptArguments, training_args: OnlineDPOConfig, model_args: ModelConfig) -> None:
     if script_args.reward_model_name_or_path is None:
         raise ValueError("Pass `--reward_model_name_or_path`, the directory that `ssrm.py` saved.")
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, padding_side="left"
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    policy = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        attn_implementation=model_args.attn_implementation,
-        dtype=model_args.dtype,
-        quantization_config=get_quantization_config(model_args),
-    )
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     train_dataset = dataset[script_args.dataset_train_split]
 
     # The directory itself works too: `reward_funcs=script_args.reward_model_name_or_path`. This checks it before any
     # work, reads the completions with the tokenizer and the template of the reward model, and can rescale.
-    reference = train_dataset.select(range(script_args.num_reference)) if script_args.num_reference else None
+    examples = train_dataset.select(range(script_args.num_reference)) if script_args.num_reference else None
     reward_function = SSRMRewardFunction(
-        script_args.reward_model_name_or_path, reference_dataset=reference, dtype=script_args.reward_model_dtype
+        script_args.reward_model_name_or_path, reference_dataset=examples, dtype=script_args.reward_model_dtype
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, padding_side="left"
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    peft_config = get_peft_config(model_args)
+    # Both are loaded here, since under DeepSpeed ZeRO-3 the trainer can't copy the policy.
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            attn_implementation=model_args.attn_implementation,
+            dtype=model_args.dtype,
+            quantization_config=get_quantization_config(model_args),
+        )
+        if needed
+        else None
+        for needed in (True, peft_config is None)
     )
     trainer = OnlineDPOTrainer(
         model=policy,
+        ref_model=reference,
         processing_class=tokenizer,
         reward_funcs=reward_function,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

@@ -5,7 +5,7 @@ TRL 1.12 is the last with PPO: `pip install "trl-ssrm[ppo]"`.
 
     python recipes/ppo.py --config recipes/ppo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
 
-Several GPUs, with DDP or DeepSpeed ZeRO-2:
+Several GPUs, with DDP:
 
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/ppo.py \\
         --config recipes/ppo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM

@@ -19,8 +19,13 @@ import trl_ssrm.shards
 from trl_ssrm import generate_completions, label_preferences
 
 
-def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "") -> None:
-    """`kill_at` is `generation` or `labeling`: killed when the third shard is to be written."""
+def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "", sharded: bool = False) -> None:
+    """
+    `kill_at` is `generation` or `labeling`: killed when the third shard is to be written. `sharded` is as under a launcher
+    that shards models by FSDP, for which transformers loads them in the first process only.
+    """
+    if sharded:
+        os.environ |= {"ACCELERATE_USE_FSDP": "True", "FSDP_CPU_RAM_EFFICIENT_LOADING": "True"}
     trl_ssrm.labeling.SHARD_ROWS = 8
     trl_ssrm.generation.SHARD_BATCHES = 2
     place, written = "generation", []

@@ -185,8 +185,10 @@ def test_killed_job_resumes_to_the_result_of_the_undisturbed_one(policy, scorer,
     assert (resumed["num_generated"], resumed["num_labeled"]) == (generated, labeled)
 
 
-def test_two_processes_give_the_labels_of_one(policy, scorer, undisturbed, tmp_path):
-    two = run_script("label_script.py", *TWO_PROCESSES, policy=policy, reward_model=scorer, output_dir=str(tmp_path))
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_give_the_labels_of_one(policy, scorer, undisturbed, tmp_path, sharded):
+    settings = {"policy": policy, "reward_model": scorer, "output_dir": str(tmp_path), "sharded": sharded}
+    two = run_script("label_script.py", *TWO_PROCESSES, **settings)
     assert two["completions"] == undisturbed["completions"]
     assert two["labels"] == undisturbed["labels"]
     assert (two["num_generated"], two["num_labeled"]) == (2, 2), "they share the work"

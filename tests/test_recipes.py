@@ -249,11 +249,11 @@ def test_script_of_trl_takes_the_reward_function_by_its_import_path(kind, policy
     assert f"rewards/{Path(reward_model).name}/mean" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["rloo", "dpo"])
+@pytest.mark.parametrize("name", POLICY_RECIPES)
 def test_two_processes_train_a_policy(name, policy, letters, reward_model, tmp_path):
     settings = {**policy_settings(name, policy, letters, reward_model, tmp_path), **SETTINGS}
     settings |= {"per_device_train_batch_size": 4, "logging_steps": 1}
-    settings |= {"max_steps": 2} if name == "rloo" else {"num_prompts": 32}
+    settings |= {"dpo": {"num_prompts": 32}, "ppo": {"total_episodes": 16}}.get(name, {"max_steps": 2})
     done = subprocess.run(
         [*TWO_PROCESSES, *arguments(name, settings)],
         env={**os.environ, "PYTHONPATH": str(RECIPES.parent)},

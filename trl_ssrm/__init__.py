@@ -17,7 +17,7 @@ _HOME_OF = {
     "generate_completions": "generation",
     "label_preferences": "labeling",
     "load_ppo_models": "alignment",
-    "load_reward_model": "alignment",
+    "load_reward_model": "loading",
     "ssrm_reward": "alignment",
 }
 
@@ -39,13 +39,13 @@ __all__ = [
 if TYPE_CHECKING:
     from .alignment import SSRMRewardFunction as SSRMRewardFunction
     from .alignment import load_ppo_models as load_ppo_models
-    from .alignment import load_reward_model as load_reward_model
     from .callback import PseudoLabelingCallback as PseudoLabelingCallback
     from .collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
     from .config import SSRMConfig as SSRMConfig
     from .generation import generate_completions as generate_completions
     from .labeling import best_of_n as best_of_n
     from .labeling import label_preferences as label_preferences
+    from .loading import load_reward_model as load_reward_model
     from .scoring import NonFiniteScoreError as NonFiniteScoreError
     from .selection import PairScores as PairScores
     from .trainer import SSRMTrainer as SSRMTrainer

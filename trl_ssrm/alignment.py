@@ -10,74 +10,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftConfig
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import find_adapter_config_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import adapter_weight_names, merge_adapter
 from .checks import check_columns, check_not_empty
+from .loading import load_policy, load_reward_model
 from .scoring import NonFiniteScoreError, score_sequences
 
 
 REWARD_MODEL_VARIABLE = "SSRM_REWARD_MODEL"
-
-
-def load_reward_model(
-    model_name_or_path: str, dtype: str | torch.dtype = "float32", trust_remote_code: bool = False, **kwargs: Any
-) -> PreTrainedModel:
-    """
-    Load a reward model for use, an adapter merged into its base model.
-
-    Args:
-        model_name_or_path (`str`):
-            Directory or model ID of a sequence classifier with one label, or of an adapter for one.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            Precision to load it in. `"auto"` is that of the checkpoint.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that comes with the checkpoint.
-        kwargs:
-            Further arguments of [`~transformers.PreTrainedModel.from_pretrained`].
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: the model, in evaluation mode, on the CPU unless `kwargs` say otherwise.
-
-    Raises:
-        ValueError: If the model has several labels, or weights that the checkpoint does not hold: a score head that
-            was never trained is random.
-    """
-    loading = {"trust_remote_code": trust_remote_code, **kwargs}
-    base = model_name_or_path
-    is_adapter = find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None
-    if is_adapter:
-        adapter_config = PeftConfig.from_pretrained(model_name_or_path, revision=kwargs.get("revision"))
-        base, loading["revision"] = adapter_config.base_model_name_or_path, adapter_config.revision
-    config = AutoConfig.from_pretrained(base, revision=loading.get("revision"), trust_remote_code=trust_remote_code)
-    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
-        raise ValueError(
-            f"{base} has {config.num_labels} labels, but a reward model has one; train it with `num_labels=1`."
-        )
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=dtype, output_loading_info=True, **loading
-    )
-    missing = set(info["missing_keys"])
-    if is_adapter:
-        missing -= adapter_weight_names(model_name_or_path, revision=kwargs.get("revision"))
-    if missing:
-        raise ValueError(
-            f"{model_name_or_path} holds no weights for {', '.join(sorted(missing))}, which would be random; give the "
-            "directory that a reward trainer saved, not the model that it started from."
-        )
-    if is_adapter:
-        model = merge_adapter(model, model_name_or_path, revision=kwargs.get("revision"))
-    return model.eval()
 
 
 class SSRMRewardFunction:
@@ -379,9 +319,7 @@ def load_ppo_models(
     for each in loaded:
         each.config.get_text_config().pad_token_id = processing_class.pad_token_id
     policies = [
-        AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, **(model_init_kwargs or {})
-        )
+        load_policy(model_name_or_path, dtype, trust_remote_code, **(model_init_kwargs or {}))
         for _ in range(1 + with_ref_model)
     ]
     return {

@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, Value
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import check_prompts
+from .loading import load_policy
 from .pool import TEMPLATE_COLUMNS
 from .shards import Row, map_in_shards
 from .storage import tensors_hash
@@ -118,7 +113,7 @@ def generate_completions(
         processing_class.pad_token = processing_class.eos_token
     policy: Any = model
     if isinstance(model, str) and not use_vllm:
-        policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        policy = load_policy(model, dtype, trust_remote_code)
     if use_vllm:
         sample = _vllm_sampler(policy, dtype, trust_remote_code)
     else:
@@ -212,7 +207,11 @@ def _transformers_sampler(model: Any, tokenizer: PreTrainedTokenizerBase) -> Cal
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(seed)
             output = model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                generation_config=config,
+                # The model is whole, and another process may have nothing left to generate.
+                synced_gpus=False,
             )
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [texts[start : start + num_completions] for start in range(0, len(texts), num_completions)]
