@@ -145,7 +145,7 @@ def main(script_args: QuickstartArguments, training_args: SSRMConfig, model_args
     )
     reference.train()
     pairs = PairedSequences.from_tokenized(reference.eval_dataset)
-    all_labels = preference_metrics(reference.score_pairs(pairs, "held-out pairs"))
+    all_labels = preference_metrics(reference.score_pairs(pairs, "held-out pairs").logits)
 
     plot = os.path.join(training_args.output_dir, "rounds.png")
     plot_rounds(trainer.round_history, plot, references={"all labels": all_labels})

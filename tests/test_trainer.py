@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from trl import RewardConfig, RewardTrainer
 
 from trl_ssrm import ConfidenceFilteredDataCollator, PseudoLabelingCallback, SSRMConfig, SSRMTrainer
+from trl_ssrm.trainer import weighted_loss
 
 
 def losses_of(trainer) -> list[float]:
@@ -73,14 +74,12 @@ def test_gold_rows_have_the_loss_of_reward_trainer_bit_for_bit(llama, config, la
     assert torch.equal(trainer.compute_loss(trainer.model, plain), trainer.compute_loss(trainer.model, weighted))
 
 
-def test_soft_label_and_weight_enter_the_loss(llama, config, labeled, unlabeled):
-    trainer = SSRMTrainer(llama, config(), train_dataset=labeled, unlabeled_dataset=unlabeled)
-    rewards = torch.tensor([2.0, -1.0, 0.5, 0.5])
+def test_soft_label_and_weight_enter_the_loss():
     label, weight = torch.tensor([1.0, 0.7]), torch.tensor([1.0, 0.25])
     # -[log sigmoid(1.5)] for the first pair; for the second, z = -1.5.
     first = np.log1p(np.exp(-1.5))
     second = 0.25 * (0.7 * np.log1p(np.exp(1.5)) + 0.3 * np.log1p(np.exp(-1.5)))
-    loss = trainer._weighted_loss(rewards, label, weight, None)
+    loss = weighted_loss(torch.tensor([1.5, -1.5]), label, weight)
     assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
 
 
@@ -256,7 +255,7 @@ def test_best_round_is_kept(llama, config, labeled, unlabeled, held_out, chosen_
     output = trainer.train()
     log_losses = [facts[f"{chosen_by}_log_loss"] for facts in trainer.round_history]
     assert output.metrics["kept_round"] == int(np.argmin(log_losses)) < len(log_losses) - 1
-    logits = trainer.score_pairs(trainer._held_out[chosen_by], chosen_by)
+    logits = trainer.score_pairs(trainer._held_out[chosen_by], chosen_by).logits
     assert np.mean(np.logaddexp(0, -logits)) == pytest.approx(min(log_losses), abs=1e-6)
 
 

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "Comparison": "comparison",
     "ConfidenceFilteredDataCollator": "collator",
     "NonFiniteScoreError": "scoring",
     "PairScores": "selection",
+    "PairwiseJudge": "judge",
     "PseudoLabelingCallback": "callback",
     "SSRMConfig": "config",
     "SSRMRewardFunction": "alignment",
@@ -16,15 +18,18 @@ _HOME_OF = {
     "best_of_n": "labeling",
     "generate_completions": "generation",
     "label_preferences": "labeling",
+    "load_pairwise_model": "loading",
     "load_ppo_models": "alignment",
     "load_reward_model": "loading",
     "ssrm_reward": "alignment",
 }
 
 __all__ = [
+    "Comparison",
     "ConfidenceFilteredDataCollator",
     "NonFiniteScoreError",
     "PairScores",
+    "PairwiseJudge",
     "PseudoLabelingCallback",
     "SSRMConfig",
     "SSRMRewardFunction",
@@ -32,6 +37,7 @@ __all__ = [
     "best_of_n",
     "generate_completions",
     "label_preferences",
+    "load_pairwise_model",
     "load_ppo_models",
     "load_reward_model",
 ]
@@ -41,10 +47,13 @@ if TYPE_CHECKING:
     from .alignment import load_ppo_models as load_ppo_models
     from .callback import PseudoLabelingCallback as PseudoLabelingCallback
     from .collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
+    from .comparison import Comparison as Comparison
     from .config import SSRMConfig as SSRMConfig
     from .generation import generate_completions as generate_completions
+    from .judge import PairwiseJudge as PairwiseJudge
     from .labeling import best_of_n as best_of_n
     from .labeling import label_preferences as label_preferences
+    from .loading import load_pairwise_model as load_pairwise_model
     from .loading import load_reward_model as load_reward_model
     from .scoring import NonFiniteScoreError as NonFiniteScoreError
     from .selection import PairScores as PairScores

@@ -1,5 +1,7 @@
 import logging
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,11 +11,15 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
 from .config import SSRMConfig
+from .preference import orders_agree, pairwise_logits
 from .rounds import CHECKPOINT_MARKER
+from .scoring import PairedSequences, score_pairs
 from .selection import PairScores, SelectionPolicy, above_threshold
+from .storage import tensors_hash
 
 
 if TYPE_CHECKING:
+    from .judge import PairwiseJudge
     from .pool import Pool
     from .trainer import SSRMTrainer
 
@@ -33,6 +39,9 @@ class PseudoLabelingCallback(TrainerCallback):
             Function of the scores of the pool that returns a mask of shape `(num_pairs,)` of the pairs to keep. If
             `None`, the pairs whose confidence is greater than `confidence_threshold` are kept; otherwise that setting
             has no effect.
+        teacher ([`PairwiseJudge`], *optional*):
+            Who labels the pool, instead of the model that is trained. With `pseudo_label_type="soft"` a scalar model
+            learns the probabilities of a pairwise one.
 
     Examples:
     ```python
@@ -51,8 +60,9 @@ class PseudoLabelingCallback(TrainerCallback):
     # Set by the trainer.
     trainer: "SSRMTrainer"
 
-    def __init__(self, selection_policy: SelectionPolicy | None = None):
+    def __init__(self, selection_policy: SelectionPolicy | None = None, teacher: "PairwiseJudge | None" = None):
         self.selection_policy = selection_policy
+        self.teacher = teacher
         self.termination_reason: str | None = None
         # Logs of the rounds that are over; `Trainer` starts every call of `train` with none.
         self.log_history: list[dict[str, float]] = []
@@ -136,9 +146,11 @@ class PseudoLabelingCallback(TrainerCallback):
             [`PairScores`]: the same in every process.
         """
         directory = trainer.run.round_dir(round + 1) / "scores"
+        if self.teacher is not None:
+            return self._ask_teacher(self.teacher, trainer, pool, directory)
         key = f"{trainer.run.weights_hash(trainer.run.weights_path(round))} {pool.pairs.fingerprint}"
-        logits = trainer.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
-        return PairScores(logits, trainer.round_history[round]["temperature"])
+        scores = trainer.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
+        return replace(scores, temperature=trainer.round_history[round]["temperature"])
 
     def select(self, scores: PairScores) -> np.ndarray:
         """
@@ -155,6 +167,30 @@ class PseudoLabelingCallback(TrainerCallback):
             return self.selection_policy(scores)
         return above_threshold(scores, self.trainer.args.confidence_threshold)
 
+    @staticmethod
+    def _ask_teacher(teacher: "PairwiseJudge", trainer: "SSRMTrainer", pool: "Pool", directory: Path) -> PairScores:
+        def tokenize(pair: int) -> dict[str, list[int]]:
+            texts = pool.texts(pair, first_is_chosen=True)
+            ids = teacher.comparison.tokenize(
+                teacher.processing_class, texts["prompt"], texts["chosen"], texts["rejected"]
+            )
+            return dict(zip(("chosen_ids", "rejected_ids"), ids, strict=True))
+
+        pairs = PairedSequences.from_tokenized(Dataset.from_list([tokenize(pair) for pair in range(len(pool))]))
+        scores = score_pairs(
+            teacher.model.to(trainer.accelerator.device),
+            pairs,
+            teacher.processing_class.pad_token_id,
+            trainer.accelerator,
+            trainer.args.score_batch_tokens,
+            directory=directory,
+            key=f"{tensors_hash(dict(teacher.model.named_parameters()))} {pairs.fingerprint}",
+            name="unlabeled_dataset",
+            rows=pool.rows,
+            disable_tqdm=bool(trainer.args.disable_tqdm),
+        )
+        return PairScores(pairwise_logits(scores), orders_agree=orders_agree(scores))
+
     def _label_pool(self, args: SSRMConfig, trainer: "SSRMTrainer", round: int) -> None:
         share = trainer.share_of_pool(round + 1)
         pool = trainer.pool.take(share)
@@ -167,6 +203,8 @@ class PseudoLabelingCallback(TrainerCallback):
                 f"The selection policy returned an array of shape {mask.shape} and type {mask.dtype}; it has to be a mask "
                 f"of type bool with one value for each of the {len(pool)} pairs."
             )
+        if args.require_order_agreement:
+            mask = mask & scores.orders_agree
         kept = np.flatnonzero(mask & ~scores.is_tie)
         first_is_chosen = scores.logits > 0
         facts: dict[str, Any] = {
@@ -181,6 +219,8 @@ class PseudoLabelingCallback(TrainerCallback):
             "scoring_seconds": seconds,
             "scoring_pairs_per_second": len(pool) / seconds,
         }
+        if scores.orders_agree is not None:
+            facts["order_disagreement"] = float(1 - scores.orders_agree.mean())
         if pool.gold is not None and len(kept):
             facts["pseudo_label_accuracy"] = float((first_is_chosen == pool.gold)[kept].mean())
         facts = {name: value for name, value in facts.items() if value is not None}

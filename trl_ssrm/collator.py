@@ -1,3 +1,4 @@
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,10 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
             `"hard"` or `"soft"`.
         pseudo_label_weight (`float`, *optional*, defaults to `1.0`):
             Weight of a pseudo-labeled pair.
+        comparison_seed (`int`, *optional*):
+            If set, the two sequences of a pair are the two orders of a comparison, and a batch has one of them, drawn
+            from the seed and the tokens: `"input_ids"` has shape `(batch, length)`, `"label"` is the target probability
+            that the answer shown first is preferred, and a `"margin"` is turned round with the order.
 
     Examples:
     ```python
@@ -70,6 +75,7 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
     confidence_threshold: float = 0.8
     pseudo_label_type: str = "hard"
     pseudo_label_weight: float = 1.0
+    comparison_seed: int | None = None
 
     def build_dataset(self, labeled: Dataset, pseudo_labeled: Dataset) -> Dataset:
         """
@@ -95,7 +101,7 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
         return concatenate_datasets([part if part.features == features else part.cast(features) for part in parts])
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if not any("probability" in example for example in examples):
+        if self.comparison_seed is None and not any("probability" in example for example in examples):
             return super().torch_call(examples)
         probability = np.array(
             [1.0 if (value := example.get("probability")) is None else value for example in examples]
@@ -112,12 +118,31 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
             for position, example in enumerate(examples)
             if passes[position]
         ]
-        output = super().torch_call(oriented)
         confidence = np.maximum(probability, 1 - probability)
         label = confidence if self.pseudo_label_type == "soft" else np.ones(len(examples))
+        output = super().torch_call(oriented)
         output["label"] = torch.tensor(label[passes], dtype=torch.float)
         output["weight"] = torch.tensor(weight[passes], dtype=torch.float)
+        return output if self.comparison_seed is None else self._in_one_order(output)
+
+    def _in_one_order(self, pairs: dict[str, Any]) -> dict[str, Any]:
+        """One of the two orders of each comparison; the first half of a batch shows the preferred answer first."""
+        num_pairs = len(pairs["label"])
+        rows = zip(pairs["input_ids"], pairs["attention_mask"], strict=True)
+        draws = [_draw(self.comparison_seed, row[mask.bool()]) for row, mask in rows]
+        # Drawn from the tokens of both, not from which of them is preferred.
+        is_turned = torch.tensor([draws[num_pairs + row] < draws[row] for row in range(num_pairs)])
+        taken = torch.arange(num_pairs) + num_pairs * is_turned
+        output = {name: pairs[name][taken] for name in ("input_ids", "attention_mask")}
+        output["label"] = torch.where(is_turned, 1 - pairs["label"], pairs["label"])
+        output["weight"] = pairs["weight"]
+        if "margin" in pairs:
+            output["margin"] = torch.where(is_turned, -pairs["margin"], pairs["margin"])
         return output
 
     def _is_confident(self, probability: np.ndarray) -> np.ndarray:
         return np.maximum(probability, 1 - probability) > self.confidence_threshold
+
+
+def _draw(seed: int | None, input_ids: torch.Tensor) -> bytes:
+    return hashlib.blake2b(f"{seed} {input_ids.tolist()}".encode(), digest_size=8).digest()

@@ -28,6 +28,22 @@ class SSRMConfig(RewardConfig):
             Whether to end with the weights of the round that has the lowest log-loss on `calibration_dataset` or,
             without one, on `eval_dataset`, the first if there are several. Otherwise the last round is kept.
 
+        > Parameters that control the preference model
+
+        preference_model (`str`, *optional*, defaults to `"scalar"`):
+            What the model reads: `"scalar"` is one completion at a time, to which it gives a reward; `"pairwise"` is a
+            prompt with two completions, of which it says which is better, as in the paper. A pairwise model is started
+            from a causal language model and asked in both orders.
+        comparison_template (`str`, *optional*):
+            Jinja template of what a pairwise model reads, with `messages`, `responses` and `labels`; see
+            [`Comparison`]. Default: that of the paper's released code.
+        comparison_labels (`list[str]`, *optional*, defaults to `["A", "B"]`):
+            What a pairwise model answers, each one token.
+        comparison_add_generation_prompt (`bool`, *optional*, defaults to `True`):
+            Whether a comparison ends with the start of the model's turn. The paper's released code leaves it out.
+        require_order_agreement (`bool`, *optional*, defaults to `False`):
+            Whether a pair is kept only if a pairwise model prefers the same completion in both orders.
+
         > Parameters that control the unlabeled pool
 
         pool_per_round (`str`, *optional*, defaults to `"full"`):
@@ -81,6 +97,34 @@ class SSRMConfig(RewardConfig):
         },
     )
 
+    # Parameters that control the preference model
+    preference_model: str = field(
+        default="scalar",
+        metadata={
+            "help": "What the model reads: one completion, to which it gives a reward, or two, of which it says which "
+            "is better.",
+            "choices": ["scalar", "pairwise"],
+        },
+    )
+    comparison_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Jinja template of what a pairwise model reads. Default: that of the paper's released code."
+        },
+    )
+    comparison_labels: list[str] = field(
+        default_factory=lambda: ["A", "B"],
+        metadata={"help": "What a pairwise model answers, each one token."},
+    )
+    comparison_add_generation_prompt: bool = field(
+        default=True,
+        metadata={"help": "Whether a comparison ends with the start of the model's turn."},
+    )
+    require_order_agreement: bool = field(
+        default=False,
+        metadata={"help": "Whether a pairwise model has to prefer the same completion in both orders."},
+    )
+
     # Parameters that control the unlabeled pool
     pool_per_round: str = field(
         default="full",
@@ -123,7 +167,7 @@ class SSRMConfig(RewardConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("round_init", "pool_per_round", "pseudo_label_type"):
+        for name in ("round_init", "preference_model", "pool_per_round", "pseudo_label_type"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
@@ -139,3 +183,11 @@ class SSRMConfig(RewardConfig):
             value = getattr(self, name)
             if value is not None and not is_valid(value):
                 raise ValueError(f"`{name}` must be {words}, got {value}.")
+        if len(self.comparison_labels) != 2 or not all(self.comparison_labels):
+            raise ValueError(f"`comparison_labels` must be two labels, got {self.comparison_labels}.")
+        if self.require_order_agreement and self.preference_model != "pairwise":
+            raise ValueError("`require_order_agreement` needs `preference_model='pairwise'`, which has two orders.")
+        if self.preference_model == "pairwise" and self.center_rewards_coefficient is not None:
+            raise ValueError(
+                "`center_rewards_coefficient` centers rewards, and a pairwise model has none; leave it out."
+            )

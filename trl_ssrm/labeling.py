@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel
 
 from .alignment import SSRMRewardFunction
 from .checks import check_prompts
+from .judge import PairwiseJudge
 from .pool import TEMPLATE_COLUMNS, check_format, completion_feature, completions_of, named_completions
+from .preference import mean_win_probability
 from .selection import sigmoid
 from .shards import Row, map_in_shards
 from .storage import tensors_hash
@@ -25,7 +28,7 @@ PAIRINGS = ("best_vs_worst", "best_vs_random", "all")
 
 
 def label_preferences(
-    model: str | PreTrainedModel | SSRMRewardFunction,
+    model: str | PreTrainedModel | SSRMRewardFunction | PairwiseJudge,
     dataset: Dataset,
     output_dir: str,
     pairing: str = "best_vs_worst",
@@ -41,8 +44,10 @@ def label_preferences(
     Started again after an interruption, it goes on where it was. Launched with several processes, they share the work.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`SSRMRewardFunction`]):
-            Reward model. A reward function says how to load and run it; its shifting and clipping is left out.
+        model (`str`, [`~transformers.PreTrainedModel`], [`SSRMRewardFunction`] or [`PairwiseJudge`]):
+            Reward model. A reward function says how to load and run it; its shifting and clipping is left out. A judge
+            compares all pairs of a row; the best completion is the one with the highest mean probability of being
+            preferred.
         dataset ([`~datasets.Dataset`]):
             Rows with `prompt` and `completions`, with `prompt`, `completion_a` and `completion_b`, or with `prompt`,
             `chosen` and `rejected`, whose labels are not looked at. Text or conversations; `tools` and
@@ -58,7 +63,8 @@ def label_preferences(
             Divisor of the margin that calibrates the confidence, such as the one that [`SSRMTrainer`] fitted.
             Positive.
         max_length (`int`, *optional*):
-            Longest sequence in tokens of the reward model; longer completions are left out.
+            Longest sequence in tokens of the reward model; longer completions are left out. For a judge, set that of
+            its comparison.
         seed (`int`, *optional*, defaults to `42`):
             Seed of `"best_vs_random"`.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
@@ -81,17 +87,23 @@ def label_preferences(
     if not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
 
-    def label(number: int, completions: list, rewards: np.ndarray, dropped: Counter[str]) -> list[Row]:
+    def label(number: int, scored: ScoredCompletions, dropped: Counter[str]) -> list[Row]:
+        completions, rewards = scored.completions, scored.rewards
         if len(completions) < 2:
             dropped["rows with fewer than two completions"] += 1
             return []
         labeled = []
         for pair in _pairs(pairing, rewards, np.random.default_rng([seed, number])):
             chosen, rejected = sorted(pair, key=lambda position: -rewards[position])
-            margin = float(rewards[chosen] - rewards[rejected])
+            margin = float(scored.margins[chosen, rejected])
             confidence = float(sigmoid(np.array(margin / temperature)))
-            if margin == 0:
+            if math.isnan(margin):
+                dropped["longer than a comparison may be"] += 1
+            elif margin == 0:
                 dropped["tie"] += 1
+            elif margin < 0:
+                # A judge may prefer a to b, b to c, and c to a.
+                dropped["preferred by the mean over the others, but not in the pair"] += 1
             elif confidence < min_confidence:
                 dropped[f"confidence below {min_confidence}"] += 1
             else:
@@ -107,7 +119,7 @@ def label_preferences(
 
 
 def best_of_n(
-    model: str | PreTrainedModel | SSRMRewardFunction,
+    model: str | PreTrainedModel | SSRMRewardFunction | PairwiseJudge,
     dataset: Dataset,
     output_dir: str,
     max_length: int | None = None,
@@ -117,14 +129,15 @@ def best_of_n(
     Rejection sampling: the best completion of each prompt, by a reward model, for [`~trl.SFTTrainer`].
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`SSRMRewardFunction`]):
-            Reward model, as in [`label_preferences`].
+        model (`str`, [`~transformers.PreTrainedModel`], [`SSRMRewardFunction`] or [`PairwiseJudge`]):
+            Reward model, as in [`label_preferences`]. The reward of a judge is the mean probability of being preferred.
         dataset ([`~datasets.Dataset`]):
             Prompts with completions, as in [`label_preferences`].
         output_dir (`str`):
             Directory for the result, the same for all processes.
         max_length (`int`, *optional*):
-            Longest sequence in tokens of the reward model; longer completions are left out.
+            Longest sequence in tokens of the reward model; longer completions are left out. For a judge, set that of
+            its comparison.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to leave out the progress bar.
 
@@ -137,23 +150,32 @@ def best_of_n(
         NonFiniteScoreError: If a reward is NaN or infinite.
     """
 
-    def select(number: int, completions: list, rewards: np.ndarray, dropped: Counter[str]) -> list[Row]:
-        if not completions:
+    def select(number: int, scored: ScoredCompletions, dropped: Counter[str]) -> list[Row]:
+        if not scored.completions:
             dropped["rows without a completion"] += 1
             return []
-        best = int(rewards.argmax())
-        return [{"completion": completions[best], "reward": float(rewards[best])}]
+        best = int(scored.rewards.argmax())
+        return [{"completion": scored.completions[best], "reward": float(scored.rewards[best])}]
 
     _check(dataset)
     columns = {"completion": completion_feature(dataset), "reward": Value("float64")}
     return _map_scored(model, dataset, output_dir, select, columns, {}, max_length, "Selecting", disable_tqdm)
 
 
+@dataclass(frozen=True)
+class ScoredCompletions:
+    """Completions of a prompt, the reward of each, of shape `(n,)`, and the margin of each over each, `(n, n)`."""
+
+    completions: list
+    rewards: np.ndarray
+    margins: np.ndarray
+
+
 def _map_scored(
-    model: str | PreTrainedModel | SSRMRewardFunction,
+    model: str | PreTrainedModel | SSRMRewardFunction | PairwiseJudge,
     dataset: Dataset,
     output_dir: str,
-    function: Callable[[int, list, np.ndarray, Counter[str]], list[Row]],
+    function: Callable[[int, ScoredCompletions, Counter[str]], list[Row]],
     columns: dict[str, Any],
     settings: dict[str, Any],
     max_length: int | None,
@@ -161,28 +183,24 @@ def _map_scored(
     disable_tqdm: bool,
 ) -> Dataset:
     """Score the completions of each row, and turn them into rows with the prompt and other columns."""
-    reward_function = model if isinstance(model, SSRMRewardFunction) else SSRMRewardFunction(model)
+    labeler: PairwiseJudge | SSRMRewardFunction
+    score: Callable[[list[Row], Counter[str]], list[ScoredCompletions]]
+    if isinstance(model, PairwiseJudge):
+        if max_length is not None:
+            raise ValueError("A judge has the `max_length` of its comparison; set it there.")
+        judge = model
+        labeler, score = judge, lambda rows, dropped: _judge_rows(judge, rows)
+        settings = {**settings, "comparison": asdict(judge.comparison)}
+    else:
+        scalar = model if isinstance(model, SSRMRewardFunction) else SSRMRewardFunction(model)
+        labeler, score = scalar, lambda rows, dropped: _score_rows(scalar, rows, max_length, dropped)
 
     def map_shard(rows: list[Row], first_row: int) -> tuple[list[Row], Counter[str]]:
         dropped: Counter[str] = Counter()
-        sequences, completions = [], []
-        for row in rows:
-            template = [row.get(name) for name in TEMPLATE_COLUMNS]
-            kept = []
-            for completion in completions_of(row):
-                ids = reward_function.tokenize(row["prompt"], completion, *template)
-                if max_length is not None and len(ids) > max_length:
-                    dropped[f"completions longer than max_length={max_length}"] += 1
-                    continue
-                sequences.append(ids)
-                kept.append(completion)
-            completions.append(kept)
-        rewards = reward_function.score_tokenized(sequences)
-        ends = np.cumsum([len(kept) for kept in completions])[:-1]
         made = []
-        for number, (row, kept, own) in enumerate(zip(rows, completions, np.split(rewards, ends), strict=True)):
+        for number, (row, scored) in enumerate(zip(rows, score(rows, dropped), strict=True)):
             shared = {name: row[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in row}
-            made += [{**shared, **new} for new in function(first_row + number, kept, own, dropped)]
+            made += [{**shared, **new} for new in function(first_row + number, scored, dropped)]
         return made, dropped
 
     return map_in_shards(
@@ -191,8 +209,8 @@ def _map_scored(
         columns,
         output_dir,
         {
-            "reward_model": tensors_hash(dict(reward_function.model.named_parameters())),
-            "chat_template": reward_function.processing_class.chat_template,
+            "reward_model": tensors_hash(dict(labeler.model.named_parameters())),
+            "chat_template": labeler.processing_class.chat_template,
             "max_length": max_length,
             **settings,
         },
@@ -200,6 +218,37 @@ def _map_scored(
         desc=desc,
         disable_tqdm=disable_tqdm,
     )
+
+
+def _score_rows(
+    reward_function: SSRMRewardFunction, rows: list[Row], max_length: int | None, dropped: Counter[str]
+) -> list[ScoredCompletions]:
+    sequences, completions = [], []
+    for row in rows:
+        template = [row.get(name) for name in TEMPLATE_COLUMNS]
+        kept = []
+        for completion in completions_of(row):
+            ids = reward_function.tokenize(row["prompt"], completion, *template)
+            if max_length is not None and len(ids) > max_length:
+                dropped[f"completions longer than max_length={max_length}"] += 1
+                continue
+            sequences.append(ids)
+            kept.append(completion)
+        completions.append(kept)
+    rewards = np.split(reward_function.score_tokenized(sequences), np.cumsum([len(kept) for kept in completions])[:-1])
+    return [
+        ScoredCompletions(kept, own, own[:, None] - own[None, :])
+        for kept, own in zip(completions, rewards, strict=True)
+    ]
+
+
+def _judge_rows(judge: PairwiseJudge, rows: list[Row]) -> list[ScoredCompletions]:
+    completions = [completions_of(row) for row in rows]
+    margins = judge.compare([row["prompt"] for row in rows], completions)
+    return [
+        ScoredCompletions(group, mean_win_probability(own), own)
+        for group, own in zip(completions, margins, strict=True)
+    ]
 
 
 def _check(dataset: Dataset) -> None:

@@ -1,16 +1,19 @@
 """Checkpoints, checked and loaded whole in every process."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from peft import PeftConfig
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations import deepspeed
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .adapters import adapter_weight_names, merge_adapter
 
@@ -65,6 +68,92 @@ def load_reward_model(
     if is_adapter:
         model = merge_adapter(model, model_name_or_path, revision=kwargs.get("revision"))
     return model.eval()
+
+
+def load_pairwise_model(
+    model_name_or_path: str,
+    label_token_ids: tuple[int, int],
+    dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """
+    Load a pairwise preference model: a sequence classifier with one label over comparisons.
+
+    A checkpoint of a causal language model becomes one by its own answer: the logit that the answer shown first is
+    preferred is that of the first label minus that of the second, so the score layer is the difference of their rows in
+    the output embedding.
+
+    Args:
+        model_name_or_path (`str`):
+            Directory or model ID of a causal language model, or of a pairwise preference model or an adapter for one.
+        label_token_ids (`tuple[int, int]`):
+            Token IDs of the two labels.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
+            Precision to load it in. `"auto"` is that of the checkpoint.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the checkpoint.
+        kwargs:
+            Further arguments of [`~transformers.PreTrainedModel.from_pretrained`], such as `quantization_config`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: the model, in evaluation mode.
+
+    Raises:
+        ValueError: If the model is an encoder, or has other weights missing than those of the score layer.
+    """
+    if find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None:
+        return load_reward_model(model_name_or_path, dtype, trust_remote_code, **kwargs)
+    with whole_in_every_process(), suppress_load_report():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            model_name_or_path,
+            num_labels=1,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    if not hasattr(model, "score"):
+        raise ValueError(
+            f"A pairwise preference model answers behind the comparison, which {type(model).__name__} can't; start from "
+            "a causal language model."
+        )
+    if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
+        raise ValueError(f"{model_name_or_path} holds no weights for {', '.join(missing)}; give a whole checkpoint.")
+    if info["missing_keys"]:
+        rows = _output_embedding(model, model_name_or_path, sorted(info["unexpected_keys"]), label_token_ids, kwargs)
+        with torch.no_grad():
+            model.score.weight.copy_(rows[:1] - rows[1:])
+    return model.eval()
+
+
+def _output_embedding(
+    model: PreTrainedModel, name_or_path: str, unused: list[str], token_ids: tuple[int, int], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Rows of the output embedding of the causal language model that a classifier was loaded from, in float32."""
+    embedding: Any = model.get_input_embeddings().weight
+    # A tied one is not stored; of an untied one, the classifier has no use.
+    names = [name for name in unused if name.endswith(".weight") and name.split(".")[-2] in ("lm_head", "embed_out")]
+    if not names:
+        return embedding[list(token_ids)].float()
+    found = {"revision": kwargs.get("revision"), "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name_or_path, "model.safetensors.index.json", **found)
+    files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
+    path = cached_file(name_or_path, files.get(names[0], "model.safetensors"), revision=kwargs.get("revision"))
+    with safe_open(path, framework="pt") as file:
+        stored = file.get_slice(names[0])
+        return torch.cat([stored[token_id : token_id + 1] for token_id in token_ids]).to(embedding.device).float()
+
+
+@contextlib.contextmanager
+def suppress_load_report() -> Iterator[None]:
+    """Keep transformers from warning of a missing score layer that is about to be made."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_policy(

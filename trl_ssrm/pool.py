@@ -80,6 +80,7 @@ def build_pool(
     is_conversational: bool | None = None,
     with_gold: bool = False,
     known_pairs: dict[str, set] | None = None,
+    by_pair: bool = False,
 ) -> Pool:
     """
     Turn an unlabeled dataset into a [`Pool`]. A row with `n` completions gives `n * (n - 1) / 2` pairs.
@@ -102,6 +103,8 @@ def build_pool(
             Whether to keep the gold labels, for metrics.
         known_pairs (`dict[str, set]`, *optional*):
             Pair keys of other datasets by the name of each; pairs among them are dropped.
+        by_pair (`bool`, *optional*, defaults to `False`):
+            Whether a sequence depends on both completions of a pair, as those of a pairwise model do.
 
     Returns:
         [`Pool`]
@@ -136,16 +139,21 @@ def build_pool(
             raise ValueError(f"Row {number} of `{name}` has {len(completions)} completions; give it two or more.")
         num_completions.append(len(completions))
 
-    tokenized = PairedSequences.from_tokenized(tokenize(_two_by_two(dataset)))
+    tokenized = PairedSequences.from_tokenized(tokenize(_two_by_two(dataset, by_pair)))
     digests = tokenized.digests
     known_pairs, seen = known_pairs or {}, set()
     dropped: Counter[str] = Counter()
     rows, kept_completions, first, second = [], [], [], []
     offset = 0
     for row, count in enumerate(num_completions):
-        sequence_of = [int((tokenized.first, tokenized.second)[i % 2][offset + i // 2]) for i in range(count)]
-        offset += (count + 1) // 2
+        tokenized_pairs = _pairs_to_tokenize(count, by_pair)
+        sequences = {}
+        for pair in tokenized_pairs:
+            own = {pair[0]: int(tokenized.first[offset]), pair[1]: int(tokenized.second[offset])}
+            sequences.update({(pair, i) if by_pair else i: sequence for i, sequence in own.items()})
+            offset += 1
         for pair in itertools.combinations(range(count), 2):
+            sequence_of = {i: sequences[(pair, i) if by_pair else i] for i in pair}
             # The order is drawn from the seed, the row and the tokens, never from the order in the input, which may be
             # the label.
             i, j = sorted(pair, key=lambda i: _draw(seed, row, digests[sequence_of[i]]))
@@ -198,8 +206,14 @@ def in_words(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count} ({reason})" for reason, count in sorted(dropped.items())) or "none was given"
 
 
-def _two_by_two(dataset: Dataset) -> Dataset:
+def _pairs_to_tokenize(num_completions: int, by_pair: bool) -> list[tuple[int, int]]:
     """`RewardTrainer` tokenizes two completions a row, so they go through it so; one without a partner goes twice."""
+    if by_pair:
+        return list(itertools.combinations(range(num_completions), 2))
+    return [(start, min(start + 1, num_completions - 1)) for start in range(0, num_completions, 2)]
+
+
+def _two_by_two(dataset: Dataset, by_pair: bool) -> Dataset:
     shared = [column for column in ("prompt", *TEMPLATE_COLUMNS) if column in dataset.column_names]
     feature = completion_feature(dataset)
 
@@ -208,11 +222,11 @@ def _two_by_two(dataset: Dataset) -> Dataset:
         split_rows: dict[str, list] = {name: [] for name in (*shared, "chosen", "rejected")}
         for row in rows:
             completions = completions_of(row)
-            for start in range(0, len(completions), 2):
+            for first, second in _pairs_to_tokenize(len(completions), by_pair):
                 for name in shared:
                     split_rows[name].append(row[name])
-                split_rows["chosen"].append(completions[start])
-                split_rows["rejected"].append(completions[min(start + 1, len(completions) - 1)])
+                split_rows["chosen"].append(completions[first])
+                split_rows["rejected"].append(completions[second])
         return split_rows
 
     features = Features({**{name: dataset.features[name] for name in shared}, "chosen": feature, "rejected": feature})

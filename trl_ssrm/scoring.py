@@ -133,7 +133,7 @@ def score_pairs(
     disable_tqdm: bool = False,
 ) -> np.ndarray:
     """
-    Pair logits `z = r(first) - r(second)` under a reward model.
+    Scores of the two sequences of each pair under a model.
 
     The sequences are cut into shards, always at the same places, and the processes take turns with them. A shard that
     lies in `directory` under the same `key` is read, not scored.
@@ -161,7 +161,8 @@ def score_pairs(
             Whether to leave out the progress bar.
 
     Returns:
-        `np.ndarray` of shape `(num_pairs,)`, float64: the pair logits, the same in every process.
+        `np.ndarray` of shape `(num_pairs, 2)`, float64: the scores of the first and of the second sequence, the same in
+        every process.
 
     Raises:
         NonFiniteScoreError: If a score is NaN or infinite, after every other shard was scored and kept.
@@ -197,12 +198,12 @@ def score_pairs(
     for start, scores in gather_object(scored):
         rewards[start : start + len(scores)] = scores
     # Raised only now, in every process: one that stopped alone would leave the others waiting for its scores.
-    logits = rewards[pairs.first] - rewards[pairs.second]
-    is_finite = np.isfinite(rewards[pairs.first]) & np.isfinite(rewards[pairs.second])
+    both = np.stack([rewards[pairs.first], rewards[pairs.second]], axis=1)
+    is_finite = np.isfinite(both).all(axis=1)
     if not is_finite.all():
-        rows = np.arange(len(logits)) if rows is None else rows
+        rows = np.arange(len(both)) if rows is None else rows
         raise NonFiniteScoreError(name, np.unique(rows[~is_finite]).tolist())
-    return logits
+    return both
 
 
 def score_sequences(

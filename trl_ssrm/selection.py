@@ -16,10 +16,13 @@ class PairScores:
             Pair logits `z = r(first) - r(second)`, the difference of the two rewards.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divisor of the logits that calibrates the confidence. Positive.
+        orders_agree (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
+            Whether a pairwise model prefers the same completion in both orders. `None` for a scalar model.
     """
 
     logits: np.ndarray
     temperature: float = 1.0
+    orders_agree: np.ndarray | None = None
 
     @property
     def probability(self) -> np.ndarray:

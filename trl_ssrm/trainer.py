@@ -30,11 +30,15 @@ from .calibration import fit_temperature, preference_metrics
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .checks import check_arguments, check_labeled_data, check_tokenizer
 from .collator import ConfidenceFilteredDataCollator
+from .comparison import DEFAULT_TEMPLATE, Comparison, tokenize_comparisons
 from .config import SSRMConfig
+from .loading import load_pairwise_model
 from .pool import Pool, build_pool, report_dropped
+from .preference import LOGITS_OF, orders_agree
 from .report import round_line, round_table
 from .rounds import RunDirectory, run_identity
 from .scoring import PairedSequences, score_pairs
+from .selection import PairScores
 from .storage import content_hash
 
 
@@ -177,7 +181,12 @@ class SSRMTrainer(RewardTrainer):
         calibration_dataset: Dataset | None = None,
     ):
         self.has_pool = unlabeled_dataset is not None
+        self.comparison: Comparison | None = None
         is_conversational = None
+        if isinstance(args, SSRMConfig) and args.preference_model == "pairwise":
+            processing_class = processing_class or self._load_tokenizer(model, args)
+            model, quantization_config = self._prepare_pairwise(model, args, processing_class, quantization_config)
+            peft_config = with_score_head(peft_config)
         if self.has_pool:
             args = self._complete_args(args, model)
             processing_class = processing_class or self._load_tokenizer(model, args)
@@ -205,6 +214,15 @@ class SSRMTrainer(RewardTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if data_collator is None and (self.has_pool or self.comparison is not None):
+            self.data_collator = ConfidenceFilteredDataCollator(
+                pad_token_id=self.processing_class.pad_token_id,
+                pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]  # `"auto"` is resolved
+                confidence_threshold=self.args.confidence_threshold,
+                pseudo_label_type=self.args.pseudo_label_type,
+                pseudo_label_weight=self.args.pseudo_label_weight,
+                comparison_seed=None if self.comparison is None else self.args.seed,
+            )
         if not self.has_pool:
             # The model card names the trainer, and this one has done nothing that the parent does not do.
             self._name, self._paper = super()._name, super()._paper
@@ -217,14 +235,6 @@ class SSRMTrainer(RewardTrainer):
             )
         if is_peft_model(self.model) and getattr(self.model.get_base_model(), "is_quantized", False):
             prepare_quantized(self.model)
-        if data_collator is None:
-            self.data_collator = ConfidenceFilteredDataCollator(
-                pad_token_id=self.processing_class.pad_token_id,
-                pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]  # `"auto"` is resolved
-                confidence_threshold=self.args.confidence_threshold,
-                pseudo_label_type=self.args.pseudo_label_type,
-                pseudo_label_weight=self.args.pseudo_label_weight,
-            )
         self._prepare_data(train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational)
 
         self.run = RunDirectory(str(self.args.output_dir))
@@ -370,7 +380,10 @@ class SSRMTrainer(RewardTrainer):
         """Measure the model of a round on the held-out pairs, fit the temperature, and log and keep the facts."""
         facts: dict[str, Any] = {"round": self.round, "temperature": 1.0}
         for name, pairs in self._held_out.items():
-            logits = self.score_pairs(pairs, f"{name}_dataset")
+            scores = self.score_pairs(pairs, f"{name}_dataset")
+            logits = scores.logits
+            if scores.orders_agree is not None:
+                facts[f"{name}_order_disagreement"] = float(1 - scores.orders_agree.mean())
             facts |= {f"{name}_{metric}": value for metric, value in preference_metrics(logits).items()}
             if name == "calibration":
                 facts["temperature"] = fit_temperature(logits)
@@ -469,9 +482,9 @@ class SSRMTrainer(RewardTrainer):
         rows = np.random.default_rng(self.args.seed).permutation(len(self.pool.source))
         return np.flatnonzero(np.isin(self.pool.rows, rows[round - 1 :: self.args.num_rounds]))
 
-    def score_pairs(self, pairs: PairedSequences, name: str, **kwargs: Any) -> np.ndarray:
+    def score_pairs(self, pairs: PairedSequences, name: str, **kwargs: Any) -> PairScores:
         """
-        Pair logits under the current weights.
+        Score pairs with the current weights.
 
         Args:
             pairs ([`PairedSequences`]):
@@ -482,12 +495,12 @@ class SSRMTrainer(RewardTrainer):
                 `rows`, `directory` and `key` of [`~trl_ssrm.scoring.score_pairs`].
 
         Returns:
-            `np.ndarray` of shape `(num_pairs,)`, float64: `r(first) - r(second)`, the same in every process.
+            [`PairScores`]: the scores at temperature 1, the same in every process.
 
         Raises:
             NonFiniteScoreError: If a reward is NaN or infinite.
         """
-        return score_pairs(
+        scores = score_pairs(
             self._unwrapped_model,
             pairs,
             pad_token_id=self.processing_class.pad_token_id,
@@ -497,32 +510,39 @@ class SSRMTrainer(RewardTrainer):
             disable_tqdm=bool(self.args.disable_tqdm),
             **kwargs,
         )
+        kind = "scalar" if self.comparison is None else "pairwise"
+        return PairScores(LOGITS_OF[kind](scores), orders_agree=None if kind == "scalar" else orders_agree(scores))
 
     # ---- What is different from `RewardTrainer` within a round ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.comparison is not None:
+            return self._compute_comparison_loss(model, inputs, return_outputs)
         # The parent would hand them to the model.
         label, weight = inputs.pop("label", None), inputs.pop("weight", None)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if weight is not None:
-            loss = self._weighted_loss(outputs.logits.squeeze(-1), label, weight, inputs.get("margin"))
+            rewards_chosen, rewards_rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
+            logits = rewards_chosen - rewards_rejected
+            if "margin" in inputs:
+                logits = logits - inputs["margin"]
+            loss = weighted_loss(logits, label, weight)
+            if self.args.center_rewards_coefficient is not None:
+                centered = weight * (rewards_chosen + rewards_rejected) ** 2
+                loss += self.args.center_rewards_coefficient * torch.mean(centered)
         return (loss, outputs) if return_outputs else loss
 
-    def _weighted_loss(
-        self, rewards: torch.Tensor, label: torch.Tensor, weight: torch.Tensor, margin: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The parent's loss with a weight and a target probability for each pair; with 1 and 1 it is the same."""
-        rewards_chosen, rewards_rejected = torch.chunk(rewards, chunks=2)
-        logits = rewards_chosen - rewards_rejected
-        if margin is not None:
-            logits = logits - margin
-        loss = -(
-            weight * (label * nn.functional.logsigmoid(logits) + (1 - label) * nn.functional.logsigmoid(-logits))
-        ).mean()
-        if self.args.center_rewards_coefficient is not None:
-            centered = weight * (rewards_chosen + rewards_rejected) ** 2
-            loss += self.args.center_rewards_coefficient * torch.mean(centered)
-        return loss
+    def _compute_comparison_loss(self, model, inputs, return_outputs):
+        """The same loss for a pairwise model, whose score is the pair logit itself, in the order that is shown."""
+        label, weight, margin = inputs.pop("label"), inputs.pop("weight"), inputs.pop("margin", 0.0)
+        outputs = model(**inputs, use_cache=False)
+        logits = outputs.logits.squeeze(-1)
+        loss = weighted_loss(logits - margin, label, weight)
+        mode = "train" if self.model.training else "eval"
+        # Private in `RewardTrainer`: where its `log` finds what to log.
+        accuracy = ((logits > 0) == (label > 0.5)).float().mean()
+        self._metrics[mode]["accuracy"].append(self.accelerator.gather_for_metrics(accuracy).mean().item())
+        return (loss, outputs) if return_outputs else loss
 
     def _set_signature_columns_if_needed(self):
         # Private in `Trainer`: the only place that says which columns reach the collator.
@@ -552,6 +572,8 @@ class SSRMTrainer(RewardTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
+        if self.comparison is not None and self.args.should_save:
+            self.comparison.save_pretrained(str(output_dir or self.args.output_dir))
         if not self.has_pool or _internal_call or not self.args.should_save:
             return
         card = self.run.output_dir / "README.md"
@@ -576,6 +598,8 @@ class SSRMTrainer(RewardTrainer):
             raise ValueError("The model has no adapter to merge; use `save_model`.")
         if self.args.should_save:
             merged(self._unwrapped_model).save_pretrained(output_dir)
+            if self.comparison is not None:
+                self.comparison.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
 
     def create_model_card(  # type: ignore[override]
@@ -608,6 +632,36 @@ class SSRMTrainer(RewardTrainer):
         return AutoTokenizer.from_pretrained(
             _model_id(model), revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
         )
+
+    def _prepare_pairwise(
+        self, model: Any, args: SSRMConfig, tokenizer: PreTrainedTokenizerBase, quantization_config: Any
+    ) -> tuple[Any, Any]:
+        """Make the comparison, and load the model with the score layer that answers it."""
+        self.comparison = Comparison(
+            args.comparison_template or DEFAULT_TEMPLATE,
+            args.comparison_labels,
+            args.comparison_add_generation_prompt,
+            args.max_length,
+        )
+        token_ids = self.comparison.label_token_ids(tokenizer)
+        if not isinstance(model, str):
+            return model, quantization_config
+        # As the parent loads it.
+        kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # a `str` is parsed by now
+        dtype = kwargs.pop("dtype", "float32")
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            kwargs["device_map"] = None
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        args.model_init_kwargs = None
+        set_seed(args.seed)
+        return load_pairwise_model(model, token_ids, dtype, args.trust_remote_code, **kwargs), None
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        # Private in `RewardTrainer`, which takes a dataset with these two columns as tokenized.
+        if self.comparison is not None and "chosen_ids" not in (dataset.column_names or []):
+            dataset = tokenize_comparisons(dataset, processing_class, self.comparison, args.max_length)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _prepare_data(
         self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
@@ -653,7 +707,14 @@ class SSRMTrainer(RewardTrainer):
             is_conversational=is_conversational,
             with_gold=self.args.track_pseudo_label_accuracy,
             known_pairs=known_pairs,
+            by_pair=self.comparison is not None,
         )
+
+
+def weighted_loss(logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The parent's loss with a weight and a target probability for each pair; with 1 and 1 it is the same."""
+    losses = label * nn.functional.logsigmoid(logits) + (1 - label) * nn.functional.logsigmoid(-logits)
+    return -(weight * losses).mean()
 
 
 def _by_name(dataset: Any, name: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def run_seed(script_args, training_args, parts, path, seed, arm) -> dict[str, di
         }
     else:
         pairs = PairedSequences.from_tokenized(trainer.eval_dataset)
-        metrics = preference_metrics(trainer.score_pairs(pairs, "held-out pairs"))
+        metrics = preference_metrics(trainer.score_pairs(pairs, "held-out pairs").logits)
         name = "all labels" if arm == "all" else "labeled only"
         measured = {name: {**metrics, "pairs": len(trainer.train_dataset)}}
     print(f"seed {seed}, {arm}: {time.time() - start:.0f} s, {measured}", flush=True)
