@@ -4,12 +4,12 @@ Label completions with an SSRM reward model, then train a policy on them by DPO.
 The dataset has `prompt`, and `completions` if there are any; otherwise the policy makes its own. What was generated and
 labeled is kept under `output_dir`, and not made again when the script is started again.
 
-    python recipes/dpo.py --config recipes/dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+    python recipes/dpo.py --config recipes/dpo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
 Several GPUs, with DDP, FSDP2 or DeepSpeed; the processes share generation and labeling:
 
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/dpo.py \\
-        --config recipes/dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+        --config recipes/dpo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
 LoRA, and LoRA on a 4-bit base (QLoRA): add `--use_peft --learning_rate 1.0e-5`, and `--load_in_4bit`.
 """
@@ -55,9 +55,17 @@ class DPOScriptArguments(ScriptArguments):
 def main(script_args: DPOScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
     if script_args.reward_model_name_or_path is None:
         raise ValueError("Pass `--reward_model_name_or_path`, the directory that `ssrm.py` saved.")
-    output_dir = Path(training_args.output_dir)
+    output_dir, quantization = Path(training_args.output_dir), get_quantization_config(model_args)
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+    }
     # Loaded first, so that a reward model that can't be used is known before the completions are made.
-    reward_function = SSRMRewardFunction(script_args.reward_model_name_or_path, dtype=script_args.reward_model_dtype)
+    reward_function = SSRMRewardFunction(
+        script_args.reward_model_name_or_path,
+        dtype=script_args.reward_model_dtype,
+        trust_remote_code=training_args.trust_remote_code,
+    )
     prompts = load_dataset(
         script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_train_split
     )
@@ -67,35 +75,38 @@ def main(script_args: DPOScriptArguments, training_args: DPOConfig, model_args: 
         prompts = generate_completions(
             model_args.model_name_or_path,
             prompts,
-            str(output_dir / "completions"),
+            # What starts with "_" is not pushed to the hub.
+            str(output_dir / "_completions"),
             num_completions=script_args.num_completions,
             max_new_tokens=script_args.max_new_tokens,
             temperature=script_args.temperature,
             batch_size=script_args.generation_batch_size,
             use_vllm=script_args.use_vllm,
             dtype=model_args.dtype,
+            model_init_kwargs={}
+            if script_args.use_vllm
+            else {**model_init_kwargs, "quantization_config": quantization},
+            trust_remote_code=training_args.trust_remote_code,
             seed=training_args.seed,
         )
     labeled = label_preferences(
         reward_function,
         prompts,
-        str(output_dir / "labels"),
+        str(output_dir / "_labels"),
         pairing=script_args.pairing,
         min_confidence=script_args.min_confidence,
         seed=training_args.seed,
     )
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
+    # The trainer needs the memory.
+    del reward_function
+    training_args.model_init_kwargs = {**model_init_kwargs, "dtype": model_args.dtype}
     trainer = DPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=labeled,
         peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

@@ -1,12 +1,12 @@
 """
 Train a policy by Online DPO: two completions a prompt, of which the SSRM reward model chooses the better.
 
-    python recipes/online_dpo.py --config recipes/online_dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+    python recipes/online_dpo.py --config recipes/online_dpo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
 Several GPUs, with DDP or DeepSpeed:
 
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/online_dpo.py \
-        --config recipes/online_dpo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+        --config recipes/online_dpo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
 LoRA, and LoRA on a 4-bit base (QLoRA): add `--use_peft --learning_rate 1.0e-4`, and `--load_in_4bit`.
 
@@ -31,13 +31,6 @@ class OnlineDPOScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Directory that `ssrm.py` saved, of a model or of an adapter."}
     )
     reward_model_dtype: str = field(default="float32", metadata={"help": "Precision of the reward model."})
-    num_reference: int = field(
-        default=0,
-        metadata={
-            "help": "Rows of the dataset whose `completion` fixes mean 0 and variance 1 of the reward; 0 leaves the "
-            "reward as it is."
-        },
-    )
 
 
 def main(script_args: OnlineDPOScriptArguments, training_args: OnlineDPOConfig, model_args: ModelConfig) -> None:
@@ -47,12 +40,12 @@ def main(script_args: OnlineDPOScriptArguments, training_args: OnlineDPOConfig, 
     train_dataset = dataset[script_args.dataset_train_split]
 
     # The directory itself works too: `reward_funcs=script_args.reward_model_name_or_path`. This checks it before any
-    # work, reads the completions with the tokenizer and the template of the reward model, and can rescale.
-    examples = train_dataset.select(range(script_args.num_reference)) if script_args.num_reference else None
+    # work, and reads the completions with the tokenizer and the template of the reward model.
     reward_function = SSRMRewardFunction(
-        script_args.reward_model_name_or_path, reference_dataset=examples, dtype=script_args.reward_model_dtype
+        script_args.reward_model_name_or_path,
+        dtype=script_args.reward_model_dtype,
+        trust_remote_code=training_args.trust_remote_code,
     )
-
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, revision=model_args.model_revision, padding_side="left"
     )

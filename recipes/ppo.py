@@ -3,18 +3,19 @@ Train a policy by PPO: policy and reference from one checkpoint, reward and valu
 
 TRL 1.12 is the last with PPO: `pip install "trl-ssrm[ppo]"`.
 
-    python recipes/ppo.py --config recipes/ppo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+    python recipes/ppo.py --config recipes/ppo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
 Several GPUs, with DDP:
 
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/ppo.py \\
-        --config recipes/ppo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+        --config recipes/ppo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
-LoRA, and LoRA on a 4-bit base (QLoRA): add `--use_peft --learning_rate 1.0e-4`, and `--load_in_4bit --dtype bfloat16
---bf16 false`, since `PPOTrainer` generates without autocast. The reward model may have been trained with LoRA too; its
-adapter is merged on loading.
+LoRA, and LoRA on a 4-bit base (QLoRA): add `--use_peft`, and `--load_in_4bit --dtype bfloat16 --bf16 false`, since
+`PPOTrainer` generates without autocast. LoRA covers the policy only; the value model is trained in full, so keep the
+learning rate. The reward model may have been trained with LoRA too; its adapter is merged on loading.
 """
 
+import os
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
@@ -40,13 +41,18 @@ class PPOScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Directory that `ssrm.py` saved, of a model or of an adapter."}
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts, in tokens, are left out."})
-    num_eval: int = field(default=64, metadata={"help": "Prompts that samples are generated for during training."})
+    num_eval: int = field(
+        default=64, metadata={"help": "Prompts held out for samples; the trainer shows the first batch of them."}
+    )
 
 
 def main(script_args: PPOScriptArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
     if script_args.reward_model_name_or_path is None:
         raise ValueError("Pass `--reward_model_name_or_path`, the directory that `ssrm.py` saved.")
     peft_config = get_peft_config(model_args)
+    if training_args.bf16:
+        # `PPOTrainer` does not hand this setting to accelerate itself.
+        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
     # Checks that the two fit together before anything else is done.
     models = load_ppo_models(
         model_args.model_name_or_path,
@@ -76,6 +82,8 @@ def main(script_args: PPOScriptArguments, training_args: PPOConfig, model_args: 
 
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     prompts = prepare(dataset[script_args.dataset_train_split])
+    if len(prompts) <= script_args.num_eval:
+        raise ValueError(f"`num_eval` is {script_args.num_eval}, and there are {len(prompts)} prompts; lower it.")
     trainer = PPOTrainer(
         args=training_args,
         train_dataset=prompts.select(range(script_args.num_eval, len(prompts))),
@@ -85,7 +93,6 @@ def main(script_args: PPOScriptArguments, training_args: PPOConfig, model_args: 
     )
     trainer.train()
     trainer.save_model(training_args.output_dir)
-    tokenizer.save_pretrained(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 

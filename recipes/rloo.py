@@ -1,18 +1,18 @@
 """
 Train a policy by RLOO (REINFORCE, leaving one out) on the rewards of an SSRM reward model.
 
-    python recipes/rloo.py --config recipes/rloo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+    python recipes/rloo.py --config recipes/rloo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
 Several GPUs, with DDP, FSDP2 or DeepSpeed:
 
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/rloo.py \
-        --config recipes/rloo.yaml --reward_model_name_or_path Qwen3-0.6B-SSRM
+        --config recipes/rloo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
 LoRA, and LoRA on a 4-bit base (QLoRA): add `--use_peft --learning_rate 1.0e-4`, and `--load_in_4bit`.
 
 The same in one line with TRL's own script, which takes a reward function by its import path:
 
-    SSRM_REWARD_MODEL=Qwen3-0.6B-SSRM trl rloo --reward_funcs trl_ssrm.ssrm_reward --model_name_or_path ...
+    SSRM_REWARD_MODEL=Qwen2.5-0.5B-SSRM trl rloo --reward_funcs trl_ssrm.ssrm_reward --model_name_or_path ...
 """
 
 from dataclasses import dataclass, field
@@ -39,13 +39,6 @@ class RLOOScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Directory that `ssrm.py` saved, of a model or of an adapter."}
     )
     reward_model_dtype: str = field(default="float32", metadata={"help": "Precision of the reward model."})
-    num_reference: int = field(
-        default=0,
-        metadata={
-            "help": "Rows of the dataset whose `completion` fixes mean 0 and variance 1 of the reward; 0 leaves the "
-            "reward as it is."
-        },
-    )
 
 
 def main(script_args: RLOOScriptArguments, training_args: RLOOConfig, model_args: ModelConfig) -> None:
@@ -60,10 +53,11 @@ def main(script_args: RLOOScriptArguments, training_args: RLOOConfig, model_args
     train_dataset = dataset[script_args.dataset_train_split]
 
     # The directory itself works too: `reward_funcs=script_args.reward_model_name_or_path`. This checks it before any
-    # work, reads the completions with the tokenizer and the template of the reward model, and can rescale.
-    examples = train_dataset.select(range(script_args.num_reference)) if script_args.num_reference else None
+    # work, and reads the completions with the tokenizer and the template of the reward model.
     reward_function = SSRMRewardFunction(
-        script_args.reward_model_name_or_path, reference_dataset=examples, dtype=script_args.reward_model_dtype
+        script_args.reward_model_name_or_path,
+        dtype=script_args.reward_model_dtype,
+        trust_remote_code=training_args.trust_remote_code,
     )
     trainer = RLOOTrainer(
         model=model_args.model_name_or_path,

@@ -7,7 +7,7 @@ Several GPUs (a pool needs the whole model on each, so DDP):
 
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/ssrm.py --config recipes/ssrm.yaml
 
-LoRA, and LoRA on a 4-bit base (QLoRA); the score head is trained in full either way:
+LoRA, and LoRA on a 4-bit base (QLoRA); the score head is trained in float32 either way:
 
     python recipes/ssrm.py --config recipes/ssrm.yaml --use_peft --learning_rate 1.0e-4
     python recipes/ssrm.py --config recipes/ssrm.yaml --use_peft --learning_rate 1.0e-4 --load_in_4bit
@@ -45,6 +45,11 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
     }
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     train = dataset[script_args.dataset_train_split].shuffle(seed=training_args.seed)
+    needed = script_args.num_labeled + script_args.num_calibration
+    if len(train) < needed:
+        raise ValueError(
+            f"{needed} labeled pairs are asked for, and the data has {len(train)}; lower the two numbers."
+        )
     labeled = train.select(range(script_args.num_labeled))
     rest = train.select(range(script_args.num_labeled, len(train)))
     calibration = rest.select(range(script_args.num_calibration)) if script_args.num_calibration else None
@@ -54,6 +59,10 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
         pool = load_dataset(script_args.unlabeled_dataset_name, split=script_args.dataset_train_split)
 
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    if script_args.padding_token is not None and script_args.padding_token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"`padding_token` {script_args.padding_token!r} is not in the vocabulary; choose one that is."
+        )
     if script_args.padding_token is not None:
         tokenizer.pad_token = script_args.padding_token
     trainer = SSRMTrainer(

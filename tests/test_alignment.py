@@ -215,6 +215,13 @@ def test_several_labels_are_refused(llama, tmp_path):
         SSRMRewardFunction(model)
 
 
+def test_adapter_with_several_labels_is_refused(policy, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=2)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has 2 labels, but a reward model has one"):
+        load_reward_model(saved(model, policy, tmp_path))
+
+
 def test_rewards_that_are_not_finite_end_the_run_with_a_sentence(llama):
     model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
     torch.nn.init.constant_(model.score.weight, float("nan"))
@@ -226,6 +233,10 @@ def test_rewards_that_are_not_finite_end_the_run_with_a_sentence(llama):
     ("settings", "message"),
     [
         ({"baseline_column": "x", "reference_dataset": Dataset.from_list([{"prompt": "a"}])}, "choose one"),
+        (
+            {"reference_dataset": Dataset.from_list([{"prompt": "a", "completion": None}])},
+            "`completion` of row 0 of `reference_dataset` is missing",
+        ),
         ({"reference_dataset": Dataset.from_list([{"prompt": "a"}])}, "has no column `completion`"),
         ({"reward_clip_range": (1.0, -1.0)}, "must be a lower and a higher bound"),
     ],
@@ -271,6 +282,15 @@ def test_models_of_ppo_come_from_two_checkpoints(policy, scorer):
     assert load_ppo_models(policy, scorer(), with_ref_model=False)["ref_model"] is None
 
 
+def test_template_that_goes_on_behind_the_end_token_is_told_of(policy, scorer, caplog):
+    load_ppo_models(policy, scorer())
+    assert "puts text behind the end token" not in caplog.text
+    load_ppo_models(
+        policy, scorer(lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages[0].content }} z"))
+    )
+    assert "puts text behind the end token" in caplog.text
+
+
 def test_models_of_ppo_have_to_fit_together(policy, scorer, bert, llama):
     with pytest.raises(ValueError, match="have different vocabularies"):
         load_ppo_models(policy, llama)
@@ -288,4 +308,6 @@ def test_loading_into_ppo_merges_an_adapter(policy, tmp_path):
     inputs = AutoTokenizer.from_pretrained(policy)("say it", return_tensors="pt")
     for merged in map(partial(dict.__getitem__, load_ppo_models(policy, path)), ("reward_model", "value_model")):
         assert not any("lora" in name for name, _ in merged.named_parameters())
+        # PEFT freezes what it loads, and a value model has to learn.
+        assert all(parameter.requires_grad for parameter in merged.parameters())
         torch.testing.assert_close(merged(**inputs).logits, model(**inputs).logits)

@@ -3,13 +3,14 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from conftest import TWO_PROCESSES, as_messages, letter_rows, preference_rows, run_script
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import trl_ssrm.labeling
-from trl_ssrm import SSRMRewardFunction, best_of_n, generate_completions, label_preferences
+from trl_ssrm import NonFiniteScoreError, SSRMRewardFunction, best_of_n, generate_completions, label_preferences
 
 
 def rows_with_completions(num_rows: int, num_completions: int = 4) -> list[dict]:
@@ -164,8 +165,6 @@ def undisturbed(policy, scorer, tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def scorer(llama, policy, tmp_path_factory) -> str:
     """A reward model that reads the letters of the policy."""
-    from transformers import AutoModelForSequenceClassification
-
     directory = str(tmp_path_factory.mktemp("scorer"))
     AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1).save_pretrained(directory)
     AutoTokenizer.from_pretrained(policy).save_pretrained(directory)
@@ -203,6 +202,30 @@ def test_damaged_shard_is_made_again(llama, tmp_path, caplog):
     assert "is damaged and is made again" in caplog.text
 
 
+def test_rows_with_rewards_that_are_not_finite_are_named(llama, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[AutoTokenizer.from_pretrained(llama)("~")["input_ids"][0]] = float("nan")
+    rows = [{"prompt": "a", "completions": ["b", "c", "~" if number in (3, 70) else "d"]} for number in range(80)]
+    with pytest.raises(NonFiniteScoreError, match="to rows 3 of `dataset`"):
+        label_preferences(model, Dataset.from_list(rows), str(tmp_path / "one"))
+    with pytest.raises(NonFiniteScoreError, match="to rows 66 of `dataset`"):
+        label_preferences(model, Dataset.from_list(rows[4:]), str(tmp_path / "other"))
+
+
+def test_fields_of_messages_are_kept(llama, tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]}
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "go"}],
+            "completions": [[call], [{"role": "assistant", "content": "no"}]],
+        }
+    ]
+    labels = label_preferences(llama, Dataset.from_list(rows), str(tmp_path))
+    called = [row[name][0] for row in labels for name in ("chosen", "rejected") if row[name][0].get("tool_calls")]
+    assert called[0]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+
+
 def test_directory_of_another_job_is_refused(llama, tmp_path):
     data = Dataset.from_list(rows_with_completions(5))
     label_preferences(llama, data, str(tmp_path))
@@ -222,6 +245,10 @@ def test_directory_of_another_job_is_refused(llama, tmp_path):
     [
         ([{"completions": ["a", "b"]}], "it needs `prompt` with `completions`"),
         ([{"chosen": "a", "rejected": "b"}], "has no column `prompt`"),
+        (
+            [{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}],
+            "`chosen` and `rejected` of `dataset` have different fields or types",
+        ),
         ([{"prompt": "a"}], "has the columns \\['prompt'\\]; it needs"),
         ([{"prompt": "a", "completions": ["b", ""]}], r"`completions\[1\]` of row 0 of `dataset` is empty"),
         ([{"prompt": "a", "completions": ["b", None]}], r"`completions\[1\]` of row 0 of `dataset` is missing"),
@@ -261,8 +288,6 @@ def prompts(kind: str = "conversation", num_rows: int = 10) -> Dataset:
 
 @pytest.mark.parametrize("kind", ["text", "conversation"])
 def test_completions_are_what_the_policy_says(policy, tmp_path, kind):
-    from transformers import AutoModelForCausalLM
-
     made = generate_completions(
         policy, prompts(kind), str(tmp_path), num_completions=1, max_new_tokens=5, temperature=0, batch_size=4
     )
@@ -292,6 +317,16 @@ def test_completions_are_drawn_from_the_seed_and_differ(policy, tmp_path):
     assert made[0] == made[1] != made[2]
     for completions in made[0]:
         assert len({completion[0]["content"] for completion in completions}) == len(completions)
+
+
+def test_what_the_model_declares_does_not_change_the_sampling(policy, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    model.generation_config.repetition_penalty = 50.0
+    settings = {"num_completions": 2, "max_new_tokens": 8}
+    declared = generate_completions(model, prompts(), str(tmp_path / "declared"), **settings)
+    plain = generate_completions(policy, prompts(), str(tmp_path / "plain"), **settings)
+    assert declared["completions"][:] == plain["completions"][:]
+    assert model.generation_config.repetition_penalty == 50.0
 
 
 def test_completions_without_text_are_counted(policy, tmp_path, caplog):

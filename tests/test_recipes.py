@@ -233,7 +233,17 @@ def test_reward_model_that_was_not_trained_is_refused_before_any_work(run_recipe
     with pytest.raises(ValueError, match="Pass `--reward_model_name_or_path`"):
         del settings["reward_model_name_or_path"]
         run_recipe(name, **settings)
-    assert not (tmp_path / "trained" / "completions").exists()
+    assert not (tmp_path / "trained" / "_completions").exists()
+
+
+def test_more_rows_than_there_are_and_unknown_padding_are_refused(run_recipe, policy, letters, tmp_path):
+    settings = reward_model_settings(policy, letters, tmp_path)
+    with pytest.raises(
+        ValueError, match="332 labeled pairs are asked for, and the data has 256; lower the two numbers"
+    ):
+        run_recipe("ssrm", **{**settings, "num_labeled": 300})
+    with pytest.raises(ValueError, match="`padding_token` '<none>' is not in the vocabulary"):
+        run_recipe("ssrm", **{**settings, "padding_token": "<none>"})
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
@@ -277,10 +287,9 @@ def test_pipeline_ends_with_a_policy_that_wins(run_recipe, method, policy, lette
         "num_judge": 64,
         "num_eval": 48,
         "num_train_epochs": 8,
-        "judge_num_train_epochs": 8,
         "round_num_train_epochs": 1,
         "learning_rate": 3e-3,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": 16,
         "method": method,
         "policy_learning_rate": 3e-3,
         "policy_num_train_epochs": 2,
@@ -294,6 +303,25 @@ def test_pipeline_ends_with_a_policy_that_wins(run_recipe, method, policy, lette
     # Started again, it goes on with what is missing, which is nothing.
     again = run_recipe("pipeline", **settings)
     assert first.splitlines()[-2:] == again.splitlines()[-2:] and "train_loss" not in again
+    with pytest.raises(
+        ValueError, match=r"was made with other settings: `policy_learning_rate` \(0.003 then, 1.0 now\)"
+    ):
+        run_recipe("pipeline", **{**settings, "policy_learning_rate": 1.0})
+
+
+def test_completion_without_text_loses_to_any_other(reward_model):
+    win_rates = runpy.run_path(str(RECIPES / "pipeline.py"))["win_rates"]
+    say = [{"role": "user", "content": "say 1"}]
+
+    def completions(*texts: str) -> list:
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    before = [{"prompt": say, "completions": completions("zzz", "yyy")}] * 3
+    after = [{"prompt": say, "completions": completions(*texts)} for texts in (["aaa", "bbb"], ["aaa"], [])]
+    found = win_rates(reward_model, Dataset.from_list(before), Dataset.from_list(after), 2)
+    assert found.tolist() == [1.0, 0.5, 0.0]
+    same = Dataset.from_list(before)
+    assert win_rates(reward_model, same, same, 2).tolist() == [0.5] * 3
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ssrm import NonFiniteScoreError, scoring
+from trl_ssrm.preference import scalar_logits
 from trl_ssrm.scoring import PairedSequences, score_pairs
 from trl_ssrm.storage import read_tensors, write_tensors
 
@@ -29,7 +30,8 @@ def pairs_of(tokenizer, rows) -> PairedSequences:
 def score(model_and_tokenizer, pairs, batch_tokens=512, **settings) -> np.ndarray:
     model, tokenizer = model_and_tokenizer
     settings = {"disable_tqdm": True, **settings}
-    return score_pairs(model, pairs, tokenizer.pad_token_id, Accelerator(cpu=True), batch_tokens, **settings)
+    scores = score_pairs(model, pairs, tokenizer.pad_token_id, Accelerator(cpu=True), batch_tokens, **settings)
+    return scalar_logits(scores)
 
 
 @pytest.fixture

@@ -382,6 +382,10 @@ def test_model_card_names_the_method_and_holds_the_rounds(llama, config, labeled
             {"train_dataset": [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": float("nan")}]},
             "`margin` of row 0 of `train_dataset` is nan; give it a finite number",
         ),
+        (
+            {"train_dataset": [{"chosen_ids": [1], "rejected_ids": [2], "margin": None}]},
+            "`margin` of row 0 of `train_dataset` is None; give it a finite number",
+        ),
         ({"unlabeled_dataset": preference_rows(16, seed=1)}, "16 (overlap with the labeled pairs)"),
         ({"args": {"max_length": 5}}, "Every row of `train_dataset` is longer than max_length=5"),
         ({"args": {"keep_best_round": True}}, "`keep_best_round` needs"),

@@ -37,6 +37,12 @@ def with_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
     return peft_config
 
 
+def is_quantized_by_bitsandbytes(model: Any) -> bool:
+    """`bool`: whether a model is one that [`~trl.RewardTrainer`] takes for QLoRA."""
+    # Only quantized models have these.
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+
 def prepare_quantized(model: PeftModel) -> None:
     """
     Make an adapter on a quantized base ready for rounds of training and scoring, with its score head in float32.
@@ -48,7 +54,7 @@ def prepare_quantized(model: PeftModel) -> None:
         model ([`~peft.PeftModel`]):
             Sequence classifier with an adapter, before its optimizer is made.
     """
-    # Optional, and there if the base is quantized.
+    # Optional, and there if the base was quantized by it.
     from bitsandbytes.nn import Linear4bit
 
     def in_precision_of_head(head: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -58,7 +64,8 @@ def prepare_quantized(model: PeftModel) -> None:
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for head in module.modules_to_save.values():
-                head.float().register_forward_pre_hook(in_precision_of_head)
+                if isinstance(head, torch.nn.Linear) and head.out_features == 1:
+                    head.float().register_forward_pre_hook(in_precision_of_head)
         elif isinstance(module, Linear4bit):
             # On a CPU, scoring would pack the weights for a kernel without a gradient (bitsandbytes 0.50), and the
             # rounds after it would train on a wrong one. Not documented; there is no other switch.
@@ -66,15 +73,17 @@ def prepare_quantized(model: PeftModel) -> None:
     logger.warning("The score head beside the quantized base is trained and saved in float32.")
 
 
-def adapter_weight_names(name_or_path: str, revision: str | None = None) -> set[str]:
-    """`set[str]`: weights in a saved adapter, as the base model names them."""
+def adapter_shapes(name_or_path: str, revision: str | None = None) -> dict[str, torch.Size]:
+    """`dict[str, torch.Size]`: shapes of the weights in a saved adapter, by their names in the base model."""
     weights = load_peft_weights(name_or_path, device="cpu", revision=revision)
-    return {name.removeprefix("base_model.model.") for name in weights}
+    return {name.removeprefix("base_model.model."): weight.shape for name, weight in weights.items()}
 
 
 def merge_adapter(base: PreTrainedModel, name_or_path: str, revision: str | None = None) -> PreTrainedModel:
-    """Load a saved adapter on a base model and merge it, its score head included."""
-    return PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload()
+    """Load a saved adapter on a base model and merge it, its score head included; all of it can be trained on."""
+    merged_model = PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload()
+    # PEFT has frozen it, and a value model that starts from it would never learn.
+    return merged_model.requires_grad_(True)
 
 
 def merged(model: PeftModel) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """The finished reward model in TRL's alignment trainers: as a reward function, and as the models of PPO."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,10 +13,12 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .checks import check_columns, check_not_empty
+from .checks import check_columns, check_padding, check_prompts
 from .loading import load_policy, load_reward_model
 from .scoring import NonFiniteScoreError, score_sequences
 
+
+logger = logging.getLogger(__name__)
 
 REWARD_MODEL_VARIABLE = "SSRM_REWARD_MODEL"
 
@@ -89,7 +92,7 @@ class SSRMRewardFunction:
                     "`baseline_column` gives log-odds, and `reference_dataset` would rescale them; choose one."
                 )
             check_columns(reference_dataset, ("prompt", "completion"), "reference_dataset")
-            check_not_empty(reference_dataset, "reference_dataset")
+            check_prompts(reference_dataset, "reference_dataset", lambda row: {"completion": row["completion"]})
         if reward_clip_range is not None and not reward_clip_range[0] < reward_clip_range[1]:
             raise ValueError(f"`reward_clip_range` must be a lower and a higher bound, got {reward_clip_range}.")
         kwargs = model_init_kwargs or {}
@@ -106,11 +109,10 @@ class SSRMRewardFunction:
             processing_class = processing_class or AutoTokenizer.from_pretrained(name_or_path)
             if model.config.num_labels != 1:
                 raise ValueError(f"The model has {model.config.num_labels} labels, but a reward model has one.")
-        if processing_class.pad_token_id is None:
-            processing_class.pad_token = processing_class.eos_token
+        check_padding(processing_class)
         # A decoder reads the reward at the last token that is no padding.
         model.config.get_text_config().pad_token_id = processing_class.pad_token_id
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.processing_class = processing_class
         self.reference_dataset = reference_dataset
         self.baseline_column = baseline_column
@@ -192,7 +194,8 @@ class SSRMRewardFunction:
 
     def score_tokenized(self, sequences: list[list[int]]) -> np.ndarray:
         """`np.ndarray` of shape `(num_sequences,)`, float64: rewards of what [`SSRMRewardFunction.tokenize`] gives."""
-        self.model.to(self.device or PartialState().device)
+        if getattr(self.model, "hf_device_map", None) is None:
+            self.model.to(self.device or PartialState().device)
         rewards = score_sequences(self.model, sequences, self.processing_class.pad_token_id, self.batch_tokens)
         if not np.isfinite(rewards).all():
             raise NonFiniteScoreError("completions", np.flatnonzero(~np.isfinite(rewards)).tolist())
@@ -286,16 +289,20 @@ def load_ppo_models(
 
     Returns:
         `dict[str, Any]`: the arguments `processing_class` (that of the policy, padded on the left with the padding
-        token of the reward model), `model`, `ref_model`, `reward_model` and `value_model`.
+        token of the reward model), `model`, `ref_model`, `reward_model` and `value_model`. All of the value model is
+        trained, also where `peft_config` is given for the policy.
 
     Raises:
         ValueError: If the two do not share a vocabulary, if the padding token is the end token, or if the reward model
             is not a decoder with a `score` layer, has several labels, or has weights missing. Nothing is loaded of the
             policy then.
     """
+    revision = (model_init_kwargs or {}).get("revision")
     processing_class, reward_tokenizer = (
-        AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, padding_side="left")
-        for name in (model_name_or_path, reward_model)
+        AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
+        )
+        for name, revision in ((model_name_or_path, revision), (reward_model, None))
     )
     if processing_class.get_vocab() != reward_tokenizer.get_vocab():
         raise ValueError(
@@ -308,6 +315,15 @@ def load_ppo_models(
             f"{reward_tokenizer.pad_token!r}; train the reward model with another token as `pad_token` of its tokenizer."
         )
     processing_class.pad_token = reward_tokenizer.pad_token
+    if reward_tokenizer.chat_template is not None:
+        exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        # It returns one of many types, depending on its arguments.
+        ids = reward_tokenizer.apply_chat_template(exchange, return_dict=True)["input_ids"]  # type: ignore[call-overload,index]
+        if ids[-1] != processing_class.eos_token_id:
+            logger.warning(
+                f"The chat template of {reward_model} puts text behind the end token. PPO reads the reward at that token, "
+                "the reward model was trained to give it behind; a template that ends with the end token avoids that."
+            )
     loaded = [load_reward_model(reward_model, dtype=dtype, trust_remote_code=trust_remote_code)]
     # What `PPOTrainer` calls on every token: the decoder, and the score of its last hidden state.
     if not hasattr(loaded[0], "score") or not hasattr(loaded[0], loaded[0].base_model_prefix):

@@ -91,6 +91,14 @@ def check_tokenizer(args: SSRMConfig, tokenizer: PreTrainedTokenizerBase, is_con
         raise ValueError("The tokenizer has no padding token and none to fall back on; set its `pad_token`.")
 
 
+def check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad with the end token if there is no other; refuse a tokenizer that has neither."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no padding token and none to fall back on; set its `pad_token`.")
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
     """
     Refuse preference data that can't be trained or measured on.
@@ -110,6 +118,12 @@ def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
     """
     check_not_empty(dataset, name)
     columns = set(dataset.column_names)
+    if "margin" in columns:
+        for number, margin in enumerate(dataset["margin"]):
+            if margin is None or not math.isfinite(margin):
+                raise ValueError(
+                    f"`margin` of row {number} of `{name}` is {margin}; give it a finite number or drop the row."
+                )
     if {"chosen_ids", "rejected_ids"} <= columns:
         return None
     check_columns(dataset, ("chosen", "rejected"), name)
@@ -118,8 +132,6 @@ def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
         where = f"row {number} of `{name}`"
         texts = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
         check_row(texts, where, is_conversational)
-        if not math.isfinite(row.get("margin") or 0):
-            raise ValueError(f"`margin` of {where} is {row['margin']}; give it a finite number or drop the row.")
     return is_conversational
 
 
@@ -155,6 +167,8 @@ def check_prompts(
     dataset: Any, name: str, named_completions: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
 ) -> None:
     """Refuse a dataset whose prompts can't be completed, or whose completions can't be scored."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`; of a stream, take some rows.")
     check_columns(dataset, ("prompt",), name)
     check_not_empty(dataset, name)
     is_conversational = isinstance(dataset[0]["prompt"], list)

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from accelerate import PartialState
 from datasets import Dataset, Value
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .checks import check_prompts
+from .checks import check_padding, check_prompts
 from .loading import load_policy
 from .pool import TEMPLATE_COLUMNS
 from .shards import Row, map_in_shards
-from .storage import tensors_hash
+from .storage import content_hash, tensors_hash
 
 
 # What is lost when generation is interrupted.
@@ -34,6 +35,7 @@ def generate_completions(
     batch_size: int = 8,
     use_vllm: bool = False,
     dtype: str | torch.dtype = "float32",
+    model_init_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     seed: int = 42,
     disable_tqdm: bool = False,
@@ -67,6 +69,9 @@ def generate_completions(
             Whether to generate with vLLM, which has to be installed. It needs the model as a `str`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
             Precision to load the policy in.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments to load the policy with, such as `revision` and `quantization_config`; with vLLM, further
+            arguments of its `LLM`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the checkpoint.
         seed (`int`, *optional*, defaults to `42`):
@@ -100,22 +105,24 @@ def generate_completions(
         raise ValueError("vLLM starts its own processes; with `use_vllm`, launch the script with plain `python`.")
     check_prompts(dataset, "dataset")
     is_conversational = isinstance(dataset[0]["prompt"], list)
+    kwargs = model_init_kwargs or {}
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(
-            model if isinstance(model, str) else model.config.name_or_path, trust_remote_code=trust_remote_code
+            model if isinstance(model, str) else model.config.name_or_path,
+            revision=kwargs.get("revision"),
+            trust_remote_code=trust_remote_code,
         )
     if is_conversational and processing_class.chat_template is None:
         raise ValueError(
             "The prompts are conversations, but the tokenizer of the policy has no chat template; set one, or give the "
             "prompts as text."
         )
-    if processing_class.pad_token_id is None:
-        processing_class.pad_token = processing_class.eos_token
+    check_padding(processing_class)
     policy: Any = model
     if isinstance(model, str) and not use_vllm:
-        policy = load_policy(model, dtype, trust_remote_code)
+        policy = load_policy(model, dtype, trust_remote_code, **kwargs)
     if use_vllm:
-        sample = _vllm_sampler(policy, dtype, trust_remote_code)
+        sample = _vllm_sampler(policy, dtype, trust_remote_code, kwargs)
     else:
         sample = _transformers_sampler(policy, processing_class)
     sampling = {
@@ -149,13 +156,14 @@ def generate_completions(
 
     feature: Any = [{"role": Value("string"), "content": Value("string")}] if is_conversational else Value("string")
     return map_in_shards(
-        dataset,
+        dataset.select_columns([name for name in ("prompt", *TEMPLATE_COLUMNS) if name in dataset.column_names]),
         generate,
         {"completions": [feature]},
         output_dir,
         {
-            "model": policy if use_vllm else tensors_hash(dict(policy.named_parameters())),
-            "chat_template": processing_class.chat_template if is_conversational else None,
+            "model": _files(policy) if use_vllm else tensors_hash(dict(policy.named_parameters())),
+            "dtype": str(dtype),
+            "chat_template": content_hash(processing_class.chat_template) if is_conversational else None,
             **sampling,
             # They decide which numbers a row draws.
             "batch_size": batch_size,
@@ -181,16 +189,17 @@ def _rendered(row: Row, tokenizer: Any) -> str:
 
 def _transformers_sampler(model: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[str]]]:
     """Samples completions of a batch of prompts in this process."""
-    model = model.to(PartialState().device).eval()
-    # A decoder goes on at the end of the prompt.
-    tokenizer.padding_side = "left"
+    if getattr(model, "hf_device_map", None) is None:
+        model = model.to(PartialState().device)
+    model.eval()
     # A model may declare further ones, such as that of the end of a turn.
     declared = model.generation_config.eos_token_id
     end_tokens = sorted({*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id} - {None})
 
     def sample(prompts, is_rendered, seed, num_completions, max_new_tokens, temperature, top_p) -> list[list[str]]:
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not is_rendered)
-        inputs = inputs.to(model.device)
+        # A decoder goes on at the end of the prompt.
+        settings = {"padding": True, "padding_side": "left", "add_special_tokens": not is_rendered}
+        inputs = tokenizer(prompts, return_tensors="pt", **settings).to(model.device)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             num_return_sequences=num_completions,
@@ -204,6 +213,8 @@ def _transformers_sampler(model: Any, tokenizer: PreTrainedTokenizerBase) -> Cal
             ),
         )
         devices = [model.device] if model.device.type == "cuda" else []
+        # `generate` would fill in what the model declares, such as a repetition penalty.
+        own, model.generation_config = model.generation_config, config
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(seed)
             output = model.generate(
@@ -213,19 +224,26 @@ def _transformers_sampler(model: Any, tokenizer: PreTrainedTokenizerBase) -> Cal
                 # The model is whole, and another process may have nothing left to generate.
                 synced_gpus=False,
             )
+        model.generation_config = own
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [texts[start : start + num_completions] for start in range(0, len(texts), num_completions)]
 
     return sample
 
 
+def _files(name_or_path: str) -> list:
+    """What tells a checkpoint that vLLM loads from another at the same place."""
+    files = sorted(Path(name_or_path).glob("*.safetensors"))
+    return [name_or_path, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
 def _vllm_sampler(
-    name_or_path: str, dtype: str | torch.dtype, trust_remote_code: bool
+    name_or_path: str, dtype: str | torch.dtype, trust_remote_code: bool, kwargs: dict[str, Any]
 ) -> Callable[..., list[list[str]]]:
     """Samples completions of a batch of prompts with vLLM."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    llm = LLM(model=name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     tokenizer = llm.get_tokenizer()
 
     def sample(prompts, is_rendered, seed, num_completions, max_new_tokens, temperature, top_p) -> list[list[str]]:

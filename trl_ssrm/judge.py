@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .checks import check_padding
 from .comparison import Comparison
 from .loading import load_pairwise_model
 from .preference import mean_win_probability, pairwise_logits
@@ -81,8 +82,7 @@ class PairwiseJudge:
         self.processing_class: Any = processing_class or AutoTokenizer.from_pretrained(
             name_or_path, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code
         )
-        if self.processing_class.pad_token_id is None:
-            self.processing_class.pad_token = self.processing_class.eos_token
+        check_padding(self.processing_class)
         self.comparison = (
             comparison or Comparison.from_pretrained(name_or_path, kwargs.get("revision")) or Comparison()
         )
@@ -90,7 +90,7 @@ class PairwiseJudge:
             label_token_ids = self.comparison.label_token_ids(self.processing_class)
             model = load_pairwise_model(model, label_token_ids, dtype, trust_remote_code, **kwargs)
         model.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
         self.batch_tokens = batch_tokens
         self.device = device
 
@@ -140,7 +140,8 @@ class PairwiseJudge:
             logger.warning(
                 f"{(~fits).sum()} of {len(both)} comparisons are longer than {longest} tokens and not judged."
             )
-        self.model.to(self.device or PartialState().device)
+        if getattr(self.model, "hf_device_map", None) is None:
+            self.model.to(self.device or PartialState().device)
         sequences = [order for orders, does_fit in zip(both, fits, strict=True) if does_fit for order in orders]
         scores = score_sequences(self.model, sequences, self.processing_class.pad_token_id, self.batch_tokens)
         scores = scores.astype(np.float64).reshape(-1, 2)
@@ -170,7 +171,11 @@ class PairwiseJudge:
         positions = [list(itertools.combinations(range(len(group)), 2)) for group in completions]
         repeated = [prompt for prompt, pairs in zip(prompts, positions, strict=True) for _ in pairs]
         pairs = [(group[i], group[j]) for group, own in zip(completions, positions, strict=True) for i, j in own]
-        logits = iter(self.logits(repeated, pairs))
+        try:
+            logits = iter(self.logits(repeated, pairs))
+        except NonFiniteScoreError as error:
+            prompt_of = [number for number, own in enumerate(positions) for _ in own]
+            raise NonFiniteScoreError("prompts", sorted({prompt_of[pair] for pair in error.rows})) from error
         compared = []
         for group, own in zip(completions, positions, strict=True):
             matrix = np.zeros((len(group), len(group)))

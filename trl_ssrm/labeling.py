@@ -16,13 +16,14 @@ from .checks import check_prompts
 from .judge import PairwiseJudge
 from .pool import TEMPLATE_COLUMNS, check_format, completion_feature, completions_of, named_completions
 from .preference import mean_win_probability
+from .scoring import NonFiniteScoreError
 from .selection import sigmoid
 from .shards import Row, map_in_shards
-from .storage import tensors_hash
+from .storage import content_hash, tensors_hash
 
 
-# What is lost when labeling is interrupted: minutes of a laptop, seconds of a GPU.
-SHARD_ROWS = 512
+# What a process takes at a time: what is lost when labeling is interrupted, and what the others may wait for.
+SHARD_ROWS = 64
 
 PAIRINGS = ("best_vs_worst", "best_vs_random", "all")
 
@@ -184,33 +185,37 @@ def _map_scored(
 ) -> Dataset:
     """Score the completions of each row, and turn them into rows with the prompt and other columns."""
     labeler: PairwiseJudge | SSRMRewardFunction
-    score: Callable[[list[Row], Counter[str]], list[ScoredCompletions]]
+    score: Callable[[list[Row], int, Counter[str]], list[ScoredCompletions]]
     if isinstance(model, PairwiseJudge):
         if max_length is not None:
             raise ValueError("A judge has the `max_length` of its comparison; set it there.")
         judge = model
-        labeler, score = judge, lambda rows, dropped: _judge_rows(judge, rows)
+        labeler, score = judge, lambda rows, first_row, dropped: _judge_rows(judge, rows, first_row)
         settings = {**settings, "comparison": asdict(judge.comparison)}
     else:
         scalar = model if isinstance(model, SSRMRewardFunction) else SSRMRewardFunction(model)
-        labeler, score = scalar, lambda rows, dropped: _score_rows(scalar, rows, max_length, dropped)
+        labeler, score = (
+            scalar,
+            lambda rows, first_row, dropped: _score_rows(scalar, rows, first_row, max_length, dropped),
+        )
 
     def map_shard(rows: list[Row], first_row: int) -> tuple[list[Row], Counter[str]]:
         dropped: Counter[str] = Counter()
-        made = []
-        for number, (row, scored) in enumerate(zip(rows, score(rows, dropped), strict=True)):
+        made: list[Row] = []
+        for number, (row, scored) in enumerate(zip(rows, score(rows, first_row, dropped), strict=True)):
             shared = {name: row[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in row}
             made += [{**shared, **new} for new in function(first_row + number, scored, dropped)]
         return made, dropped
 
+    used = ("prompt", *TEMPLATE_COLUMNS, "completions", "completion_a", "completion_b", "chosen", "rejected")
     return map_in_shards(
-        dataset,
+        dataset.select_columns([name for name in used if name in dataset.column_names]),
         map_shard,
         columns,
         output_dir,
         {
             "reward_model": tensors_hash(dict(labeler.model.named_parameters())),
-            "chat_template": labeler.processing_class.chat_template,
+            "chat_template": content_hash(labeler.processing_class.chat_template),
             "max_length": max_length,
             **settings,
         },
@@ -221,10 +226,14 @@ def _map_scored(
 
 
 def _score_rows(
-    reward_function: SSRMRewardFunction, rows: list[Row], max_length: int | None, dropped: Counter[str]
+    reward_function: SSRMRewardFunction,
+    rows: list[Row],
+    first_row: int,
+    max_length: int | None,
+    dropped: Counter[str],
 ) -> list[ScoredCompletions]:
-    sequences, completions = [], []
-    for row in rows:
+    sequences, row_of, completions = [], [], []
+    for number, row in enumerate(rows, first_row):
         template = [row.get(name) for name in TEMPLATE_COLUMNS]
         kept = []
         for completion in completions_of(row):
@@ -233,18 +242,26 @@ def _score_rows(
                 dropped[f"completions longer than max_length={max_length}"] += 1
                 continue
             sequences.append(ids)
+            row_of.append(number)
             kept.append(completion)
         completions.append(kept)
-    rewards = np.split(reward_function.score_tokenized(sequences), np.cumsum([len(kept) for kept in completions])[:-1])
+    try:
+        scores = reward_function.score_tokenized(sequences)
+    except NonFiniteScoreError as error:
+        raise NonFiniteScoreError("dataset", sorted({row_of[position] for position in error.rows})) from error
+    rewards = np.split(scores, np.cumsum([len(kept) for kept in completions])[:-1])
     return [
         ScoredCompletions(kept, own, own[:, None] - own[None, :])
         for kept, own in zip(completions, rewards, strict=True)
     ]
 
 
-def _judge_rows(judge: PairwiseJudge, rows: list[Row]) -> list[ScoredCompletions]:
+def _judge_rows(judge: PairwiseJudge, rows: list[Row], first_row: int) -> list[ScoredCompletions]:
     completions = [completions_of(row) for row in rows]
-    margins = judge.compare([row["prompt"] for row in rows], completions)
+    try:
+        margins = judge.compare([row["prompt"] for row in rows], completions)
+    except NonFiniteScoreError as error:
+        raise NonFiniteScoreError("dataset", [first_row + position for position in error.rows]) from error
     return [
         ScoredCompletions(group, mean_win_probability(own), own)
         for group, own in zip(completions, margins, strict=True)

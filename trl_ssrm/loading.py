@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.integrations import deepspeed
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
-from .adapters import adapter_weight_names, merge_adapter
+from .adapters import adapter_shapes, merge_adapter
 
 
 def load_reward_model(
@@ -59,7 +59,14 @@ def load_reward_model(
         )
     missing = set(info["missing_keys"])
     if is_adapter:
-        missing -= adapter_weight_names(model_name_or_path, revision=kwargs.get("revision"))
+        shapes = adapter_shapes(model_name_or_path, revision=kwargs.get("revision"))
+        for name in missing & shapes.keys():
+            if shapes[name][0] != 1:
+                raise ValueError(
+                    f"{model_name_or_path} has {shapes[name][0]} labels, but a reward model has one; train it with "
+                    "`num_labels=1`."
+                )
+        missing -= shapes.keys()
     if missing:
         raise ValueError(
             f"{model_name_or_path} holds no weights for {', '.join(sorted(missing))}, which would be random; give the "

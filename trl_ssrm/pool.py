@@ -246,6 +246,13 @@ def check_format(dataset: Dataset, name: str) -> None:
         {"prompt", "completion_a", "completion_b"} <= columns
     ):
         raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs {POOL_FORMATS}. Rename or add them.")
+    if "completions" not in columns:
+        one, other = named_completions(dataset.features).items()
+        if one[1] != other[1]:
+            raise ValueError(
+                f"`{one[0]}` and `{other[0]}` of `{name}` have different fields or types ({one[1]} and {other[1]}), of "
+                "which some would be lost; cast them to the same features."
+            )
 
 
 def completions_of(row: dict[str, Any]) -> list:

@@ -2,7 +2,7 @@
 What a run leaves on disk, and how it is resumed from it.
 
 ```
-output_dir/rounds/
+output_dir/_rounds/
     run.json                   settings and data that the run was started with
     initial.safetensors        trainable weights before round 0
     round_1/
@@ -96,7 +96,8 @@ class RunDirectory:
 
     def __init__(self, output_dir: str):
         self.output_dir = Path(output_dir)
-        self.root = self.output_dir / "rounds"
+        # `Trainer.push_to_hub` leaves out what starts with "_": the texts of the pool stay here.
+        self.root = self.output_dir / "_rounds"
 
     def round_dir(self, round: int) -> Path:
         """`Path`: directory of a round."""

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import RewardConfig, RewardTrainer
 
-from .adapters import merged, prepare_quantized, with_score_head
+from .adapters import is_quantized_by_bitsandbytes, merged, prepare_quantized, with_score_head
 from .calibration import fit_temperature, preference_metrics
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .checks import check_arguments, check_labeled_data, check_tokenizer
@@ -183,10 +183,8 @@ class SSRMTrainer(RewardTrainer):
         self.has_pool = unlabeled_dataset is not None
         self.comparison: Comparison | None = None
         is_conversational = None
-        if isinstance(args, SSRMConfig) and args.preference_model == "pairwise":
-            processing_class = processing_class or self._load_tokenizer(model, args)
-            model, quantization_config = self._prepare_pairwise(model, args, processing_class, quantization_config)
-            peft_config = with_score_head(peft_config)
+        is_pairwise = isinstance(args, SSRMConfig) and args.preference_model == "pairwise"
+        is_quantized = quantization_config is not None or is_quantized_by_bitsandbytes(model)
         if self.has_pool:
             args = self._complete_args(args, model)
             processing_class = processing_class or self._load_tokenizer(model, args)
@@ -194,11 +192,16 @@ class SSRMTrainer(RewardTrainer):
             check_arguments(args, data_collator, train_dataset, optimizers, bool(held_out))
             is_conversational = check_labeled_data({"train_dataset": train_dataset, **held_out})
             check_tokenizer(args, processing_class, is_conversational)
-            peft_config = with_score_head(peft_config)
         elif calibration_dataset is not None:
             raise ValueError("`calibration_dataset` calibrates pseudo-labels, so it needs `unlabeled_dataset`.")
         elif any(isinstance(callback, PseudoLabelingCallback) for callback in callbacks or []):
             raise ValueError("`PseudoLabelingCallback` labels the pool, so it needs `unlabeled_dataset`.")
+        if is_pairwise:
+            assert isinstance(args, SSRMConfig)
+            processing_class = processing_class or self._load_tokenizer(model, args)
+            model, quantization_config = self._prepare_pairwise(model, args, processing_class, quantization_config)
+        if self.has_pool or is_pairwise or is_quantized:
+            peft_config = with_score_head(peft_config)
         super().__init__(
             model=model,
             args=args,
@@ -214,6 +217,8 @@ class SSRMTrainer(RewardTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if is_quantized and is_peft_model(self.model):
+            prepare_quantized(self.model)
         if data_collator is None and (self.has_pool or self.comparison is not None):
             self.data_collator = ConfidenceFilteredDataCollator(
                 pad_token_id=self.processing_class.pad_token_id,
@@ -233,8 +238,6 @@ class SSRMTrainer(RewardTrainer):
                 f"`unlabeled_dataset` needs the whole model in every process, but this run is launched with "
                 f"{self.accelerator.distributed_type.value}; launch it with DDP (`--multi_gpu`)."
             )
-        if is_peft_model(self.model) and getattr(self.model.get_base_model(), "is_quantized", False):
-            prepare_quantized(self.model)
         self._prepare_data(train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational)
 
         self.run = RunDirectory(str(self.args.output_dir))
