@@ -4,7 +4,8 @@ What few labels are worth with an unlabeled pool: labeled-only, SSRM by round, a
     python recipes/benchmark/few_labels.py --config recipes/benchmark/few_labels.yaml --dataset_path pairs.parquet
 
 The pairs are split by prompt into train, dev and test, always in the same way. A seed draws the training prompts that
-keep their labels; the rest is the pool. Settings are chosen with `--part dev`, and the table is made with `--part test`.
+keep their labels; the rest is the pool. With `--preference_model pairwise` the same is done with a pairwise model, whose
+zero-shot judgement (`--arms zero ssrm all`) comes from its pretraining. Settings are chosen with `--part dev`, and the table is made with `--part test`.
 Results are kept line by line in `output_dir/results.jsonl`; what is there is not measured again.
 """
 
@@ -22,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import TrlParser
 
-from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm import Comparison, SSRMConfig, SSRMTrainer, load_pairwise_model
 from trl_ssrm.calibration import preference_metrics
 from trl_ssrm.scoring import PairedSequences
 
@@ -45,8 +46,12 @@ class BenchmarkArguments:
     label_fraction: float = field(default=1 / 16, metadata={"help": "Share of the training prompts that is labeled."})
     arms: list[str] = field(
         default_factory=lambda: ["ssrm", "all"],
-        metadata={"help": "`ssrm` (its round 0 is labeled-only), `all`, `labeled` (round 0 alone)."},
+        metadata={
+            "help": "`ssrm` (its round 0 is labeled-only), `all`, `labeled` (round 0 alone), `zero` (no training)."
+        },
     )
+    max_prompts: int | None = field(default=None, metadata={"help": "Prompts to take, drawn once. Default: all."})
+    max_pairs_per_prompt: int | None = field(default=None, metadata={"help": "Pairs of a prompt. Default: all."})
     num_frozen_layers: int = field(default=0, metadata={"help": "Lowest layers that are not trained."})
     max_prompt_words: int = field(default=50, metadata={"help": "Words kept of a prompt, from its end."})
     max_answer_words: int = field(default=80, metadata={"help": "Words kept of an answer, from its start."})
@@ -67,15 +72,20 @@ def load_parts(script_args: BenchmarkArguments) -> dict[str, list[dict[str, str]
             rows_of.setdefault(str(row["prompt"]), []).append({"prompt": prompt, **answers})
     prompts = sorted(rows_of)
     random.Random(0).shuffle(prompts)
+    prompts = prompts[: script_args.max_prompts]
     test, dev = len(prompts) // 4, len(prompts) // 4 + len(prompts) // 8
     cut = {"test": prompts[:test], "dev": prompts[test:dev], "train": prompts[dev:]}
-    return {part: [rows_of[prompt] for prompt in names] for part, names in cut.items()}
+    limit = script_args.max_pairs_per_prompt
+    return {part: [rows_of[prompt][:limit] for prompt in names] for part, names in cut.items()}
 
 
-def make_model(script_args: BenchmarkArguments, path: str, seed: int):
-    """The pretrained model with a new head, the lowest layers frozen."""
+def make_model(script_args: BenchmarkArguments, training_args: SSRMConfig, path: str, tokenizer, seed: int):
+    """The pretrained model with a new head, or that of its own answers, the lowest layers frozen."""
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
+    if training_args.preference_model == "pairwise":
+        model = load_pairwise_model(path, Comparison().label_token_ids(tokenizer))
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
     for name, parameter in model.named_parameters():
         layer = re.search(r"\.layers?\.(\d+)\.", name)
         is_low = int(layer[1]) < script_args.num_frozen_layers if layer else "embed" in name
@@ -99,7 +109,7 @@ def run_seed(script_args, training_args, parts, path, seed, arm) -> dict[str, di
         labeled = Dataset.from_list([row for group in groups for row in group])
     tokenizer = AutoTokenizer.from_pretrained(path)
     trainer = SSRMTrainer(
-        model=make_model(script_args, path, seed),
+        model=make_model(script_args, args, path, tokenizer, seed),
         args=args,
         train_dataset=labeled,
         eval_dataset=held_out,
@@ -107,7 +117,8 @@ def run_seed(script_args, training_args, parts, path, seed, arm) -> dict[str, di
         unlabeled_dataset=pool if arm == "ssrm" else None,
     )
     start = time.time()
-    trainer.train()
+    if arm != "zero":
+        trainer.train()
     if arm == "ssrm":
         rows = {f"SSRM, round {facts['round']}": facts for facts in trainer.round_history}
         rows["labeled only"] = rows.pop("SSRM, round 0")
@@ -119,8 +130,8 @@ def run_seed(script_args, training_args, parts, path, seed, arm) -> dict[str, di
     else:
         pairs = PairedSequences.from_tokenized(trainer.eval_dataset)
         metrics = preference_metrics(trainer.score_pairs(pairs, "held-out pairs").logits)
-        name = "all labels" if arm == "all" else "labeled only"
-        measured = {name: {**metrics, "pairs": len(trainer.train_dataset)}}
+        name = {"all": "all labels", "labeled": "labeled only", "zero": "Zero-shot"}[arm]
+        measured = {name: {**metrics, "pairs": 0 if arm == "zero" else len(trainer.train_dataset)}}
     print(f"seed {seed}, {arm}: {time.time() - start:.0f} s, {measured}", flush=True)
     return measured
 
@@ -153,7 +164,8 @@ def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
 
     entries = [entry for entry in done if entry["part"] == script_args.part]
     names = sorted(
-        {name for entry in entries for name in entry["rows"]}, key=lambda name: (name[0] == "a", name[0] == "S", name)
+        {name for entry in entries for name in entry["rows"]},
+        key=lambda name: (name[0] == "a", name[0] == "S", name[0] == "l", name),
     )
     print(
         "\n| Trained on | Pairs | Accuracy | Log-loss | ECE | Pseudo-label accuracy |\n|---|---:|---:|---:|---:|---:|"
