@@ -214,6 +214,14 @@ def test_labels_that_are_not_one_token_each_are_refused(causal):
         Comparison(labels=["A", "A"]).label_token_ids(tokenizer)
 
 
+def test_comparison_that_ends_with_padding_is_refused(causal):
+    tokenizer = AutoTokenizer.from_pretrained(causal())
+    tokenizer.pad_token = "<|end|>"
+    Comparison().label_token_ids(tokenizer)
+    with pytest.raises(ValueError, match="A comparison ends with '<|end|>', which is the padding token too"):
+        Comparison(add_generation_prompt=False).label_token_ids(tokenizer)
+
+
 def test_encoder_is_refused(bert, config, labeled):
     with pytest.raises(ValueError, match="answers behind the comparison, which BertForSequenceClassification can't"):
         PairwiseJudge(bert)

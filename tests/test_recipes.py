@@ -16,7 +16,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from trl_ssrm import SSRMRewardFunction, generate_completions
+from trl_ssrm import PairwiseJudge, SSRMRewardFunction, generate_completions
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -234,6 +234,17 @@ def test_reward_model_that_was_not_trained_is_refused_before_any_work(run_recipe
         del settings["reward_model_name_or_path"]
         run_recipe(name, **settings)
     assert not (tmp_path / "trained" / "_completions").exists()
+
+
+def test_pairwise_model_is_trained_by_the_same_recipe(run_recipe, policy, letters, tmp_path):
+    settings = reward_model_settings(policy, letters, tmp_path)
+    # The tokenizer of the policy has small letters only.
+    run_recipe("ssrm", **{**settings, "preference_model": "pairwise", "comparison_labels": ["a", "b"]})
+    judge = PairwiseJudge(str(tmp_path))
+    assert judge.comparison.labels == ["a", "b"]
+    rows = letter_rows(64, seed=2)
+    found = judge.judge([row["prompt"] for row in rows], [(row["chosen"], row["rejected"]) for row in rows])
+    assert (np.array(found) > 0.5).mean() > 0.7
 
 
 def test_more_rows_than_there_are_and_unknown_padding_are_refused(run_recipe, policy, letters, tmp_path):

@@ -117,10 +117,16 @@ class Comparison:
             `tuple[int, int]`: the token that the label becomes behind the prompt or, where it merges with it, alone.
 
         Raises:
-            ValueError: If a label is not one token, or both are the same.
+            ValueError: If a label is not one token, if both are the same, or if a comparison ends with padding.
         """
         prompt = self._prompt(tokenizer, [{"role": "user", "content": "a"}], "b", "c")
         before = tokenizer(prompt, **self._special_tokens(tokenizer))["input_ids"]
+        # A classifier reads the last token that is no padding, whatever the attention mask says.
+        if before[-1] == (tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id):
+            raise ValueError(
+                f"A comparison ends with {tokenizer.decode(before[-1:])!r}, which is the padding token too, so it would "
+                "not be read to its end; set another `pad_token` of the tokenizer."
+            )
         ids = []
         for label in self.labels:
             after = tokenizer(prompt + label, **self._special_tokens(tokenizer))["input_ids"]
