@@ -11,12 +11,13 @@ import sys
 import conftest
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 
 import trl_ssrm.generation
 import trl_ssrm.labeling
 import trl_ssrm.shards
-from trl_ssrm import generate_completions, label_preferences
+from trl_ssrm import Comparison, PairwiseJudge, generate_completions, label_preferences
 
 
 def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "", sharded: bool = False) -> None:
@@ -53,7 +54,12 @@ def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "", sha
     labels = label_preferences(
         reward_model, completions, f"{output_dir}/labels", pairing="best_vs_random", disable_tqdm=True
     )
+    # As TRL calls a reward function: every process has a part of the group.
+    judge = PairwiseJudge(policy, comparison=Comparison(labels=["a", "b"]))
+    texts, state = ["abc", "xyz", "hello", "a b c"], PartialState()
+    mine = texts[state.process_index * len(texts) // state.num_processes :][: len(texts) // state.num_processes]
     result = {
+        "rewards": gather_object(judge(["say 1"] * len(mine), mine)),
         "rank": PartialState().process_index,
         "completions": completions["completions"][:],
         "labels": labels.to_list(),

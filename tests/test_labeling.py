@@ -191,6 +191,9 @@ def test_two_processes_give_the_labels_of_one(policy, scorer, undisturbed, tmp_p
     assert two["completions"] == undisturbed["completions"]
     assert two["labels"] == undisturbed["labels"]
     assert (two["num_generated"], two["num_labeled"]) == (2, 2), "they share the work"
+    # A group of completions that is spread over the processes is still one group.
+    assert two["rewards"] == pytest.approx(undisturbed["rewards"], abs=1e-6)
+    assert len(set(two["rewards"])) == 4
 
 
 def test_damaged_shard_is_made_again(llama, tmp_path, caplog):

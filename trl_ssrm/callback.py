@@ -15,7 +15,6 @@ from .preference import orders_agree, pairwise_logits
 from .rounds import CHECKPOINT_MARKER
 from .scoring import PairedSequences, score_pairs
 from .selection import PairScores, SelectionPolicy, above_threshold
-from .storage import tensors_hash
 
 
 if TYPE_CHECKING:
@@ -147,7 +146,8 @@ class PseudoLabelingCallback(TrainerCallback):
         """
         directory = trainer.run.round_dir(round + 1) / "scores"
         if self.teacher is not None:
-            return self._ask_teacher(self.teacher, trainer, pool, directory)
+            # It does not change from round to round, so neither do its scores.
+            return self._ask_teacher(self.teacher, trainer, pool, trainer.run.root / "teacher_scores")
         key = f"{trainer.run.weights_hash(trainer.run.weights_path(round))} {pool.pairs.fingerprint}"
         scores = trainer.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
         return replace(scores, temperature=trainer.round_history[round]["temperature"])
@@ -177,19 +177,28 @@ class PseudoLabelingCallback(TrainerCallback):
             return dict(zip(("chosen_ids", "rejected_ids"), ids, strict=True))
 
         pairs = PairedSequences.from_tokenized(Dataset.from_list([tokenize(pair) for pair in range(len(pool))]))
+        if getattr(teacher.model, "hf_device_map", None) is None:
+            teacher.model.to(trainer.accelerator.device)
         scores = score_pairs(
-            teacher.model.to(trainer.accelerator.device),
+            teacher.model,
             pairs,
             teacher.processing_class.pad_token_id,
             trainer.accelerator,
             trainer.args.score_batch_tokens,
             directory=directory,
-            key=f"{tensors_hash(dict(teacher.model.named_parameters()))} {pairs.fingerprint}",
+            key=f"{teacher.fingerprint} {pairs.fingerprint}",
             name="unlabeled_dataset",
             rows=pool.rows,
             disable_tqdm=bool(trainer.args.disable_tqdm),
         )
-        return PairScores(pairwise_logits(scores), orders_agree=orders_agree(scores))
+        logits, longest = pairwise_logits(scores), teacher.comparison.max_length
+        if longest is not None:
+            lengths = np.maximum(pairs.lengths[pairs.first], pairs.lengths[pairs.second])
+            if (lengths > longest).any():
+                logger.warning(f"{(lengths > longest).sum()} pairs are longer than the teacher compares and not kept.")
+            # A tie is never kept.
+            logits[lengths > longest] = 0.0
+        return PairScores(logits, orders_agree=orders_agree(scores))
 
     def _label_pool(self, args: SSRMConfig, trainer: "SSRMTrainer", round: int) -> None:
         share = trainer.share_of_pool(round + 1)

@@ -1,10 +1,12 @@
 """The comparison that a pairwise preference model reads: a prompt and two answers in one text."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -14,6 +16,8 @@ from trl import maybe_extract_prompt
 
 from .storage import write_json
 
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "comparison.json"
 
@@ -98,6 +102,7 @@ class Comparison:
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         answers = [answer if isinstance(answer, str) else _text(answer) for answer in (first, second)]
+        _text(messages)
         while True:
             one = self.encode(tokenizer, messages, answers[0], answers[1])
             other = self.encode(tokenizer, messages, answers[1], answers[0])
@@ -165,6 +170,7 @@ def tokenize_comparisons(
     tokenizer: PreTrainedTokenizerBase,
     comparison: Comparison,
     max_length: int | None = None,
+    num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """
     Tokenize a preference dataset for a pairwise model.
@@ -178,6 +184,8 @@ def tokenize_comparisons(
             How the pairs are shown.
         max_length (`int`, *optional*):
             Rows with a longer comparison are left out.
+        num_proc (`int`, *optional*):
+            Number of processes to tokenize with.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: with `chosen_ids`, which show the chosen completion
@@ -189,12 +197,24 @@ def tokenize_comparisons(
         chosen_ids, rejected_ids = comparison.tokenize(tokenizer, row["prompt"], row["chosen"], row["rejected"])
         return {"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
 
-    kwargs = {"desc": "Tokenizing comparisons"} if isinstance(dataset, Dataset) else {}
-    dataset = dataset.map(tokenize, **kwargs)
-    if max_length is not None:
-        dataset = dataset.filter(lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length)
+    if ignored := {"tools", "chat_template_kwargs"} & set(dataset.column_names or []):
+        logger.warning(f"The columns {sorted(ignored)} are not part of a comparison and have no effect.")
+    kwargs: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):
+        kwargs["num_proc"] = num_proc
+    with PartialState().main_process_first():
+        dataset = dataset.map(tokenize, **kwargs, **({"desc": "Tokenizing comparisons"} if kwargs else {}))
+        if max_length is not None:
+            dataset = dataset.filter(
+                lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length, **kwargs
+            )
     return dataset
 
 
 def _text(messages: list[dict[str, Any]]) -> str:
-    return "\n".join(message["content"] or "" for message in messages)
+    for message in messages:
+        if not isinstance(message.get("content"), str):
+            raise ValueError(
+                "A pairwise model reads text, but a message has none, such as one that calls a tool; leave the row out."
+            )
+    return "\n".join(message["content"] for message in messages)

@@ -58,8 +58,8 @@ class SSRMConfig(RewardConfig):
         > Parameters that control the pseudo-labels
 
         confidence_threshold (`float`, *optional*, defaults to `0.8`):
-            A pair is kept if the confidence in its pseudo-label, `sigmoid(|z| / temperature)` with `z` the difference
-            of the two rewards, is strictly greater. In `[0.5, 1)`.
+            A pair is kept if the confidence in its pseudo-label, `sigmoid(|z| / temperature)` with `z` the pair logit
+            (of a scalar model the difference of the two rewards), is strictly greater. In `[0.5, 1)`.
         pseudo_label_type (`str`, *optional*, defaults to `"hard"`):
             Target that a kept pair is trained on: `"hard"` is 1 for the preferred completion, `"soft"` is the
             confidence itself.

@@ -4,19 +4,22 @@ import itertools
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import check_padding
 from .comparison import Comparison
-from .loading import load_pairwise_model
+from .loading import check_answers_behind, load_pairwise_model
 from .preference import mean_win_probability, pairwise_logits
 from .scoring import NonFiniteScoreError, score_sequences
 from .selection import sigmoid
+from .storage import content_hash, tensors_hash
 
 
 logger = logging.getLogger(__name__)
@@ -86,13 +89,20 @@ class PairwiseJudge:
         self.comparison = (
             comparison or Comparison.from_pretrained(name_or_path, kwargs.get("revision")) or Comparison()
         )
+        label_token_ids = self.comparison.label_token_ids(self.processing_class)
         if isinstance(model, str):
-            label_token_ids = self.comparison.label_token_ids(self.processing_class)
             model = load_pairwise_model(model, label_token_ids, dtype, trust_remote_code, **kwargs)
+        check_answers_behind(model)
         model.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
         self.model = model.eval()
         self.batch_tokens = batch_tokens
         self.device = device
+
+    @property
+    def fingerprint(self) -> str:
+        """`str`: hash of the weights, the comparison and the chat template, which decide the probabilities."""
+        weights = tensors_hash(dict(self.model.named_parameters()))
+        return content_hash(weights, asdict(self.comparison), self.processing_class.chat_template)
 
     def judge(self, prompts: Sequence, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
         """
@@ -203,54 +213,69 @@ class PairwiseJudge:
             `list[int]` of length `n`: positions in `completions`, the best one first.
 
         Raises:
-            ValueError: If `method` is neither.
+            ValueError: If `method` is neither, or if a comparison is longer than its `max_length`.
         """
         if method == "all":
-            wins = mean_win_probability(self.compare([prompt], [completions])[0])
-            return np.argsort(-wins, kind="stable").tolist()
+            compared = self.compare([prompt], [completions])[0]
+            self._check_judged(compared)
+            return np.argsort(-mean_win_probability(compared), kind="stable").tolist()
         if method != "tournament":
             raise ValueError(f"`method` must be 'all' or 'tournament', got {method!r}.")
         playing, ranking = list(range(len(completions))), []
         while len(playing) > 1:
             games = list(zip(playing[0::2], playing[1::2], strict=False))
             logits = self.logits([prompt] * len(games), [(completions[i], completions[j]) for i, j in games])
-            logits = np.nan_to_num(logits)
+            self._check_judged(logits)
             winners = [i if logit >= 0 else j for (i, j), logit in zip(games, logits, strict=True)]
             losers = [j if logit >= 0 else i for (i, j), logit in zip(games, logits, strict=True)]
             # Those who lost closely come last here, since the whole is turned round in the end.
             ranking += [losers[position] for position in np.argsort(-np.abs(logits), kind="stable")]
-            # Of an odd number, the last one waits for the next round.
-            playing = winners + playing[2 * len(games) :]
+            # Of an odd number, the last one waits, and plays first in the next round.
+            playing = playing[2 * len(games) :] + winners
         return [*playing, *reversed(ranking)]
 
-    def __call__(self, prompts: list, completions: list, **kwargs: Any) -> list[float]:
+    @staticmethod
+    def _check_judged(logits: np.ndarray) -> None:
+        if np.isnan(logits).any():
+            raise ValueError(
+                "A comparison is longer than its `max_length`, so there is no ranking; shorten the completions or raise it."
+            )
+
+    def __call__(self, prompts: list, completions: list, **kwargs: Any) -> list[float | None]:
         """
         Rewards of completions, as TRL asks for them.
 
         Args:
             prompts (`list` of length `num_completions`):
-                Text or conversations, one for each completion. Completions of the same prompt are one group.
+                Text or conversations, one for each completion. Completions of the same prompt are one group, also
+                where TRL has spread them over processes; all of them have to call this together.
             completions (`list` of length `num_completions`):
                 Text or messages.
             kwargs:
                 Not used.
 
         Returns:
-            `list[float]` of length `num_completions`: mean probability of being preferred to the others of the group;
-            0.5 if there is no other.
+            `list[float | None]` of length `num_completions`: mean probability of being preferred to the others of the
+            group; 0.5 if there is no other, and `None`, which TRL leaves out, if no comparison with one fits.
 
         Raises:
             NonFiniteScoreError: If a score is NaN or infinite.
         """
+        gathered = gather_object([(prompts, completions)])
+        start = sum(len(part[0]) for part in gathered[: PartialState().process_index])
+        mine = range(start, start + len(prompts))
+        prompts, completions = ([each for part in gathered for each in part[side]] for side in (0, 1))
         groups: dict[str, list[int]] = {}
         for position, prompt in enumerate(prompts):
             groups.setdefault(str(prompt), []).append(position)
-        members = list(groups.values())
+        members = [group for group in groups.values() if any(position in mine for position in group)]
         compared = self.compare(
             [prompts[group[0]] for group in members],
             [[completions[position] for position in group] for group in members],
         )
-        rewards = np.empty(len(prompts))
+        rewards: dict[int, float | None] = {}
         for group, logits in zip(members, compared, strict=True):
-            rewards[group] = mean_win_probability(logits)
-        return rewards.tolist()
+            is_judged = len(group) == 1 or ~np.isnan(logits + np.diag(np.full(len(group), np.nan))).all(axis=1)
+            wins = np.where(is_judged, mean_win_probability(logits), np.nan)
+            rewards.update(zip(group, (None if np.isnan(win) else float(win) for win in wins), strict=True))
+        return [rewards[position] for position in mine]

@@ -73,7 +73,7 @@ def label_preferences(
 
     Returns:
         [`~datasets.Dataset`]: memory-mapped, with `prompt`, `chosen`, `rejected`, `margin` (difference of the two
-        rewards, float64, positive), `confidence` (`sigmoid(margin / temperature)`, float64), and `tools` and
+        rewards, or pair logit of a judge; float64, positive), `confidence` (`sigmoid(margin / temperature)`, float64), and `tools` and
         `chat_template_kwargs` where the input has them. Ties are left out; whatever is left out is counted in the log.
 
     Raises:
@@ -99,7 +99,7 @@ def label_preferences(
             margin = float(scored.margins[chosen, rejected])
             confidence = float(sigmoid(np.array(margin / temperature)))
             if math.isnan(margin):
-                dropped["longer than a comparison may be"] += 1
+                dropped["pairs too long to be compared"] += 1
             elif margin == 0:
                 dropped["tie"] += 1
             elif margin < 0:
@@ -190,7 +190,7 @@ def _map_scored(
         if max_length is not None:
             raise ValueError("A judge has the `max_length` of its comparison; set it there.")
         judge = model
-        labeler, score = judge, lambda rows, first_row, dropped: _judge_rows(judge, rows, first_row)
+        labeler, score = judge, lambda rows, first_row, dropped: _judge_rows(judge, rows, first_row, dropped)
         settings = {**settings, "comparison": asdict(judge.comparison)}
     else:
         scalar = model if isinstance(model, SSRMRewardFunction) else SSRMRewardFunction(model)
@@ -256,16 +256,22 @@ def _score_rows(
     ]
 
 
-def _judge_rows(judge: PairwiseJudge, rows: list[Row], first_row: int) -> list[ScoredCompletions]:
+def _judge_rows(
+    judge: PairwiseJudge, rows: list[Row], first_row: int, dropped: Counter[str]
+) -> list[ScoredCompletions]:
     completions = [completions_of(row) for row in rows]
     try:
         margins = judge.compare([row["prompt"] for row in rows], completions)
     except NonFiniteScoreError as error:
         raise NonFiniteScoreError("dataset", [first_row + position for position in error.rows]) from error
-    return [
-        ScoredCompletions(group, mean_win_probability(own), own)
-        for group, own in zip(completions, margins, strict=True)
-    ]
+    scored = []
+    for group, own in zip(completions, margins, strict=True):
+        is_judged = (~np.isnan(own) & ~np.eye(len(group), dtype=bool)).any(axis=1) | (len(group) == 1)
+        dropped["completions too long to be compared"] += int((~is_judged).sum())
+        kept = np.flatnonzero(is_judged)
+        own = own[np.ix_(kept, kept)]
+        scored.append(ScoredCompletions([group[position] for position in kept], mean_win_probability(own), own))
+    return scored
 
 
 def _check(dataset: Dataset) -> None:

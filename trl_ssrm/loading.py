@@ -16,6 +16,10 @@ from transformers.integrations import deepspeed
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .adapters import adapter_shapes, merge_adapter
+from .comparison import Comparison
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_reward_model(
@@ -38,9 +42,20 @@ def load_reward_model(
         [`~transformers.PreTrainedModel`]: the model, in evaluation mode, on the CPU unless `kwargs` say otherwise.
 
     Raises:
-        ValueError: If the model has several labels, or weights that the checkpoint does not hold: a score head that
-            was never trained is random.
+        ValueError: If the model has several labels, if it is a pairwise model, or if it has weights that the checkpoint
+            does not hold: a score head that was never trained is random.
     """
+    if Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None:
+        raise ValueError(
+            f"{model_name_or_path} is a pairwise model, which gives no reward to a single completion; use `PairwiseJudge`, "
+            "or let it teach a scalar model."
+        )
+    return _load_classifier(model_name_or_path, dtype, trust_remote_code, **kwargs)
+
+
+def _load_classifier(
+    model_name_or_path: str, dtype: str | torch.dtype, trust_remote_code: bool, **kwargs: Any
+) -> PreTrainedModel:
     loading = {"trust_remote_code": trust_remote_code, **kwargs}
     base = model_name_or_path
     is_adapter = find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None
@@ -107,10 +122,13 @@ def load_pairwise_model(
         [`~transformers.PreTrainedModel`]: the model, in evaluation mode.
 
     Raises:
-        ValueError: If the model is an encoder, or has other weights missing than those of the score layer.
+        ValueError: If the model is an encoder or a scalar reward model, or has other weights missing than those of the
+            score layer.
     """
-    if find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None:
-        return load_reward_model(model_name_or_path, dtype, trust_remote_code, **kwargs)
+    was_pairwise = Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None
+    is_adapter = find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None
+    if is_adapter and was_pairwise:
+        return _load_classifier(model_name_or_path, dtype, trust_remote_code, **kwargs)
     with whole_in_every_process(), suppress_load_report():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             model_name_or_path,
@@ -120,10 +138,11 @@ def load_pairwise_model(
             output_loading_info=True,
             **kwargs,
         )
-    if not hasattr(model, "score"):
+    check_answers_behind(model)
+    if is_adapter or not (info["missing_keys"] or was_pairwise):
         raise ValueError(
-            f"A pairwise preference model answers behind the comparison, which {type(model).__name__} can't; start from "
-            "a causal language model."
+            f"{model_name_or_path} is a scalar reward model, whose score is none of a comparison; start from a causal "
+            "language model."
         )
     if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
         raise ValueError(f"{model_name_or_path} holds no weights for {', '.join(missing)}; give a whole checkpoint.")
@@ -134,6 +153,15 @@ def load_pairwise_model(
     return model.eval()
 
 
+def check_answers_behind(model: Any) -> None:
+    """Refuse a model that can't answer behind a comparison."""
+    if not hasattr(model, "score"):
+        raise ValueError(
+            f"A pairwise preference model answers behind the comparison, which {type(model).__name__} can't; start from "
+            "a causal language model."
+        )
+
+
 def _output_embedding(
     model: PreTrainedModel, name_or_path: str, unused: list[str], token_ids: tuple[int, int], kwargs: dict[str, Any]
 ) -> torch.Tensor:
@@ -141,6 +169,20 @@ def _output_embedding(
     embedding: Any = model.get_input_embeddings().weight
     # A tied one is not stored; of an untied one, the classifier has no use.
     names = [name for name in unused if name.endswith(".weight") and name.split(".")[-2] in ("lm_head", "embed_out")]
+    config = model.config.get_text_config()
+    if not names and not config.tie_word_embeddings:
+        raise ValueError(
+            f"{name_or_path} stores its output embedding under none of the usual names; tie or rename it."
+        )
+    between = [
+        name for name in ("logits_scaling", "logit_scale", "final_logit_softcapping") if getattr(config, name, None)
+    ]
+    between += [name for name in unused if name.endswith("lm_head.bias")]
+    if between:
+        logger.warning(
+            f"The language model has {', '.join(between)} between its last hidden state and its answer, which the score "
+            "layer leaves out: before training, its probabilities are not those of the language model."
+        )
     if not names:
         return embedding[list(token_ids)].float()
     found = {"revision": kwargs.get("revision"), "_raise_exceptions_for_missing_entries": False}

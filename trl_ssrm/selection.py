@@ -13,7 +13,7 @@ class PairScores:
 
     Args:
         logits (`np.ndarray` of shape `(num_pairs,)`, float64):
-            Pair logits `z = r(first) - r(second)`, the difference of the two rewards.
+            Pair logits `z`: of a scalar model the difference of the two rewards, `r(first) - r(second)`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divisor of the logits that calibrates the confidence. Positive.
         orders_agree (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):

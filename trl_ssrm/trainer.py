@@ -3,7 +3,7 @@ import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,7 +32,7 @@ from .checks import check_arguments, check_labeled_data, check_tokenizer
 from .collator import ConfidenceFilteredDataCollator
 from .comparison import DEFAULT_TEMPLATE, Comparison, tokenize_comparisons
 from .config import SSRMConfig
-from .loading import load_pairwise_model
+from .loading import check_answers_behind, load_pairwise_model
 from .pool import Pool, build_pool, report_dropped
 from .preference import LOGITS_OF, orders_agree
 from .report import round_line, round_table
@@ -79,7 +79,8 @@ class SSRMTrainer(RewardTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Model to be trained, as in [`~trl.RewardTrainer`].
+            Model to be trained, as in [`~trl.RewardTrainer`]. For a pairwise model, a directory or model ID of a causal
+            language model, or what [`load_pairwise_model`] gives.
         args ([`SSRMConfig`] or [`~trl.RewardConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used. A plain
             [`~trl.RewardConfig`] is completed with the default rounds.
@@ -199,7 +200,13 @@ class SSRMTrainer(RewardTrainer):
         if is_pairwise:
             assert isinstance(args, SSRMConfig)
             processing_class = processing_class or self._load_tokenizer(model, args)
-            model, quantization_config = self._prepare_pairwise(model, args, processing_class, quantization_config)
+            if data_collator is not None and getattr(data_collator, "comparison_seed", None) is None:
+                raise ValueError(
+                    "`data_collator` must be a `ConfidenceFilteredDataCollator` with a `comparison_seed`."
+                )
+            model, quantization_config, args = self._prepare_pairwise(
+                model, args, processing_class, quantization_config
+            )
         if self.has_pool or is_pairwise or is_quantized:
             peft_config = with_score_head(peft_config)
         super().__init__(
@@ -231,6 +238,12 @@ class SSRMTrainer(RewardTrainer):
         if not self.has_pool:
             # The model card names the trainer, and this one has done nothing that the parent does not do.
             self._name, self._paper = super()._name, super()._paper
+            if self.comparison is not None:
+                given = {"train_dataset": train_dataset, **_by_name(eval_dataset, "eval_dataset")}
+                made = {"train_dataset": self.train_dataset, **_by_name(self.eval_dataset, "eval_dataset")}
+                for name, data in given.items():
+                    if isinstance(data, Dataset):
+                        self._report_too_long(name, len(data), len(made[name]))
             return
 
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -330,6 +343,8 @@ class SSRMTrainer(RewardTrainer):
             "unlabeled_dataset": self.pool.pairs.fingerprint,
             **{f"{name}_dataset": pairs.fingerprint for name, pairs in self._held_out.items()},
         }
+        if (teacher := self.pseudo_labeling_callback.teacher) is not None:
+            data["teacher"] = teacher.fingerprint
         identity = run_identity(self.args, model, data)
 
         def start() -> str | None:
@@ -544,7 +559,9 @@ class SSRMTrainer(RewardTrainer):
         mode = "train" if self.model.training else "eval"
         # Private in `RewardTrainer`: where its `log` finds what to log.
         accuracy = ((logits > 0) == (label > 0.5)).float().mean()
-        self._metrics[mode]["accuracy"].append(self.accelerator.gather_for_metrics(accuracy).mean().item())
+        # An evaluation asks in one order; the facts of a round are of both.
+        name = "accuracy" if mode == "train" else "accuracy_in_one_order"
+        self._metrics[mode][name].append(self.accelerator.gather_for_metrics(accuracy).mean().item())
         return (loss, outputs) if return_outputs else loss
 
     def _set_signature_columns_if_needed(self):
@@ -638,7 +655,7 @@ class SSRMTrainer(RewardTrainer):
 
     def _prepare_pairwise(
         self, model: Any, args: SSRMConfig, tokenizer: PreTrainedTokenizerBase, quantization_config: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, SSRMConfig]:
         """Make the comparison, and load the model with the score layer that answers it."""
         self.comparison = Comparison(
             args.comparison_template or DEFAULT_TEMPLATE,
@@ -646,9 +663,17 @@ class SSRMTrainer(RewardTrainer):
             args.comparison_add_generation_prompt,
             args.max_length,
         )
+        if args.chat_template_path is not None:
+            raise ValueError(
+                "`chat_template_path` would change what a pairwise model reads; pass a `processing_class` with the template."
+            )
         token_ids = self.comparison.label_token_ids(tokenizer)
         if not isinstance(model, str):
-            return model, quantization_config
+            check_answers_behind(model.get_base_model() if is_peft_model(model) else model)
+            return model, quantization_config, args
+        stored = Comparison.from_pretrained(model)
+        if stored is not None and replace(stored, max_length=args.max_length) != self.comparison:
+            raise ValueError(f"{model} was trained on another comparison ({stored}); give the config the same.")
         # As the parent loads it.
         kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # a `str` is parsed by now
         dtype = kwargs.pop("dtype", "float32")
@@ -656,15 +681,27 @@ class SSRMTrainer(RewardTrainer):
             kwargs["device_map"] = None
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
-        args.model_init_kwargs = None
         set_seed(args.seed)
-        return load_pairwise_model(model, token_ids, dtype, args.trust_remote_code, **kwargs), None
+        loaded = load_pairwise_model(model, token_ids, dtype, args.trust_remote_code, **kwargs)
+        # The parent would warn that they have no effect on a model that is loaded.
+        args = copy.copy(args)
+        args.model_init_kwargs = None
+        return loaded, None, args
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # Private in `RewardTrainer`, which takes a dataset with these two columns as tokenized.
         if self.comparison is not None and "chosen_ids" not in (dataset.column_names or []):
-            dataset = tokenize_comparisons(dataset, processing_class, self.comparison, args.max_length)
+            dataset = tokenize_comparisons(
+                dataset, processing_class, self.comparison, args.max_length, args.dataset_num_proc
+            )
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _report_too_long(self, name: str, num_given: int, num_left: int) -> None:
+        """Count what the parent leaves out without a word, and refuse to go on with nothing."""
+        max_length = f"longer than max_length={self.args.max_length}"
+        report_dropped(name, {max_length: num_given - num_left})
+        if num_left == 0:
+            raise ValueError(f"Every row of `{name}` is {max_length}; raise it, or shorten the texts.")
 
     def _prepare_data(
         self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
@@ -672,11 +709,8 @@ class SSRMTrainer(RewardTrainer):
         """Index the labeled and held-out pairs, and make the pool of those that are in none of them."""
         without_filter = copy.copy(self.args)
         without_filter.max_length = None
-        max_length = f"longer than max_length={self.args.max_length}"
         # `_prepare_dataset` is private in `RewardTrainer`: the pool has to be tokenized exactly as the labeled pairs.
-        report_dropped("train_dataset", {max_length: len(train_dataset) - len(self.train_dataset)})
-        if len(self.train_dataset) == 0:
-            raise ValueError(f"Every row of `train_dataset` is {max_length}; raise it, or shorten the texts.")
+        self._report_too_long("train_dataset", len(train_dataset), len(self.train_dataset))
         self._labeled = self.train_dataset
         self._labeled_pairs = PairedSequences.from_tokenized(self.train_dataset)
         self._margins = list(self.train_dataset["margin"]) if "margin" in self.train_dataset.column_names else None
@@ -690,9 +724,7 @@ class SSRMTrainer(RewardTrainer):
             if not isinstance(prepared, Dataset):
                 logger.warning(f"`{name}` is a stream, so the metrics of a round leave it out.")
                 continue
-            report_dropped(name, {max_length: len(given) - len(prepared)})
-            if len(prepared) == 0:
-                raise ValueError(f"Every row of `{name}` is {max_length}; raise it, or shorten the texts.")
+            self._report_too_long(name, len(given), len(prepared))
             self._held_out[name] = PairedSequences.from_tokenized(prepared)
         known_pairs = {"the labeled pairs": set(self._labeled_pairs.pair_keys())}
         known_pairs |= {name: set(pairs.pair_keys()) for name, pairs in self._held_out.items()}
