@@ -92,9 +92,12 @@ def main(script_args: PPOScriptArguments, training_args: PPOConfig, model_args: 
         **models,
     )
     trainer.train()
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    # With several processes, `save_model` of this trainer would save the value model too.
+    policy = trainer.accelerator.unwrap_model(trainer.model).policy
+    hub = {"push_to_hub": True, "repo_id": training_args.hub_model_id} if training_args.push_to_hub else {}
+    if trainer.accelerator.is_main_process:
+        policy.save_pretrained(training_args.output_dir, **hub)
+        tokenizer.save_pretrained(training_args.output_dir, **hub)
 
 
 if __name__ == "__main__":

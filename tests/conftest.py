@@ -228,7 +228,7 @@ TWO_PROCESSES = (
 
 
 def run_script(name: str, *command: str, **settings) -> dict | None:
-    """What a script of this directory printed last, or `None` if it was killed."""
+    """What the main process of a script of this directory printed last, or `None` if it was killed."""
     script = Path(__file__).parent / name
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parent.parent)])}
     done = subprocess.run(
@@ -242,7 +242,5 @@ def run_script(name: str, *command: str, **settings) -> dict | None:
     if done.returncode == -signal.SIGKILL:
         return None
     assert done.returncode == 0, done.stderr[-3000:]
-    results = [
-        json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")
-    ]
-    return min(results, key=lambda result: result["rank"])
+    (result,) = (line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    return json.loads(result)

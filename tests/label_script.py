@@ -60,13 +60,13 @@ def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "", sha
     mine = texts[state.process_index * len(texts) // state.num_processes :][: len(texts) // state.num_processes]
     result = {
         "rewards": gather_object(judge(["say 1"] * len(mine), mine)),
-        "rank": PartialState().process_index,
         "completions": completions["completions"][:],
         "labels": labels.to_list(),
         "num_generated": num_generated,
         "num_labeled": len(written),
     }
-    print("RESULT " + json.dumps(result), flush=True)
+    if PartialState().is_main_process:
+        print("RESULT " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,6 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
     weights = {name: value.tolist() for name, value in sorted(conftest.weights_of(trainer.model).items())}
     kept = [trainer.run.read_pseudo_labels(round)[0].to_dict() for round in range(1, len(trainer.round_history))]
     result = {
-        "rank": trainer.accelerator.process_index,
         "weights": content_hash(weights),
         "kept": [dict(zip(each["pair"], each["first_is_chosen"], strict=True)) for each in kept],
         "confidence": [each["confidence"] for each in kept],
@@ -107,7 +106,8 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
         "num_logs": len(trainer.state.log_history),
         "scored": scored,
     }
-    print("RESULT " + json.dumps(result), flush=True)
+    if trainer.accelerator.is_main_process:
+        print("RESULT " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
