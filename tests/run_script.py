@@ -51,7 +51,7 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
     score_shard = trl_ssrm.scoring._score_shard
 
     def count_shard(model, pairs, shard, *args):
-        if pairs is not trainer._held_out.get("eval"):
+        if pairs is not trainer.data.held_out.get("eval"):
             if place == "scoring" and trainer.round + 1 == int(kill_round) and shard.start > 20:
                 die()
             scored.append([trainer.round + 1, shard.start])

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, log_loss
 
-from trl_ssrm.calibration import expected_calibration_error, fit_temperature, preference_metrics
+from trl_ssrm.calibration import (
+    adaptive_calibration_error,
+    calibrated_metrics,
+    expected_calibration_error,
+    fit_temperature,
+    preference_metrics,
+    reliability_curve,
+)
 
 
 @pytest.fixture
@@ -57,3 +64,30 @@ def test_pairs_that_are_all_right_leave_the_temperature_alone():
 
 def test_pairs_that_are_mostly_wrong_end_at_the_top_of_the_range():
     assert fit_temperature(np.array([-5.0, -4.0, 0.1])) == 100.0
+
+
+def test_adaptive_ece_has_bins_of_as_many_pairs_each():
+    # All confidences in one bin of equal width, where the errors cancel; half of them too sure, half not sure enough.
+    confidence = np.linspace(0.94, 0.99, 3000)
+    is_correct = np.arange(3000) >= 150
+    assert expected_calibration_error(confidence, is_correct) < 0.02
+    gaps = [abs(np.mean(c - k)) for c, k in zip(np.split(confidence, 15), np.split(is_correct, 15), strict=True)]
+    assert adaptive_calibration_error(confidence, is_correct) == pytest.approx(np.mean(gaps))
+    assert adaptive_calibration_error(confidence, is_correct) > 0.05
+
+
+def test_pairs_of_one_confidence_share_a_bin():
+    assert adaptive_calibration_error(np.full(100, 0.75), np.arange(100) < 75) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_reliability_curve_is_what_ece_sums_up(logits):
+    curve = reliability_curve(logits)
+    total = sum(point["count"] * abs(point["confidence"] - point["accuracy"]) for point in curve)
+    assert total / len(logits) == pytest.approx(preference_metrics(logits)["ece"])
+    assert [point["confidence"] for point in curve] == sorted(point["confidence"] for point in curve)
+    after = reliability_curve(logits, 3.0)
+    assert max(abs(point["confidence"] - point["accuracy"]) for point in after) < 0.05
+
+
+def test_calibrated_metrics_are_those_at_the_temperature(logits):
+    assert calibrated_metrics(logits, 3.0)["calibrated_ece"] == preference_metrics(logits, 3.0)["ece"] < 0.01

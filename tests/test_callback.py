@@ -1,6 +1,9 @@
+import shutil
+
 import numpy as np
 import pytest
 from conftest import preference_rows
+from datasets import Dataset
 
 from trl_ssrm import NonFiniteScoreError, PairScores, PseudoLabelingCallback, SSRMTrainer
 
@@ -120,3 +123,195 @@ def test_nan_reward_stops_the_run_and_names_the_rows(llama, config, labeled, unl
     trainer.model.get_input_embeddings().register_forward_hook(poison)
     with pytest.raises(NonFiniteScoreError, match="NaN or infinite rewards to rows 17 of `unlabeled_dataset`"):
         trainer.train()
+
+
+# ---- What the settings select ----
+
+
+class Fixed(PseudoLabelingCallback):
+    """Gives the pool the logits that a test says, in the order of the pool."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def score(self, trainer, pool, round):
+        temperature = trainer.round_history[round]["temperature"]
+        return PairScores(np.asarray(self.logits, dtype=float)[: len(pool)], temperature)
+
+
+@pytest.fixture
+def kept_by(llama, config, labeled, unlabeled):
+    """Trains one round on given logits and returns the trainer, the kept pairs and the facts."""
+
+    def train(logits, pool=None, calibration_dataset=None, **settings):
+        trainer = SSRMTrainer(
+            llama,
+            config(**{"num_rounds": 1, "num_train_epochs": 1, **settings}),
+            train_dataset=labeled,
+            unlabeled_dataset=pool or unlabeled,
+            calibration_dataset=calibration_dataset,
+            callbacks=[Fixed(logits)],
+        )
+        trainer.train()
+        pseudo_labels, facts = trainer.run.read_pseudo_labels(1)
+        return trainer, pseudo_labels, facts
+
+    return train
+
+
+LOGITS = np.linspace(0.2, 4, 40) * np.where(np.arange(40) % 3, 1, -1)
+
+
+def test_fraction_of_the_pool_is_kept_and_trained_on(kept_by):
+    trainer, pseudo_labels, facts = kept_by(LOGITS, selected_fraction=0.7)
+    assert sorted(pseudo_labels["pair"]) == list(range(12, 40))
+    # Some of them are less confident than the 0.8 of `confidence_threshold`.
+    assert trainer.round_history[1]["num_train_pairs"] == 16 + 28
+    assert facts["confidence_threshold"] == pytest.approx(1 / (1 + np.exp(-abs(LOGITS[11]))))
+
+
+def test_adaptive_threshold_is_the_mean_confidence(kept_by):
+    _, pseudo_labels, facts = kept_by(LOGITS, adaptive_threshold=True)
+    confidence = 1 / (1 + np.exp(-np.abs(LOGITS)))
+    assert facts["confidence_threshold"] == pytest.approx(confidence.mean())
+    assert sorted(pseudo_labels["pair"]) == np.flatnonzero(confidence > confidence.mean()).tolist()
+
+
+def test_target_precision_keeps_what_the_held_out_labels_vouch_for(kept_by):
+    held_out = Dataset.from_list(preference_rows(80, seed=9))
+    settings = {"calibration_dataset": held_out, "num_train_epochs": 10}
+    trainer, pseudo_labels, facts = kept_by(LOGITS, **settings, target_precision=0.8)
+    threshold = trainer.round_history[0]["precision_threshold"]
+    assert facts["confidence_threshold"] == threshold < 1
+    confidence = 1 / (1 + np.exp(-np.abs(LOGITS) / facts["temperature"]))
+    assert sorted(pseudo_labels["pair"]) == np.flatnonzero(confidence > threshold).tolist() != []
+
+
+def test_target_that_too_few_labels_can_vouch_for_selects_nothing(llama, config, labeled, unlabeled):
+    trainer = SSRMTrainer(
+        llama,
+        config(target_precision=0.99, num_folds=2),
+        train_dataset=labeled,
+        unlabeled_dataset=unlabeled,
+    )
+    trainer.train()
+    assert trainer.termination_reason == "nothing_selected"
+
+
+def test_best_against_worst_is_the_most_confident_pair_of_a_prompt(kept_by):
+    rows = [{"prompt": f"Say {number}: ", "completions": ["one", "two", "three"]} for number in range(4)]
+    logits = [1, 2, 3, 1, 5, 4, 0.1, 0.2, 0.3, 9, 8, 7]
+    pool = Dataset.from_list(rows)
+    _, pseudo_labels, _ = kept_by(logits, pool=pool, max_pairs_per_prompt=1, confidence_threshold=0.5)
+    assert sorted(pseudo_labels["pair"]) == [2, 4, 8, 9]
+
+
+def test_quantile_is_one_of_the_best_against_worst(llama, config, labeled):
+    rows = [{"prompt": f"Say {number}: ", "completions": ["one", "two", "three"]} for number in range(4)]
+    logits = [1, 2, 3, 1, 5, 4, 0.1, 0.2, 0.3, 9, 8, 7]
+    trainer = SSRMTrainer(
+        llama,
+        config(num_rounds=1, max_pairs_per_prompt=1, selected_fraction=0.5),
+        train_dataset=labeled,
+        unlabeled_dataset=Dataset.from_list(rows),
+        callbacks=[Fixed(logits)],
+    )
+    trainer.train()
+    assert sorted(trainer.run.read_pseudo_labels(1)[0]["pair"]) == [4, 9]
+
+
+def test_kept_pairs_have_the_lengths_of_the_pool(kept_by, llama, config, labeled, unlabeled):
+    pool = SSRMTrainer(llama, config(), train_dataset=labeled, unlabeled_dataset=unlabeled).data.pool
+    lengths = pool.pairs.lengths
+    difference = lengths[pool.pairs.first] - lengths[pool.pairs.second]
+    # The model likes length, and is the surer the longer.
+    logits = np.where(difference == 0, 0.1, difference)
+    _, _, free = kept_by(logits, confidence_threshold=0.85)
+    shutil.rmtree(config().output_dir)
+    _, pseudo_labels, facts = kept_by(logits, confidence_threshold=0.85, balance_by=["length"])
+    assert 0 < facts["kept"] < free["kept"]
+    assert facts["mean_confidence"] < free["mean_confidence"]
+
+
+def test_no_source_gets_more_than_its_share(kept_by):
+    rows = [{**row, "source": "web" if number < 30 else "books"} for number, row in enumerate(preference_rows(40, 2))]
+    logits = np.where(np.arange(40) < 30, 0.1, 3.0)
+    logits[:5] = 2.0
+    _, pseudo_labels, _ = kept_by(logits, pool=Dataset.from_list(rows), balance_by=["source"])
+    kept = sorted(pseudo_labels["pair"])
+    # 15 were selected; a quarter of the pool is books.
+    assert kept[:5] == [0, 1, 2, 3, 4] and len(kept) == 5 + 4
+
+
+def test_length_bias_is_logged(kept_by):
+    trainer, pseudo_labels, facts = kept_by(LOGITS)
+    lengths, pairs = trainer.data.pool.pairs.lengths, trainer.data.pool.pairs
+    longer = (lengths[pairs.first] - lengths[pairs.second]) * np.sign(LOGITS) > 0
+    kept = pseudo_labels["pair"][:]
+    assert facts["chosen_longer"] == pytest.approx(longer[kept].mean())
+    assert facts["chosen_longer_in_pool"] == pytest.approx(longer.mean())
+
+
+class Chance(PseudoLabelingCallback):
+    """Labels of chance, other ones each round."""
+
+    def score(self, trainer, pool, round):
+        return PairScores(np.random.default_rng(round).normal(size=len(pool)) * 5)
+
+
+def test_weight_of_pseudo_labels_rises_over_the_rounds(llama, config, labeled, unlabeled):
+    args = config(num_rounds=3, pseudo_label_warmup_rounds=2, pseudo_label_weight=0.8, confidence_threshold=0.5)
+    trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, callbacks=[Chance()])
+    seen = []
+    build = trainer.data_collator.build_dataset
+    trainer.data_collator.build_dataset = lambda *args: seen.append(build(*args)) or seen[-1]
+    trainer.train()
+    assert [set(rows["weight"]) for rows in seen] == [{1.0, 0.4}, {1.0, 0.8}, {1.0, 0.8}]
+
+
+def test_pseudo_labels_of_the_labeled_pairs_are_subtracted(llama, config, labeled, unlabeled):
+    args = config(num_rounds=1, debias_pseudo_labels=True, pseudo_label_weight=0.5, confidence_threshold=0.5)
+    trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled)
+    seen = []
+    build = trainer.data_collator.build_dataset
+    trainer.data_collator.build_dataset = lambda *args: seen.append(build(*args)) or seen[-1]
+    trainer.train()
+    (rows,) = seen
+    weight = np.array(rows["weight"])
+    assert weight[:16].tolist() == [1.0] * 16
+    # Together they weigh half of what the labels weigh, once with one sign and once with the other.
+    assert weight[16:56].tolist() == pytest.approx([0.5 * 16 / 40] * 40)
+    assert weight[56:].tolist() == [-0.5] * 16
+    assert rows["chosen_ids"][:16] == rows["chosen_ids"][56:]
+    assert rows["probability"][:16] == [None] * 16 and None not in rows["probability"][16:]
+
+
+def test_rounds_end_when_they_no_longer_help(llama, config, labeled, unlabeled, held_out):
+    # A learning rate that wrecks the model in the rounds.
+    args = config(num_rounds=9, round_patience=2, confidence_threshold=0.5, learning_rate=0.05, num_train_epochs=1)
+    trainer = SSRMTrainer(
+        llama,
+        args,
+        train_dataset=labeled,
+        unlabeled_dataset=unlabeled,
+        eval_dataset=held_out,
+        callbacks=[Chance()],
+    )
+    trainer.train()
+    losses = [facts["eval_log_loss"] for facts in trainer.round_history]
+    assert trainer.termination_reason == "no_improvement"
+    assert np.argmin(losses) == len(losses) - 3 and len(losses) < 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"balance_by": ["source"]}, "`balance_by` names 'source', which is no column of `unlabeled_dataset`"),
+        ({"target_precision": 0.9}, "`target_precision` needs `calibration_dataset` or `num_folds`"),
+        ({"round_patience": 1}, "`round_patience` needs `calibration_dataset`, `num_folds` or `eval_dataset`"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused(llama, config, labeled, unlabeled, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SSRMTrainer(llama, config(**settings), train_dataset=labeled, unlabeled_dataset=unlabeled)

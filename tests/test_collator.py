@@ -75,3 +75,31 @@ def test_example_of_the_docstring():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]]
     torch.testing.assert_close(batch["label"], torch.tensor([1.0, 0.9]))
     assert batch["weight"].tolist() == [1.0, 1.0]
+
+
+def test_smoothing_draws_pseudo_labels_to_one_half_and_leaves_gold_alone():
+    rows = [GOLD, {"chosen_ids": [6], "rejected_ids": [8], "probability": 0.1}]
+    hard = ConfidenceFilteredDataCollator(0, pseudo_label_smoothing=0.2)(rows)
+    torch.testing.assert_close(hard["label"], torch.tensor([1.0, 0.9]))
+    soft = ConfidenceFilteredDataCollator(0, pseudo_label_smoothing=0.2, pseudo_label_type="soft")(rows)
+    torch.testing.assert_close(soft["label"], torch.tensor([1.0, 0.82]))
+
+
+def test_row_with_a_weight_of_its_own_has_that():
+    labeled = Dataset.from_dict({"chosen_ids": [[1, 2]], "rejected_ids": [[3]], "weight": [7.0]})
+    pseudo_labeled = Dataset.from_dict(
+        {"chosen_ids": [[4], [5]], "rejected_ids": [[7], [8]], "probability": [0.9, 0.95], "weight": [0.25, -0.5]}
+    )
+    collator = ConfidenceFilteredDataCollator(0, pseudo_label_weight=0.1)
+    # A column of the labeled data that happens to have the name means something else.
+    batch = collator(collator.build_dataset(labeled, pseudo_labeled).to_list())
+    assert batch["weight"].tolist() == [1.0, 0.25, -0.5]
+
+
+def test_both_orders_are_each_other_turned_round():
+    rows = [{**GOLD, "margin": 0.5}, {"chosen_ids": [6], "rejected_ids": [8], "probability": 0.1, "margin": 0.0}]
+    collator = ConfidenceFilteredDataCollator(0, pseudo_label_type="soft", comparison_seed=0, comparison_orders="both")
+    batch = collator(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [8, 0, 0], [4, 5, 0], [6, 0, 0]]
+    torch.testing.assert_close(batch["label"], torch.tensor([1.0, 0.9, 0.0, 0.1]))
+    assert batch["weight"].tolist() == [1.0] * 4 and batch["margin"].tolist() == [0.5, 0.0, -0.5, 0.0]

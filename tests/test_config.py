@@ -41,7 +41,7 @@ def test_yaml_and_command_line_are_parsed_as_any_trl_config(tmp_path):
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (args,) = TrlParser((SSRMConfig,)).parse_args_and_config(
-        ["--config", str(tmp_path / "config.yaml"), "--confidence_threshold", "0.7", "--keep_best_round"]
+        ["--config", str(tmp_path / "config.yaml"), "--confidence_threshold", "0.7", "--keep_best_round", "true"]
     )
     assert (args.num_rounds, args.confidence_threshold, args.round_init, args.keep_best_round) == (
         5,

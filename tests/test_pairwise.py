@@ -270,7 +270,7 @@ def test_rounds_teach_a_pairwise_model(causal, pairwise_config, kind, tmp_path):
         eval_dataset=held_out,
         unlabeled_dataset=pool,
     )
-    zero_shot = trainer.score_pairs(trainer._held_out["eval"], "eval")
+    zero_shot = trainer.score_pairs(trainer.data.held_out["eval"], "eval")
     trainer.train()
     facts = trainer.round_history[1]
     assert facts["eval_accuracy"] > 0.9 > np.mean(zero_shot.logits > 0)
@@ -284,7 +284,7 @@ def test_rounds_teach_a_pairwise_model(causal, pairwise_config, kind, tmp_path):
     judge = PairwiseJudge(str(tmp_path / "saved"))
     assert judge.comparison == trainer.comparison
     found = judge.judge(held_out["prompt"], [(row["chosen"], row["rejected"]) for row in held_out])
-    expected = 1 / (1 + np.exp(-trainer.score_pairs(trainer._held_out["eval"], "eval").logits))
+    expected = 1 / (1 + np.exp(-trainer.score_pairs(trainer.data.held_out["eval"], "eval").logits))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -309,15 +309,16 @@ def test_pool_of_several_completions_gives_all_their_pairs(causal, pairwise_conf
         [{"prompt": f"p{n}", "completions": ["kind one", "rude two", "warm three"]} for n in range(4)]
     )
     trainer = SSRMTrainer(causal(), pairwise_config(), train_dataset=labeled, unlabeled_dataset=pool)
-    assert len(trainer.pool) == 12 and len(trainer.pool.pairs.sequences) == 24
-    texts = {(n, *sorted(trainer.pool.texts(n, True)[name] for name in ("chosen", "rejected"))) for n in range(3)}
+    assert len(trainer.data.pool) == 12 and len(trainer.data.pool.pairs.sequences) == 24
+    texts = {(n, *sorted(trainer.data.pool.texts(n, True)[name] for name in ("chosen", "rejected"))) for n in range(3)}
     assert {pair[1:] for pair in texts} == set(itertools.combinations(["kind one", "rude two", "warm three"], 2))
     expected = trainer.comparison.tokenize(
-        trainer.processing_class, *(trainer.pool.texts(0, True)[name] for name in ("prompt", "chosen", "rejected"))
+        trainer.processing_class,
+        *(trainer.data.pool.texts(0, True)[name] for name in ("prompt", "chosen", "rejected")),
     )
     first, second = (
-        trainer.pool.pairs.sequences[int(side[0])]["input_ids"]
-        for side in (trainer.pool.pairs.first, trainer.pool.pairs.second)
+        trainer.data.pool.pairs.sequences[int(side[0])]["input_ids"]
+        for side in (trainer.data.pool.pairs.first, trainer.data.pool.pairs.second)
     )
     assert (first, second) == expected
 
@@ -374,7 +375,7 @@ def test_adapter_of_a_pairwise_model_is_a_judge(causal, pairwise_config, labeled
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     judge = PairwiseJudge(str(tmp_path / "saved"))
-    expected = 1 / (1 + np.exp(-trainer.score_pairs(trainer._labeled_pairs, "labeled").logits))
+    expected = 1 / (1 + np.exp(-trainer.score_pairs(trainer.data.labeled_pairs, "labeled").logits))
     found = judge.judge(labeled["prompt"], [(row["chosen"], row["rejected"]) for row in labeled])
     # What quantization rounds away from the base is what is different.
     np.testing.assert_allclose(found, expected, atol=0.4 if quantized else 1e-4)

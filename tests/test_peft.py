@@ -111,7 +111,7 @@ def test_scoring_does_not_change_the_gradient_through_a_four_bit_base(llama, con
         return {name: each.grad.clone() for name, each in trainer.model.named_parameters() if each.grad is not None}
 
     before = gradients()
-    trainer.score_pairs(trainer.pool.pairs, "pool")
+    trainer.score_pairs(trainer.data.pool.pairs, "pool")
     assert_same_weights(before, gradients())
     assert any("layers.0" in name and "lora_B" in name and value.abs().sum() > 0 for name, value in before.items())
 

@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from trl_ssrm.selection import PairScores, above_threshold
+from trl_ssrm.selection import (
+    PairScores,
+    above_threshold,
+    adaptive_threshold,
+    balanced,
+    fraction_threshold,
+    precision_threshold,
+    wilson_lower_bound,
+    within_quota,
+)
 
 
 def test_confidence_is_the_larger_probability_to_the_bit():
@@ -35,3 +44,84 @@ def test_temperature_lowers_confidence():
 def test_extreme_logits_give_no_warning_and_no_nan():
     with np.errstate(all="raise", under="ignore"):
         assert PairScores(np.array([1e6, -1e6])).probability.tolist() == [1.0, 0.0]
+
+
+def test_most_confident_share_is_kept():
+    logits = np.random.default_rng(0).permutation(np.arange(1.0, 101.0) / 20)
+    kept = above_threshold(PairScores(logits), fraction_threshold(PairScores(logits), 0.25))
+    assert kept.sum() == 25 and logits[kept].min() > logits[~kept].max()
+    assert above_threshold(PairScores(logits), fraction_threshold(PairScores(logits), 1.0)).all()
+
+
+def test_pairs_of_one_confidence_at_the_border_are_left_out():
+    scores = PairScores(np.array([3.0, 2.0, -2.0, 1.0]))
+    assert above_threshold(scores, fraction_threshold(scores, 0.5)).tolist() == [True, False, False, False]
+
+
+def test_lower_bound_is_that_of_the_published_interval():
+    # By hand: (0.9 + 2.7055 / 40 - 1.64485 * sqrt(0.0045 + 2.7055 / 1600)) / (1 + 2.7055 / 20).
+    assert wilson_lower_bound(np.array([18]), np.array([20]))[0] == pytest.approx(0.7384, abs=5e-4)
+    assert wilson_lower_bound(np.array([0, 0]), np.array([0, 5])).tolist() == pytest.approx([0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize(("num_pairs", "target", "reaches"), [(51, 0.95, False), (52, 0.95, True), (268, 0.99, True)])
+def test_how_many_labels_a_target_takes(num_pairs, target, reaches):
+    threshold = precision_threshold(np.linspace(0.1, 5, num_pairs), 1.0, target)
+    assert threshold == (0.5 if reaches else None)
+
+
+def test_pseudo_labels_above_the_threshold_are_right_as_often_as_wanted():
+    draw = np.random.default_rng(0)
+    strength = np.abs(draw.normal(size=40_000)) * 2
+    logits = np.where(draw.random(40_000) < 1 / (1 + np.exp(-strength)), strength, -strength)
+    # Twice as sure as it should be: the threshold is not fooled, since it counts.
+    held_out, pool = np.split(logits * 2, [2_000])
+    for target in (0.8, 0.9, 0.95):
+        threshold = precision_threshold(held_out, 1.0, target)
+        kept = above_threshold(PairScores(pool), threshold)
+        precision = (pool[kept] > 0).mean()
+        assert target - 0.005 < precision < target + 0.03
+        # It is the lowest one.
+        lower = np.sort(PairScores(held_out).confidence)
+        lower = lower[lower < threshold]
+        bounds = []
+        for each in lower:
+            right = held_out[PairScores(held_out).confidence > each] > 0
+            bounds.append(wilson_lower_bound(np.array([right.sum()]), np.array([len(right)]))[0])
+        assert max(bounds) < target
+
+
+def test_threshold_follows_the_model():
+    unsure, sure = PairScores(np.full(10, 0.5)), PairScores(np.full(10, 3.0))
+    first = adaptive_threshold(unsure, None)
+    assert first == pytest.approx(unsure.confidence[0])
+    second = adaptive_threshold(sure, first)
+    assert first < second < adaptive_threshold(sure, second) < sure.confidence[0]
+
+
+def test_no_group_gets_more_than_its_share():
+    draw = np.random.default_rng(0)
+    groups = draw.choice(3, size=900, p=[0.5, 0.3, 0.2])
+    confidence = draw.random(900) / 2 + 0.5
+    # Nearly all of what was selected is of the last group.
+    mask = (groups == 2) | (draw.random(900) < 0.1)
+    stays = balanced(mask, confidence, groups)
+    assert not (stays & ~mask).any()
+    for group in range(3):
+        share = (groups == group).mean()
+        assert stays[groups == group].sum() <= np.ceil(share * mask.sum())
+    left_out = mask & ~stays & (groups == 2)
+    assert left_out.any() and confidence[left_out].max() <= confidence[stays & (groups == 2)].min()
+
+
+def test_pool_that_is_kept_as_a_whole_is_balanced():
+    groups = np.array([0, 0, 1, 2, 2, 2])
+    assert balanced(np.ones(6, dtype=bool), np.linspace(0.5, 1, 6), groups).all()
+
+
+def test_quota_keeps_the_most_confident():
+    group = np.array([0, 0, 0, 1, 1, 2])
+    confidence = np.array([0.6, 0.9, 0.7, 0.8, 0.95, 0.55])
+    mask = np.array([True, True, True, True, False, True])
+    stays = within_quota(mask, confidence, group, np.array([2, 1, 0]))
+    assert stays.tolist() == [False, True, True, True, False, False]

@@ -163,7 +163,7 @@ def test_conversations_with_tools_are_tokenized_as_the_labeled_pairs(llama, conf
     trainer = SSRMTrainer(
         llama, config(), train_dataset=Dataset.from_list(rows), unlabeled_dataset=Dataset.from_list(pool)
     )
-    ids = trainer.pool.pairs.sequences["input_ids"]
+    ids = trainer.data.pool.pairs.sequences["input_ids"]
     expected = trainer._prepare_dataset(Dataset.from_list(pool), trainer.processing_class, trainer.args, "expected")
     assert sorted(ids) == sorted(expected["chosen_ids"][:] + expected["rejected_ids"][:])
     assert "search" in trainer.processing_class.decode(ids[0])
@@ -255,7 +255,7 @@ def test_best_round_is_kept(llama, config, labeled, unlabeled, held_out, chosen_
     output = trainer.train()
     log_losses = [facts[f"{chosen_by}_log_loss"] for facts in trainer.round_history]
     assert output.metrics["kept_round"] == int(np.argmin(log_losses)) < len(log_losses) - 1
-    logits = trainer.score_pairs(trainer._held_out[chosen_by], chosen_by).logits
+    logits = trainer.score_pairs(trainer.data.held_out[chosen_by], chosen_by).logits
     assert np.mean(np.logaddexp(0, -logits)) == pytest.approx(min(log_losses), abs=1e-6)
 
 

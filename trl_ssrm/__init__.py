@@ -18,6 +18,7 @@ _HOME_OF = {
     "best_of_n": "labeling",
     "generate_completions": "generation",
     "label_preferences": "labeling",
+    "load_labels": "annotation",
     "load_pairwise_model": "loading",
     "load_ppo_models": "alignment",
     "load_reward_model": "loading",
@@ -37,6 +38,7 @@ __all__ = [
     "best_of_n",
     "generate_completions",
     "label_preferences",
+    "load_labels",
     "load_pairwise_model",
     "load_ppo_models",
     "load_reward_model",
@@ -45,6 +47,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .alignment import SSRMRewardFunction as SSRMRewardFunction
     from .alignment import load_ppo_models as load_ppo_models
+    from .annotation import load_labels as load_labels
     from .callback import PseudoLabelingCallback as PseudoLabelingCallback
     from .collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
     from .comparison import Comparison as Comparison

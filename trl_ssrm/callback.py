@@ -11,10 +11,19 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
 from .config import SSRMConfig
-from .preference import orders_agree, pairwise_logits
+from .data import prompt_groups
+from .preference import mean_logits, orders_agree, pairwise_logits
 from .rounds import CHECKPOINT_MARKER
 from .scoring import PairedSequences, score_pairs
-from .selection import PairScores, SelectionPolicy, above_threshold
+from .selection import (
+    PairScores,
+    SelectionPolicy,
+    above_threshold,
+    adaptive_threshold,
+    balanced,
+    fraction_threshold,
+    within_quota,
+)
 
 
 if TYPE_CHECKING:
@@ -24,6 +33,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+# Groups of pairs by their difference in length, for `balance_by=["length"]`.
+NUM_LENGTH_GROUPS = 5
 
 
 class PseudoLabelingCallback(TrainerCallback):
@@ -36,8 +48,8 @@ class PseudoLabelingCallback(TrainerCallback):
     Args:
         selection_policy (`Callable[[PairScores], np.ndarray]`, *optional*):
             Function of the scores of the pool that returns a mask of shape `(num_pairs,)` of the pairs to keep. If
-            `None`, the pairs whose confidence is greater than `confidence_threshold` are kept; otherwise that setting
-            has no effect.
+            `None`, the pairs whose confidence is greater than a threshold are kept; otherwise the settings that choose
+            the threshold have no effect.
         teacher ([`PairwiseJudge`], *optional*):
             Who labels the pool, instead of the model that is trained. With `pseudo_label_type="soft"` a scalar model
             learns the probabilities of a pairwise one.
@@ -67,9 +79,41 @@ class PseudoLabelingCallback(TrainerCallback):
         self.log_history: list[dict[str, float]] = []
 
     @property
+    def has_own_scores(self) -> bool:
+        """`bool`: whether someone else than the model of the round, or of a fold, labels the pool."""
+        return self.teacher is not None or type(self).score is not PseudoLabelingCallback.score
+
+    @property
     def has_own_policy(self) -> bool:
-        """`bool`: whether something else than `confidence_threshold` selects the pairs."""
+        """`bool`: whether something else than a threshold selects the pairs."""
         return self.selection_policy is not None or type(self).select is not PseudoLabelingCallback.select
+
+    def check(self, args: SSRMConfig, pool: "Pool") -> bool:
+        """
+        Refuse settings that the pool can't meet, before any work.
+
+        Args:
+            args ([`SSRMConfig`]):
+                The training arguments.
+            pool ([`Pool`]):
+                The unlabeled pairs.
+
+        Returns:
+            `bool`: whether something else than `confidence_threshold` selects the pairs.
+
+        Raises:
+            ValueError: If `balance_by` names no column of the pool.
+        """
+        for name in args.balance_by or []:
+            if name not in ("length", "prompt") and name not in pool.source.column_names:
+                raise ValueError(
+                    f"`balance_by` names {name!r}, which is no column of `unlabeled_dataset` ({pool.source.column_names}); "
+                    'give it "length", "prompt" or one of them.'
+                )
+        if self.teacher is not None and (args.second_opinion != "none" or args.debias_pseudo_labels):
+            raise ValueError("A teacher labels the pool alone; leave `second_opinion` and `debias_pseudo_labels` out.")
+        is_fixed = args.target_precision is None and args.selected_fraction is None and not args.adaptive_threshold
+        return self.has_own_policy or not is_fixed
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         # A checkpoint within a round brings the logs of the rounds before with it.
@@ -120,14 +164,34 @@ class PseudoLabelingCallback(TrainerCallback):
             self.termination_reason = "nothing_selected"
             logger.warning(
                 f"Nothing was selected from the {facts['pool_size']} pairs of the pool after round {round}, so the rounds "
-                "end here with the model so far. Lower `confidence_threshold`, or train round 0 longer."
+                "end here with the model so far. Lower `confidence_threshold` or `target_precision`, or train round 0 "
+                "longer."
             )
             return None
         previous = trainer.run.read_pseudo_labels(round) if round > 0 and args.pool_per_round == "full" else None
         if previous is not None and _same_labels(previous[0], pseudo_labels):
             self.termination_reason = "no_change"
             return None
-        return self._training_rows(trainer.pool, pseudo_labels)
+        rows = self._training_rows(pseudo_labels, round + 1)
+        return self._debiased(rows, facts) if args.debias_pseudo_labels else rows
+
+    def pseudo_label(self, scores: PairScores, round: int) -> Dataset | None:
+        """
+        What a round would train on beside labeled pairs if the pool had other scores.
+
+        Args:
+            scores ([`PairScores`]):
+                Scores of the pairs of the pool that the round may train on.
+            round (`int`):
+                The round that is to be trained.
+
+        Returns:
+            [`~datasets.Dataset`] or `None`: as from [`PseudoLabelingCallback.on_round_end`]; `None` if nothing is kept.
+        """
+        share = self.trainer.share_of_pool(round)
+        mask, _ = self._select_with_quotas(scores, self.trainer.data.pool.take(share))
+        kept = np.flatnonzero(mask)
+        return self._training_rows(self._labels(scores, share, kept), round) if len(kept) else None
 
     def score(self, trainer: "SSRMTrainer", pool: "Pool", round: int) -> PairScores:
         """
@@ -148,9 +212,17 @@ class PseudoLabelingCallback(TrainerCallback):
         if self.teacher is not None:
             # It does not change from round to round, so neither do its scores.
             return self._ask_teacher(self.teacher, trainer, pool, trainer.run.root / "teacher_scores")
-        key = f"{trainer.run.weights_hash(trainer.run.weights_path(round))} {pool.pairs.fingerprint}"
+        key = trainer.scores_key(round, pool)
         scores = trainer.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
-        return replace(scores, temperature=trainer.round_history[round]["temperature"])
+        temperature = trainer.round_history[round]["temperature"]
+        logits = [scores.logits, *trainer.second_opinions(round)]
+        agree = np.all([np.sign(each) == np.sign(logits[0]) for each in logits], axis=0)
+        return replace(
+            scores,
+            logits=mean_logits(logits, temperature) if len(logits) > 1 else scores.logits,
+            temperature=temperature,
+            models_agree=agree if len(logits) > 1 else None,
+        )
 
     def select(self, scores: PairScores) -> np.ndarray:
         """
@@ -165,7 +237,27 @@ class PseudoLabelingCallback(TrainerCallback):
         """
         if self.selection_policy is not None:
             return self.selection_policy(scores)
-        return above_threshold(scores, self.trainer.args.confidence_threshold)
+        return above_threshold(scores, self.threshold(scores))
+
+    def threshold(self, scores: PairScores) -> float:
+        """
+        Confidence that a pair has to exceed, as the settings choose it.
+
+        Args:
+            scores ([`PairScores`]):
+                Scores of the pairs.
+
+        Returns:
+            `float`: the threshold, in `[0.5, 1]`.
+        """
+        args, last = self.trainer.args, self.trainer.round_history[-1]
+        if args.target_precision is not None:
+            return last["precision_threshold"]
+        if args.selected_fraction is not None:
+            return fraction_threshold(scores, args.selected_fraction)
+        if args.adaptive_threshold:
+            return adaptive_threshold(scores, last.get("confidence_threshold"))
+        return args.confidence_threshold
 
     @staticmethod
     def _ask_teacher(teacher: "PairwiseJudge", trainer: "SSRMTrainer", pool: "Pool", directory: Path) -> PairScores:
@@ -202,20 +294,14 @@ class PseudoLabelingCallback(TrainerCallback):
 
     def _label_pool(self, args: SSRMConfig, trainer: "SSRMTrainer", round: int) -> None:
         share = trainer.share_of_pool(round + 1)
-        pool = trainer.pool.take(share)
+        pool = trainer.data.pool.take(share)
         start = time.perf_counter()
         scores = self.score(trainer, pool, round)
         seconds = time.perf_counter() - start
-        mask = np.asarray(self.select(scores))
-        if mask.shape != (len(pool),) or mask.dtype != bool:
-            raise ValueError(
-                f"The selection policy returned an array of shape {mask.shape} and type {mask.dtype}; it has to be a mask "
-                f"of type bool with one value for each of the {len(pool)} pairs."
-            )
-        if args.require_order_agreement:
-            mask = mask & scores.orders_agree
-        kept = np.flatnonzero(mask & ~scores.is_tie)
+        mask, threshold = self._select_with_quotas(scores, pool)
+        kept = np.flatnonzero(mask)
         first_is_chosen = scores.logits > 0
+        chosen_is_longer = _length_difference(pool, first_is_chosen) > 0
         facts: dict[str, Any] = {
             "round": round + 1,
             "pool_size": len(pool),
@@ -223,41 +309,117 @@ class PseudoLabelingCallback(TrainerCallback):
             "coverage": len(kept) / len(pool),
             "ties": int(scores.is_tie.sum()),
             "mean_confidence": float(scores.confidence[kept].mean()) if len(kept) else None,
-            "confidence_threshold": None if self.has_own_policy else args.confidence_threshold,
+            "confidence_threshold": threshold,
             "temperature": scores.temperature,
+            # A model that likes length keeps pairs that teach it more of that.
+            "chosen_longer": float(chosen_is_longer[kept].mean()) if len(kept) else None,
+            "chosen_longer_in_pool": float(chosen_is_longer.mean()),
             "scoring_seconds": seconds,
             "scoring_pairs_per_second": len(pool) / seconds,
         }
         if scores.orders_agree is not None:
             facts["order_disagreement"] = float(1 - scores.orders_agree.mean())
+        if scores.models_agree is not None:
+            facts["model_disagreement"] = float(1 - scores.models_agree.mean())
         if pool.gold is not None and len(kept):
             facts["pseudo_label_accuracy"] = float((first_is_chosen == pool.gold)[kept].mean())
         facts = {name: value for name, value in facts.items() if value is not None}
         if trainer.accelerator.is_main_process:
-            columns = {
-                "confidence": scores.confidence[kept],
-                "round": np.full(len(kept), round + 1),
-                "pair": share[kept],
-                "first_is_chosen": first_is_chosen[kept],
-            }
+            labels = self._labels(scores, share, kept).add_column("round", [round + 1] * len(kept))
             texts = [pool.texts(pair, bool(first_is_chosen[pair])) for pair in kept.tolist()]
             parts = [Dataset.from_list(texts)] if texts else []
-            trainer.run.write_pseudo_labels(
-                round + 1, concatenate_datasets([*parts, Dataset.from_dict(columns)], axis=1), facts
-            )
+            trainer.run.write_pseudo_labels(round + 1, concatenate_datasets([*parts, labels], axis=1), facts)
         trainer.accelerator.wait_for_everyone()
 
     @staticmethod
-    def _training_rows(pool: "Pool", pseudo_labels: Dataset) -> Dataset:
-        pairs = np.array(pseudo_labels["pair"])
-        confidence = np.array(pseudo_labels["confidence"])
-        probability = np.where(pseudo_labels["first_is_chosen"], confidence, 1 - confidence)
+    def _labels(scores: PairScores, share: np.ndarray, kept: np.ndarray) -> Dataset:
+        """The kept pairs by their place in the pool."""
+        columns = {"confidence": scores.confidence, "pair": share, "first_is_chosen": scores.logits > 0}
+        return Dataset.from_dict({name: values[kept] for name, values in columns.items()})
+
+    def _select_with_quotas(self, scores: PairScores, pool: "Pool") -> tuple[np.ndarray, float | None]:
+        """Mask of the pairs to keep, after every condition and quota, and the threshold if there is one."""
+        args, is_candidate = self.trainer.args, ~scores.is_tie
+        if args.require_order_agreement:
+            assert scores.orders_agree is not None
+            is_candidate &= scores.orders_agree
+        if args.require_agreement and scores.models_agree is not None:
+            is_candidate &= scores.models_agree
+        if args.max_pairs_per_prompt is not None:
+            prompts = prompt_groups(pool.source)[pool.rows]
+            quota = np.full(prompts.max() + 1, args.max_pairs_per_prompt)
+            is_candidate = within_quota(is_candidate, scores.confidence, prompts, quota)
+        threshold = None
+        if self.has_own_policy:
+            mask = np.asarray(self.select(scores))
+            if mask.shape != (len(pool),) or mask.dtype != bool:
+                raise ValueError(
+                    f"The selection policy returned an array of shape {mask.shape} and type {mask.dtype}; it has to be a "
+                    f"mask of type bool with one value for each of the {len(pool)} pairs."
+                )
+        else:
+            candidates = scores.take(np.flatnonzero(is_candidate))
+            threshold = self.threshold(candidates) if len(candidates.logits) else 1.0
+            mask = above_threshold(scores, threshold)
+        mask = mask & is_candidate
+        for name in args.balance_by or []:
+            if name == "length":
+                difference = _length_difference(pool, scores.logits > 0)
+                borders = np.quantile(difference, np.linspace(0, 1, NUM_LENGTH_GROUPS + 1)[1:-1])
+                groups = np.searchsorted(borders, difference)
+            elif name == "prompt":
+                groups = prompt_groups(pool.source)[pool.rows]
+            else:
+                groups = np.array([str(value) for value in pool.source[name]])[pool.rows]
+            mask = balanced(mask, scores.confidence, groups)
+        return mask, threshold
+
+    def _weight(self, round: int) -> float:
+        """Weight of a pseudo-label in a round."""
+        args = self.trainer.args
+        return args.pseudo_label_weight * min(1.0, round / max(1, args.pseudo_label_warmup_rounds))
+
+    def _debiased(self, rows: Dataset, facts: dict[str, Any]) -> Dataset:
+        """
+        The rows with weights under which their sum is a mean over the pool, and the pseudo-labels that the labeled pairs
+        would have got, to be subtracted.
+        """
+        trainer, data = self.trainer, self.trainer.data
+        if trainer.args.num_folds:
+            logits = trainer.folds.held_out_logits(trainer.round)
+        else:
+            logits = trainer.score_pairs(data.labeled_pairs, "train_dataset").logits
+        scores = PairScores(logits, trainer.round_history[-1]["temperature"])
+        if self.has_own_policy:
+            mask = np.asarray(self.select(scores))
+        else:
+            mask = above_threshold(scores, facts["confidence_threshold"])
+        kept = np.flatnonzero(mask & ~scores.is_tie)
+        own = data.labeled.select_columns(["chosen_ids", "rejected_ids"]).select(kept)
+        own = own.add_column("probability", scores.probability[kept].tolist())
+        weight = self._weight(facts["round"])
+        rows = rows.remove_columns([name for name in ("weight",) if name in rows.column_names])
+        rows = rows.add_column("weight", [weight * len(data.labeled) / facts["pool_size"]] * len(rows))
+        own = own.add_column("weight", [-weight] * len(own))
+        return concatenate_datasets([rows, own.cast(rows.features)]) if len(own) else rows
+
+    def _training_rows(self, labels: Dataset, round: int) -> Dataset:
+        pool, pairs, confidence = self.trainer.data.pool, np.array(labels["pair"]), np.array(labels["confidence"])
+        columns = {"probability": np.where(labels["first_is_chosen"], confidence, 1 - confidence)}
+        if self.trainer.args.pseudo_label_warmup_rounds:
+            columns["weight"] = np.full(len(pairs), self._weight(round))
         ids = {"chosen_ids": pool.pairs.first, "rejected_ids": pool.pairs.second}
-        columns = [
+        tokens = [
             pool.pairs.sequences.select(position[pairs]).rename_column("input_ids", name)
             for name, position in ids.items()
         ]
-        return concatenate_datasets([*columns, Dataset.from_dict({"probability": probability})], axis=1)
+        return concatenate_datasets([*tokens, Dataset.from_dict(columns)], axis=1)
+
+
+def _length_difference(pool: "Pool", first_is_chosen: np.ndarray) -> np.ndarray:
+    """`np.ndarray` of shape `(num_pairs,)`, int64: tokens that the preferred sequence has more than the other."""
+    difference = pool.pairs.lengths[pool.pairs.first] - pool.pairs.lengths[pool.pairs.second]
+    return np.where(first_is_chosen, difference, -difference)
 
 
 def _same_labels(before: Dataset, now: Dataset) -> bool:

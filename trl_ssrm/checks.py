@@ -19,6 +19,7 @@ def check_arguments(
     train_dataset: Any,
     optimizers: tuple[Any, Any],
     has_held_out: bool,
+    has_calibration: bool,
 ) -> None:
     """Refuse arguments of the trainer that can't go with a pool, and an output directory that can't be written."""
     if not isinstance(train_dataset, Dataset):
@@ -35,8 +36,13 @@ def check_arguments(
         raise ValueError(
             "`optimizers` can't be started afresh each round; use `optimizer_cls_and_kwargs`, or `optim` in the config."
         )
-    if args.keep_best_round and not has_held_out:
-        raise ValueError("`keep_best_round` needs `calibration_dataset` or `eval_dataset` to choose the round by.")
+    for name in ("keep_best_round", "round_patience"):
+        if getattr(args, name) and not (has_held_out or args.num_folds):
+            raise ValueError(
+                f"`{name}` needs `calibration_dataset`, `num_folds` or `eval_dataset` to compare the rounds by."
+            )
+    if args.target_precision is not None and not (has_calibration or args.num_folds):
+        raise ValueError("`target_precision` needs `calibration_dataset` or `num_folds` to find the threshold by.")
     try:
         os.makedirs(str(args.output_dir), exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output_dir):

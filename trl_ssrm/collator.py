@@ -8,8 +8,8 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 
-# Columns that a training row has for the collator, the last two being optional.
-TRAINING_COLUMNS = ("chosen_ids", "rejected_ids", "probability", "margin")
+# Columns that a training row has for the collator, the last three being optional.
+TRAINING_COLUMNS = ("chosen_ids", "rejected_ids", "probability", "weight", "margin")
 
 
 @dataclass
@@ -20,7 +20,8 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
 
     Besides `"chosen_ids"`, `"rejected_ids"` and, optionally, `"margin"`, an example can have the key `"probability"`:
     the probability that the sequence under `"chosen_ids"` is the preferred one, as a model sees it. `None`, or no such
-    key, stands for a gold label. A pseudo-labeled pair is turned round if the other sequence is the preferred one, and
+    key, stands for a gold label. With the key `"weight"` it has a weight of its own. A pseudo-labeled pair is turned
+    round if the other sequence is the preferred one, and
     left out of the batch if its confidence, `max(probability, 1 - probability)`, does not exceed the threshold. If no
     example passes, the first one stays, with weight 0, so that every process has a batch.
 
@@ -42,11 +43,16 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
         pseudo_label_type (`str`, *optional*, defaults to `"hard"`):
             `"hard"` or `"soft"`.
         pseudo_label_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of a pseudo-labeled pair.
+            Weight of a pseudo-labeled pair that has none of its own.
+        pseudo_label_smoothing (`float`, *optional*, defaults to `0.0`):
+            How far the target of a pseudo-labeled pair is drawn to one half, in `[0, 1)`.
         comparison_seed (`int`, *optional*):
             If set, the two sequences of a pair are the two orders of a comparison, and a batch has one of them, drawn
             from the seed and the tokens: `"input_ids"` has shape `(batch, length)`, `"label"` is the target probability
             that the answer shown first is preferred, and a `"margin"` is turned round with the order.
+        comparison_orders (`str`, *optional*, defaults to `"random"`):
+            `"random"` for that; `"both"` gives both orders of each pair, the second half of the batch being the first
+            half with the answers exchanged.
 
     Examples:
     ```python
@@ -75,7 +81,9 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
     confidence_threshold: float = 0.8
     pseudo_label_type: str = "hard"
     pseudo_label_weight: float = 1.0
+    pseudo_label_smoothing: float = 0.0
     comparison_seed: int | None = None
+    comparison_orders: str = "random"
 
     def build_dataset(self, labeled: Dataset, pseudo_labeled: Dataset) -> Dataset:
         """
@@ -85,17 +93,21 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
             labeled ([`~datasets.Dataset`]):
                 Columns `chosen_ids`, `rejected_ids` and, optionally, `margin`.
             pseudo_labeled ([`~datasets.Dataset`]):
-                Columns `chosen_ids`, `rejected_ids` and `probability`. Their margin is 0.
+                Columns `chosen_ids`, `rejected_ids`, `probability` and, optionally, `weight`. Their margin is 0.
 
         Returns:
             [`~datasets.Dataset`]: rows for this collator, with a `probability` of `None` for the labeled ones.
         """
         probability = np.array(pseudo_labeled["probability"], dtype=np.float64)
         kept = pseudo_labeled.select(np.flatnonzero(self._is_confident(probability)))
-        labeled = labeled.select_columns([name for name in TRAINING_COLUMNS if name in labeled.column_names])
+        own = ("chosen_ids", "rejected_ids", "margin")
+        labeled = labeled.select_columns([name for name in own if name in labeled.column_names])
         features = Features({**labeled.features, "probability": Value("float64")})
         if "margin" in features:
             kept = kept.add_column("margin", [0.0] * len(kept))
+        if "weight" in kept.column_names:
+            features = Features({**features, "weight": Value("float64")})
+            labeled = labeled.add_column("weight", [1.0] * len(labeled))
         labeled = labeled.add_column("probability", [None] * len(labeled))
         parts = [part.select_columns(list(features)) for part in (labeled, kept)]
         return concatenate_datasets([part if part.features == features else part.cast(features) for part in parts])
@@ -109,6 +121,9 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
         is_gold = np.array([example.get("probability") is None for example in examples])
         passes = is_gold | self._is_confident(probability)
         weight = np.where(is_gold, 1.0, self.pseudo_label_weight)
+        for position, example in enumerate(examples):
+            if example.get("weight") is not None:
+                weight[position] = example["weight"]
         if not passes.any():
             passes[0], weight[0] = True, 0.0
         oriented = [
@@ -120,10 +135,14 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
         ]
         confidence = np.maximum(probability, 1 - probability)
         label = confidence if self.pseudo_label_type == "soft" else np.ones(len(examples))
+        smoothing = np.where(is_gold, 0.0, self.pseudo_label_smoothing)
+        label = (1 - smoothing) * label + smoothing / 2
         output = super().torch_call(oriented)
         output["label"] = torch.tensor(label[passes], dtype=torch.float)
         output["weight"] = torch.tensor(weight[passes], dtype=torch.float)
-        return output if self.comparison_seed is None else self._in_one_order(output)
+        if self.comparison_seed is None:
+            return output
+        return self._in_both_orders(output) if self.comparison_orders == "both" else self._in_one_order(output)
 
     def _in_one_order(self, pairs: dict[str, Any]) -> dict[str, Any]:
         """One of the two orders of each comparison; the first half of a batch shows the preferred answer first."""
@@ -138,6 +157,18 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
         output["weight"] = pairs["weight"]
         if "margin" in pairs:
             output["margin"] = torch.where(is_turned, -pairs["margin"], pairs["margin"])
+        return output
+
+    @staticmethod
+    def _in_both_orders(pairs: dict[str, Any]) -> dict[str, Any]:
+        """Both orders of each comparison, all of those that show the preferred answer first before the others."""
+        output = {
+            **pairs,
+            "label": torch.cat([pairs["label"], 1 - pairs["label"]]),
+            "weight": pairs["weight"].repeat(2),
+        }
+        if "margin" in pairs:
+            output["margin"] = torch.cat([pairs["margin"], -pairs["margin"]])
         return output
 
     def _is_confident(self, probability: np.ndarray) -> np.ndarray:

@@ -24,9 +24,19 @@ class SSRMConfig(RewardConfig):
             Number of epochs of each round after round 0, over labeled and kept pairs together. `num_train_epochs` is
             the length of round 0. If `None`, later rounds are as long as round 0 is told to be, in epochs or, with
             `max_steps`, in steps. If set, `max_steps` bounds round 0 only.
-        keep_best_round (`bool`, *optional*, defaults to `False`):
-            Whether to end with the weights of the round that has the lowest log-loss on `calibration_dataset` or,
-            without one, on `eval_dataset`, the first if there are several. Otherwise the last round is kept.
+        keep_best_round (`bool`, *optional*):
+            Whether to end with the weights of the round that has the lowest log-loss, at the fitted temperature, on
+            `calibration_dataset` or else on the parts left out by `num_folds` or else on `eval_dataset`, the first if
+            there are several. Otherwise the last round is kept. If `None`, it is done where one of the first two is
+            there, so that rounds which make the model worse do no harm.
+        round_patience (`int`, *optional*):
+            Number of rounds without a lower log-loss, measured as for `keep_best_round`, after which the rounds end. If
+            `None`, they go on.
+        num_folds (`int`, *optional*, defaults to `0`):
+            Number of parts into which the labeled pairs are split, by prompt. The rounds are then done as many times
+            more, each time without one part; what these models say of the part left out calibrates the confidence,
+            chooses the best round and finds the threshold for `target_precision`, and no label is lost to it. `0`, or
+            at least 2. Training and scoring cost as many times more.
 
         > Parameters that control the preference model
 
@@ -41,8 +51,15 @@ class SSRMConfig(RewardConfig):
             What a pairwise model answers, each one token.
         comparison_add_generation_prompt (`bool`, *optional*, defaults to `True`):
             Whether a comparison ends with the start of the model's turn. The paper's released code leaves it out.
+        comparison_orders (`str`, *optional*, defaults to `"random"`):
+            Order in which a pairwise model is trained on a pair: `"random"` is one of the two, drawn from the seed, as
+            in the paper, `"both"` shows the pair twice, which costs twice the tokens and teaches that the order says
+            nothing.
         require_order_agreement (`bool`, *optional*, defaults to `False`):
             Whether a pair is kept only if a pairwise model prefers the same completion in both orders.
+        freeze_backbone (`bool`, *optional*, defaults to `False`):
+            Whether to train the score head alone. What the rest of the model makes of a sequence is computed once and
+            kept in memory, hidden size times 4 bytes a sequence, so that rounds take seconds.
 
         > Parameters that control the unlabeled pool
 
@@ -55,16 +72,52 @@ class SSRMConfig(RewardConfig):
             Size of a scoring batch in tokens, padding included. A longer sequence is a batch of its own. It does not
             change the scores.
 
-        > Parameters that control the pseudo-labels
+        > Parameters that control the selection
 
         confidence_threshold (`float`, *optional*, defaults to `0.8`):
             A pair is kept if the confidence in its pseudo-label, `sigmoid(|z| / temperature)` with `z` the pair logit
-            (of a scalar model the difference of the two rewards), is strictly greater. In `[0.5, 1)`.
+            (of a scalar model the difference of the two rewards), is strictly greater. In `[0.5, 1)`; 0.5 keeps all.
+        target_precision (`float`, *optional*):
+            Share of right pseudo-labels to reach, instead of `confidence_threshold`: the threshold is the lowest one
+            above which the held-out labels, those of `calibration_dataset` or of the parts left out by `num_folds`, are
+            predicted right that often, at the lower end of a one-sided 95 % interval. In `(0.5, 1)`.
+        selected_fraction (`float`, *optional*):
+            Share of the pool to keep, instead of `confidence_threshold`: the most confident pairs. In `(0, 1]`.
+        adaptive_threshold (`bool`, *optional*, defaults to `False`):
+            Whether the threshold is, instead of `confidence_threshold`, the mean confidence on the pool, averaged over
+            the rounds, as in [FreeMatch](https://huggingface.co/papers/2205.07246).
+        second_opinion (`str`, *optional*, defaults to `"none"`):
+            Who labels the pool beside the model of the round: `"first_round"` is the labeled-only model, `"folds"` are
+            the models of `num_folds`. The probability of a pseudo-label is the mean of theirs.
+        require_agreement (`bool`, *optional*, defaults to `True`):
+            Whether a pair is kept only if everyone in `second_opinion` prefers the same completion.
+        max_pairs_per_prompt (`int`, *optional*):
+            Number of pairs of a prompt that are considered, the most confident ones. With `1` and several completions a
+            prompt it is the best against the worst, as in [West-of-N](https://huggingface.co/papers/2401.12086), with
+            `selected_fraction` as its quantile.
+        balance_by (`list[str]`, *optional*):
+            What the kept pairs should look like the pool in: `"length"` is the difference in length between the
+            preferred and the other completion, `"prompt"` the prompt, anything else a column of `unlabeled_dataset`.
+            No group gets more than its share of what is kept; its least confident pairs are left out.
+
+        > Parameters that control the pseudo-labels
+
         pseudo_label_type (`str`, *optional*, defaults to `"hard"`):
             Target that a kept pair is trained on: `"hard"` is 1 for the preferred completion, `"soft"` is the
             confidence itself.
+        pseudo_label_smoothing (`float`, *optional*, defaults to `0.0`):
+            How far the target of a kept pair is drawn to one half, in `[0, 1)`: a target `p` becomes
+            `(1 - smoothing) * p + smoothing / 2`.
         pseudo_label_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of a kept pair in the loss; a labeled pair weighs 1. At least 0.
+            Weight of a kept pair in the loss; a labeled pair weighs 1. At least 0. With `debias_pseudo_labels` the
+            weight of all of them together, the labeled pairs together weighing 1; in `[0, 1]` then.
+        pseudo_label_warmup_rounds (`int`, *optional*, defaults to `0`):
+            Number of rounds over which `pseudo_label_weight` rises to its full value, in equal steps.
+        debias_pseudo_labels (`bool`, *optional*, defaults to `False`):
+            Whether to subtract the loss that pseudo-labels have on the labeled pairs, so that what is wrong with them
+            on average cancels, as in [prediction-powered
+            inference](https://huggingface.co/papers/2301.09633): the loss is that of the labels, plus that of the
+            pseudo-labels of the pool, minus that of the pseudo-labels of the labeled pairs.
         track_pseudo_label_accuracy (`bool`, *optional*, defaults to `False`):
             Whether to compare the pseudo-labels with the gold labels in `unlabeled_dataset` and log the accuracy. The
             gold labels reach nothing else.
@@ -89,11 +142,22 @@ class SSRMConfig(RewardConfig):
             "later rounds are as long as round 0 is told to be."
         },
     )
-    keep_best_round: bool = field(
-        default=False,
+    keep_best_round: bool | None = field(
+        default=None,
         metadata={
-            "help": "Whether to end with the weights of the round that has the lowest log-loss on "
-            "`calibration_dataset` or, without one, on `eval_dataset`."
+            "help": "Whether to end with the weights of the round that has the lowest held-out log-loss. If `None`, "
+            "where `calibration_dataset` or `num_folds` is there to choose by."
+        },
+    )
+    round_patience: int | None = field(
+        default=None,
+        metadata={"help": "Number of rounds without a lower held-out log-loss after which the rounds end."},
+    )
+    num_folds: int = field(
+        default=0,
+        metadata={
+            "help": "Number of parts of the labeled pairs; each round trains as many further models, each without one "
+            "part, which calibrates the confidence."
         },
     )
 
@@ -120,9 +184,21 @@ class SSRMConfig(RewardConfig):
         default=True,
         metadata={"help": "Whether a comparison ends with the start of the model's turn."},
     )
+    comparison_orders: str = field(
+        default="random",
+        metadata={
+            "help": "Order in which a pairwise model is trained on a pair: one of the two, drawn from the seed, or both.",
+            "choices": ["random", "both"],
+        },
+    )
     require_order_agreement: bool = field(
         default=False,
         metadata={"help": "Whether a pairwise model has to prefer the same completion in both orders."},
+    )
+
+    freeze_backbone: bool = field(
+        default=False,
+        metadata={"help": "Whether to train the score head alone; the rest of the model runs once a sequence."},
     )
 
     # Parameters that control the unlabeled pool
@@ -142,11 +218,49 @@ class SSRMConfig(RewardConfig):
         metadata={"help": "Size of a scoring batch in tokens, padding included."},
     )
 
-    # Parameters that control the pseudo-labels
+    # Parameters that control the selection
     confidence_threshold: float = field(
         default=0.8,
         metadata={"help": "A pair is kept if the confidence in its pseudo-label is strictly greater. In [0.5, 1)."},
     )
+    target_precision: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of right pseudo-labels to reach, instead of `confidence_threshold`, as far as held-out labels "
+            "can tell. In (0.5, 1)."
+        },
+    )
+    selected_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of the pool to keep, instead of `confidence_threshold`. In (0, 1]."},
+    )
+    adaptive_threshold: bool = field(
+        default=False,
+        metadata={"help": "Whether the threshold is, instead of `confidence_threshold`, the mean confidence."},
+    )
+    second_opinion: str = field(
+        default="none",
+        metadata={
+            "help": "Who labels the pool beside the model of the round: the labeled-only model, or those of `num_folds`.",
+            "choices": ["none", "first_round", "folds"],
+        },
+    )
+    require_agreement: bool = field(
+        default=True,
+        metadata={"help": "Whether a pair is kept only if everyone in `second_opinion` prefers the same completion."},
+    )
+    max_pairs_per_prompt: int | None = field(
+        default=None,
+        metadata={"help": "Number of pairs of a prompt that are considered, the most confident ones."},
+    )
+    balance_by: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What the kept pairs should look like the pool in: `length`, `prompt`, or columns of the pool."
+        },
+    )
+
+    # Parameters that control the pseudo-labels
     pseudo_label_type: str = field(
         default="hard",
         metadata={
@@ -158,6 +272,18 @@ class SSRMConfig(RewardConfig):
         default=1.0,
         metadata={"help": "Weight of a kept pair in the loss; a labeled pair weighs 1."},
     )
+    pseudo_label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "How far the target of a kept pair is drawn to one half, in [0, 1)."},
+    )
+    pseudo_label_warmup_rounds: int = field(
+        default=0,
+        metadata={"help": "Number of rounds over which `pseudo_label_weight` rises to its full value."},
+    )
+    debias_pseudo_labels: bool = field(
+        default=False,
+        metadata={"help": "Whether to subtract the loss that pseudo-labels have on the labeled pairs."},
+    )
     track_pseudo_label_accuracy: bool = field(
         default=False,
         metadata={
@@ -167,7 +293,10 @@ class SSRMConfig(RewardConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("round_init", "preference_model", "pool_per_round", "pseudo_label_type"):
+        for name in (
+            *("round_init", "preference_model", "comparison_orders", "pool_per_round"),
+            *("second_opinion", "pseudo_label_type"),
+        ):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
@@ -177,12 +306,32 @@ class SSRMConfig(RewardConfig):
             ("round_num_train_epochs", lambda value: value > 0, "positive"),
             ("max_unlabeled_samples", lambda value: value > 0, "positive"),
             ("score_batch_tokens", lambda value: value > 0, "positive"),
+            ("round_patience", lambda value: value > 0, "positive"),
+            ("num_folds", lambda value: value == 0 or value >= 2, "0 or at least 2"),
             ("confidence_threshold", lambda value: 0.5 <= value < 1, "in [0.5, 1)"),
+            ("target_precision", lambda value: 0.5 < value < 1, "in (0.5, 1)"),
+            ("selected_fraction", lambda value: 0 < value <= 1, "in (0, 1]"),
+            ("max_pairs_per_prompt", lambda value: value > 0, "positive"),
+            ("pseudo_label_smoothing", lambda value: 0 <= value < 1, "in [0, 1)"),
+            ("pseudo_label_warmup_rounds", lambda value: value >= 0, "at least 0"),
             ("pseudo_label_weight", lambda value: 0 <= value < float("inf"), "at least 0 and finite"),
         ):
             value = getattr(self, name)
             if value is not None and not is_valid(value):
                 raise ValueError(f"`{name}` must be {words}, got {value}.")
+        thresholds = {
+            "target_precision": self.target_precision is not None,
+            "selected_fraction": self.selected_fraction is not None,
+            "adaptive_threshold": self.adaptive_threshold,
+        }
+        if len(chosen := [name for name, is_set in thresholds.items() if is_set]) > 1:
+            raise ValueError(f"`{chosen[0]}` and `{chosen[1]}` both choose the threshold; set one of them.")
+        if self.second_opinion == "folds" and self.num_folds == 0:
+            raise ValueError("`second_opinion='folds'` needs `num_folds`, the number of models to ask.")
+        if self.debias_pseudo_labels and self.pseudo_label_weight > 1:
+            raise ValueError(
+                f"`pseudo_label_weight` must be in [0, 1] with `debias_pseudo_labels`, got {self.pseudo_label_weight}."
+            )
         if len(self.comparison_labels) != 2 or not all(self.comparison_labels):
             raise ValueError(f"`comparison_labels` must be two labels, got {self.comparison_labels}.")
         if self.require_order_agreement and self.preference_model != "pairwise":

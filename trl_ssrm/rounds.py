@@ -8,6 +8,7 @@ output_dir/_rounds/
     round_1/
         scores/                rewards of the pool under the weights of round 0
         pseudo_labels.parquet  kept pairs: what round 1 trains on beside the labeled pairs
+        fold_0/                what the model without the first part of the labels says, and its weights
         checkpoint-*/          as of any trainer
         weights.safetensors    trainable weights after round 1
         trainer_state.json     written after the weights: the round is trained
@@ -21,6 +22,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import safe_open
@@ -175,12 +177,18 @@ class RunDirectory:
         with safe_open(path, framework="pt") as file:
             return file.metadata()["sha256"]
 
-    def write_round(self, round: int, facts: dict[str, Any], log_history: list[dict[str, float]]) -> None:
-        """End a round with its facts and the logs up to here, in one file, so that both are there or none."""
-        write_json(self.round_dir(round) / "round.json", {"facts": facts, "log_history": log_history})
+    def write_round(
+        self, round: int, facts: dict[str, Any], log_history: list[dict[str, float]], reliability: dict[str, Any]
+    ) -> None:
+        """End a round with its facts, the logs up to here and its reliability curves, all in one file or none."""
+        parts = {"facts": facts, "log_history": log_history, "reliability": reliability}
+        write_json(self.round_dir(round) / "round.json", parts)
 
     def read_round(self, round: int) -> dict[str, Any]:
-        """`dict[str, Any]`: `facts` and `log_history` of a round that is over."""
+        """
+        `dict[str, Any]`: `facts` and `log_history` of a round that is over, and the curves of [`reliability_curve`]
+        `before` and `after` the temperature for each held-out dataset, as `reliability`.
+        """
         return json.loads((self.round_dir(round) / "round.json").read_text(encoding="utf-8"))
 
     def state_path(self, round: int) -> Path:
@@ -216,10 +224,27 @@ class RunDirectory:
         """`Path`: trainable weights after a round; round -1 stands for the initial ones."""
         return self.root / "initial.safetensors" if round < 0 else self.round_dir(round) / "weights.safetensors"
 
+    def fold_weights_path(self, round: int, fold: int) -> Path:
+        """`Path`: trainable weights of a model that lacks a part of the labeled pairs, after a round."""
+        return self.round_dir(round) / f"fold_{fold}" / "weights.safetensors"
+
+    def write_fold(self, round: int, fold: int, logits: dict[str, np.ndarray]) -> None:
+        """Keep the pair logits that such a model gives, by what they are of."""
+        tensors = {name: torch.from_numpy(values) for name, values in logits.items()}
+        write_tensors(self.round_dir(round) / f"fold_{fold}" / "logits.safetensors", tensors)
+
+    def read_fold(self, round: int, fold: int) -> dict[str, np.ndarray] | None:
+        """`dict[str, np.ndarray]` or `None`: the same; `None` if there are none yet or the file is damaged."""
+        tensors = read_tensors(self.round_dir(round) / f"fold_{fold}" / "logits.safetensors")
+        return None if tensors is None else {name: tensor.numpy() for name, tensor in tensors.items()}
+
     def prune_weights(self, needed: set[int]) -> None:
         """Delete the weights after rounds that are over, but for some."""
         for round in set(range(-1, self.num_finished)) - needed:
             self.weights_path(round).unlink(missing_ok=True)
+            for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
+                if round < self.num_finished - 1:
+                    weights.unlink()
 
 
 def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -26,20 +26,23 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import RewardConfig, RewardTrainer
 
 from .adapters import is_quantized_by_bitsandbytes, merged, prepare_quantized, with_score_head
-from .calibration import fit_temperature, preference_metrics
+from .annotation import most_useful, write_for_labeling
+from .backbone import freeze_backbone
+from .calibration import calibrated_metrics, fit_temperature, preference_metrics, reliability_curve
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .checks import check_arguments, check_labeled_data, check_tokenizer
 from .collator import ConfidenceFilteredDataCollator
 from .comparison import DEFAULT_TEMPLATE, Comparison, tokenize_comparisons
 from .config import SSRMConfig
+from .data import RunData, by_name, prepare_run_data, report_too_long
+from .folds import Folds
 from .loading import check_answers_behind, load_pairwise_model
-from .pool import Pool, build_pool, report_dropped
+from .pool import Pool
 from .preference import LOGITS_OF, orders_agree
 from .report import round_line, round_table
 from .rounds import RunDirectory, run_identity
 from .scoring import PairedSequences, score_pairs
-from .selection import PairScores
-from .storage import content_hash
+from .selection import PairScores, precision_threshold
 
 
 if TYPE_CHECKING:
@@ -116,13 +119,13 @@ class SSRMTrainer(RewardTrainer):
             [`~datasets.IterableDataset`] needs `max_unlabeled_samples`.
         calibration_dataset ([`~datasets.Dataset`], *optional*):
             Held-out labeled pairs on which a temperature for the confidence is fitted at the end of each round.
-            Without it, the temperature is 1.
+            Without it, `num_folds` does that on the labeled pairs; without both, the temperature is 1.
 
     Attributes:
         round_history (`list[dict[str, float]]`):
             Facts of each round, from round 0 on.
         termination_reason (`str` or `None`):
-            Why the rounds ended: `"max_rounds"`, `"nothing_selected"` or `"no_change"`.
+            Why the rounds ended: `"max_rounds"`, `"nothing_selected"`, `"no_change"` or `"no_improvement"`.
 
     Raises:
         ValueError: If the data, the settings or the output directory can't be used; the message names what to mend.
@@ -152,7 +155,7 @@ class SSRMTrainer(RewardTrainer):
     data_collator: ConfidenceFilteredDataCollator
     callback_handler: RoundCallbackHandler
     _signature_columns: list[str]  # type: ignore[assignment]
-    pool: Pool
+    data: RunData
     run: RunDirectory
     round_history: list[dict[str, Any]]
     labeling_facts: dict[str, Any]
@@ -189,8 +192,9 @@ class SSRMTrainer(RewardTrainer):
         if self.has_pool:
             args = self._complete_args(args, model)
             processing_class = processing_class or self._load_tokenizer(model, args)
-            held_out = _by_name(eval_dataset, "eval_dataset") | _by_name(calibration_dataset, "calibration_dataset")
-            check_arguments(args, data_collator, train_dataset, optimizers, bool(held_out))
+            held_out = by_name(eval_dataset, "eval_dataset") | by_name(calibration_dataset, "calibration_dataset")
+            has_calibration = calibration_dataset is not None
+            check_arguments(args, data_collator, train_dataset, optimizers, bool(held_out), has_calibration)
             is_conversational = check_labeled_data({"train_dataset": train_dataset, **held_out})
             check_tokenizer(args, processing_class, is_conversational)
         elif calibration_dataset is not None:
@@ -226,6 +230,10 @@ class SSRMTrainer(RewardTrainer):
         )
         if is_quantized and is_peft_model(self.model):
             prepare_quantized(self.model)
+        if isinstance(args, SSRMConfig) and args.freeze_backbone:
+            if is_peft_model(self.model):
+                raise ValueError("`freeze_backbone` trains the score head alone; leave `peft_config` out.")
+            freeze_backbone(self.model)
         if data_collator is None and (self.has_pool or self.comparison is not None):
             self.data_collator = ConfidenceFilteredDataCollator(
                 pad_token_id=self.processing_class.pad_token_id,
@@ -233,17 +241,19 @@ class SSRMTrainer(RewardTrainer):
                 confidence_threshold=self.args.confidence_threshold,
                 pseudo_label_type=self.args.pseudo_label_type,
                 pseudo_label_weight=self.args.pseudo_label_weight,
+                pseudo_label_smoothing=self.args.pseudo_label_smoothing,
                 comparison_seed=None if self.comparison is None else self.args.seed,
+                comparison_orders=self.args.comparison_orders,
             )
         if not self.has_pool:
             # The model card names the trainer, and this one has done nothing that the parent does not do.
             self._name, self._paper = super()._name, super()._paper
             if self.comparison is not None:
-                given = {"train_dataset": train_dataset, **_by_name(eval_dataset, "eval_dataset")}
-                made = {"train_dataset": self.train_dataset, **_by_name(self.eval_dataset, "eval_dataset")}
+                given = {"train_dataset": train_dataset, **by_name(eval_dataset, "eval_dataset")}
+                made = {"train_dataset": self.train_dataset, **by_name(self.eval_dataset, "eval_dataset")}
                 for name, data in given.items():
                     if isinstance(data, Dataset):
-                        self._report_too_long(name, len(data), len(made[name]))
+                        report_too_long(name, len(data), len(made[name]), self.args.max_length)
             return
 
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -251,7 +261,10 @@ class SSRMTrainer(RewardTrainer):
                 f"`unlabeled_dataset` needs the whole model in every process, but this run is launched with "
                 f"{self.accelerator.distributed_type.value}; launch it with DDP (`--multi_gpu`)."
             )
-        self._prepare_data(train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational)
+        self.data = prepare_run_data(
+            self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
+        )
+        self.folds = Folds(self)
 
         self.run = RunDirectory(str(self.args.output_dir))
         self.round = 0
@@ -267,7 +280,7 @@ class SSRMTrainer(RewardTrainer):
         self.pseudo_labeling_callback.trainer = self
         if not own:
             self.add_callback(self.pseudo_labeling_callback)
-        if self.pseudo_labeling_callback.has_own_policy:
+        if self.pseudo_labeling_callback.check(self.args, self.data.pool):
             # It decides; the collator's own filter leaves only ties out.
             self.data_collator.confidence_threshold = 0.5
         self.callback_handler = RoundCallbackHandler(self.callback_handler, self.args.report_to)
@@ -308,14 +321,18 @@ class SSRMTrainer(RewardTrainer):
             )
 
         # A run that was interrupted in this process has left the pairs of its round.
-        self.train_dataset = self._labeled
+        self.train_dataset = self.data.labeled
         self._open_run(resume_from_checkpoint)
         while True:
             if self.round == len(self.round_history):
+                self.folds.train(self.round, ignore_keys_for_eval)
                 self._train_round(ignore_keys_for_eval)
                 self._end_round()
             if self.round == self.args.num_rounds:
                 self.termination_reason = "max_rounds"
+                break
+            if self.args.round_patience is not None and self.round - self.best_round >= self.args.round_patience:
+                self.termination_reason = "no_improvement"
                 break
             pseudo_labeled = self.pseudo_labeling_callback.on_round_end(
                 self.args, self.state, self.control, trainer=self, round=self.round
@@ -323,14 +340,14 @@ class SSRMTrainer(RewardTrainer):
             if pseudo_labeled is None:
                 self.termination_reason = self.pseudo_labeling_callback.termination_reason
                 break
-            self.train_dataset = self.data_collator.build_dataset(self._labeled, pseudo_labeled)
+            self.train_dataset = self.data_collator.build_dataset(self.data.labeled, pseudo_labeled)
             self.round += 1
-        self.train_dataset = self._labeled
+        self.train_dataset = self.data.labeled
         return self._end_run()
 
     def _open_run(self, resume_from_checkpoint: str | bool | None) -> None:
         """Start a run in the output directory, or load the one in it up to the last round that is over."""
-        run, model = self.run, self._unwrapped_model
+        run, model = self.run, self.unwrapped_model
         if isinstance(resume_from_checkpoint, str) and (
             Path(resume_from_checkpoint).resolve() != run.output_dir.resolve()
         ):
@@ -338,11 +355,7 @@ class SSRMTrainer(RewardTrainer):
                 f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, but a run with `unlabeled_dataset` is resumed "
                 f"from its `output_dir` ({self.args.output_dir!r}); pass `True`."
             )
-        data = {
-            "train_dataset": content_hash(self._labeled_pairs.fingerprint, self._margins),
-            "unlabeled_dataset": self.pool.pairs.fingerprint,
-            **{f"{name}_dataset": pairs.fingerprint for name, pairs in self._held_out.items()},
-        }
+        data = self.data.fingerprints
         if (teacher := self.pseudo_labeling_callback.teacher) is not None:
             data["teacher"] = teacher.fingerprint
         identity = run_identity(self.args, model, data)
@@ -375,36 +388,50 @@ class SSRMTrainer(RewardTrainer):
         """Train the weights of a round, or load them if the run was interrupted between training and measuring."""
         run, round = self.run, self.round
         if self.on_main_process(lambda: run.state_path(round).is_file()):
-            run.read_weights(run.weights_path(round), self._unwrapped_model)
+            run.read_weights(run.weights_path(round), self.unwrapped_model)
             self._load_state(round)
             return
-        # A round depends on its data, its initial weights and this seed alone, so that it can be resumed. Round 0 starts
-        # from the seed that `RewardTrainer` starts from.
-        set_seed(self.args.seed + round)
-        self.optimizer = None
         if round > 0 and self.args.round_init == "base":
-            run.read_weights(run.weights_path(-1), self._unwrapped_model)
-        with self._round_length():
-            super().train(
-                resume_from_checkpoint=self.on_main_process(lambda: run.last_checkpoint(round)),
-                ignore_keys_for_eval=ignore_keys_for_eval,
-            )
+            run.read_weights(run.weights_path(-1), self.unwrapped_model)
+        self.train_once(self.on_main_process(lambda: run.last_checkpoint(round)), ignore_keys_for_eval)
         if self.accelerator.is_main_process:
-            run.write_weights(run.weights_path(round), self._unwrapped_model)
+            run.write_weights(run.weights_path(round), self.unwrapped_model)
             run.write_state(round, self.state)
         self.accelerator.wait_for_everyone()
+
+    def train_once(self, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> None:
+        """Train on `train_dataset` as [`~trl.RewardTrainer`] does, from the weights in the model, for one round."""
+        # A round depends on its data, its initial weights and this seed alone, so that it can be resumed. Round 0 starts
+        # from the seed that `RewardTrainer` starts from.
+        set_seed(self.args.seed + self.round)
+        self.optimizer = None
+        with self._round_length():
+            super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
 
     def _end_round(self) -> None:
         """Measure the model of a round on the held-out pairs, fit the temperature, and log and keep the facts."""
         facts: dict[str, Any] = {"round": self.round, "temperature": 1.0}
-        for name, pairs in self._held_out.items():
+        logits_of: dict[str, np.ndarray] = {}
+        for name, pairs in self.data.held_out.items():
             scores = self.score_pairs(pairs, f"{name}_dataset")
-            logits = scores.logits
+            logits_of[name] = scores.logits
             if scores.orders_agree is not None:
                 facts[f"{name}_order_disagreement"] = float(1 - scores.orders_agree.mean())
-            facts |= {f"{name}_{metric}": value for metric, value in preference_metrics(logits).items()}
-            if name == "calibration":
-                facts["temperature"] = fit_temperature(logits)
+        if self.args.num_folds:
+            logits_of["cross_fit"] = self.folds.held_out_logits(self.round)
+        calibrated_by = next((name for name in ("calibration", "cross_fit") if name in logits_of), None)
+        if calibrated_by is not None:
+            facts["temperature"] = fit_temperature(logits_of[calibrated_by])
+        for name, logits in logits_of.items():
+            metrics = preference_metrics(logits)
+            if calibrated_by is not None:
+                metrics |= calibrated_metrics(logits, facts["temperature"])
+            facts |= {f"{name}_{metric}": value for metric, value in metrics.items()}
+        if self.args.target_precision is not None:
+            assert calibrated_by is not None
+            threshold = precision_threshold(logits_of[calibrated_by], facts["temperature"], self.args.target_precision)
+            # 1 is exceeded by nothing.
+            facts["precision_threshold"] = 1.0 if threshold is None else threshold
         self.log(dict(facts))
         self.pseudo_labeling_callback.log_history = self.state.log_history
         facts |= {
@@ -415,19 +442,28 @@ class SSRMTrainer(RewardTrainer):
         facts |= {name: value for name, value in self.labeling_facts.items() if name not in facts}
         self.round_history.append(facts)
         self.accelerator.print(round_line(facts))
+        reliability = {
+            name: {
+                "before": reliability_curve(logits),
+                "after": reliability_curve(logits, facts["temperature"]),
+            }
+            for name, logits in logits_of.items()
+        }
         if self.accelerator.is_main_process:
-            self.run.write_round(self.round, facts, self.state.log_history)
-            initial = {-1} if self.args.round_init == "base" else set()
-            best = {self.best_round} if self.args.keep_best_round else set()
-            self.run.prune_weights({self.round} | initial | best)
+            self.run.write_round(self.round, facts, self.state.log_history, reliability)
+            needed = {self.round}
+            needed |= {-1} if self.args.round_init == "base" else set()
+            needed |= {self.best_round} if self._keeps_best_round else set()
+            needed |= {0} if self.args.second_opinion == "first_round" else set()
+            self.run.prune_weights(needed)
         self.accelerator.wait_for_everyone()
 
     def _end_run(self) -> TrainOutput:
         """Load the round that is kept, write the model card, and close the trackers."""
         last = self.round_history[-1]
-        kept = self.best_round if self.args.keep_best_round else last["round"]
+        kept = self.best_round if self._keeps_best_round else last["round"]
         if kept != last["round"]:
-            self.run.read_weights(self.run.weights_path(kept), self._unwrapped_model)
+            self.run.read_weights(self.run.weights_path(kept), self.unwrapped_model)
         self.create_model_card(model_name=self.run.output_dir.name)
         self.control = self.callback_handler.end_trackers(self.args, self.state, self.control)
         self.accelerator.print(
@@ -439,9 +475,18 @@ class SSRMTrainer(RewardTrainer):
 
     @property
     def best_round(self) -> int:
-        """`int`: the round so far with the lowest log-loss on the calibration or else the evaluation pairs."""
-        name = next(name for name in ("calibration", "eval", *self._held_out) if name in self._held_out)
-        return min(self.round_history, key=lambda facts: facts[f"{name}_log_loss"])["round"]
+        """`int`: the round so far with the lowest held-out log-loss; see `keep_best_round`."""
+        names = ("calibration", "cross_fit", "eval", *self.data.held_out)
+        facts_of = self.round_history
+        name = next(name for name in names if f"{name}_log_loss" in facts_of[0])
+        metric = f"{name}_calibrated_log_loss" if f"{name}_calibrated_log_loss" in facts_of[0] else f"{name}_log_loss"
+        return min(facts_of, key=lambda facts: facts[metric])["round"]
+
+    @property
+    def _keeps_best_round(self) -> bool:
+        if self.args.keep_best_round is None:
+            return "calibration" in self.data.held_out or self.args.num_folds > 0
+        return self.args.keep_best_round
 
     @property
     def _steps_before_round(self) -> int:
@@ -460,6 +505,57 @@ class SSRMTrainer(RewardTrainer):
         finally:
             args.num_train_epochs, args.max_steps = first_round
 
+    def second_opinions(self, round: int) -> list[np.ndarray]:
+        """
+        What everyone but the model of a round says of the pairs that the next round may train on.
+
+        Args:
+            round (`int`):
+                The round that has ended.
+
+        Returns:
+            `list[np.ndarray]` of shape `(num_pairs,)` each, float64: pair logits; none without `second_opinion`.
+        """
+        if self.args.second_opinion == "folds":
+            return self.folds.pool_logits(round)
+        if self.args.second_opinion == "none" or round == 0:
+            return []
+        pool = self.data.pool.take(self.share_of_pool(round + 1))
+        self.run.read_weights(self.run.weights_path(0), self.unwrapped_model)
+        # Round 1 has scored them, unless its share of the pool was another one.
+        directory, key = self.run.round_dir(1) / "scores", self.scores_key(0, pool)
+        scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
+        self.run.read_weights(self.run.weights_path(round), self.unwrapped_model)
+        return [scores.logits]
+
+    def scores_key(self, round: int, pool: Pool) -> str:
+        """`str`: name of the scores of a pool under the weights of a round."""
+        return f"{self.run.weights_hash(self.run.weights_path(round))} {pool.pairs.fingerprint}"
+
+    def export_for_labeling(self, path: str, num_pairs: int) -> None:
+        """
+        Write the pairs of the pool whose labels would help most: uncertain ones, of different prompts, and far from one
+        another. [`load_labels`] brings the answers back.
+
+        Args:
+            path (`str`):
+                File to write, one JSON object a line; see [`load_labels`].
+            num_pairs (`int`):
+                Number of pairs to write, fewer if the pool has fewer prompts.
+
+        Raises:
+            ValueError: If there is no pool, or `num_pairs` is not positive.
+        """
+        if not self.has_pool:
+            raise ValueError("`export_for_labeling` chooses from the pool, so it needs `unlabeled_dataset`.")
+        if num_pairs < 1:
+            raise ValueError(f"`num_pairs` must be positive, got {num_pairs}.")
+        pool = self.data.pool
+        scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows)
+        if self.accelerator.is_main_process:
+            write_for_labeling(pool, most_useful(scores, pool, num_pairs), scores, path)
+        self.accelerator.wait_for_everyone()
+
     def _load_state(self, round: int) -> None:
         self.state = TrainerState.load_from_json(str(self.run.state_path(round)))
         self.state.is_local_process_zero = self.is_local_process_zero()
@@ -468,7 +564,8 @@ class SSRMTrainer(RewardTrainer):
     # ---- What the callback uses ----
 
     @property
-    def _unwrapped_model(self) -> Any:
+    def unwrapped_model(self) -> Any:
+        """[`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the model, without what a launcher wraps it in."""
         return self.accelerator.unwrap_model(self.model)
 
     def on_main_process(self, function: Callable[[], T]) -> T:
@@ -496,9 +593,9 @@ class SSRMTrainer(RewardTrainer):
             `np.ndarray` of shape `(num_pairs,)`, int64: positions in the pool, ascending.
         """
         if self.args.pool_per_round == "full":
-            return np.arange(len(self.pool))
-        rows = np.random.default_rng(self.args.seed).permutation(len(self.pool.source))
-        return np.flatnonzero(np.isin(self.pool.rows, rows[round - 1 :: self.args.num_rounds]))
+            return np.arange(len(self.data.pool))
+        rows = np.random.default_rng(self.args.seed).permutation(len(self.data.pool.source))
+        return np.flatnonzero(np.isin(self.data.pool.rows, rows[round - 1 :: self.args.num_rounds]))
 
     def score_pairs(self, pairs: PairedSequences, name: str, **kwargs: Any) -> PairScores:
         """
@@ -519,7 +616,7 @@ class SSRMTrainer(RewardTrainer):
             NonFiniteScoreError: If a reward is NaN or infinite.
         """
         scores = score_pairs(
-            self._unwrapped_model,
+            self.unwrapped_model,
             pairs,
             pad_token_id=self.processing_class.pad_token_id,
             accelerator=self.accelerator,
@@ -568,7 +665,7 @@ class SSRMTrainer(RewardTrainer):
         # Private in `Trainer`: the only place that says which columns reach the collator.
         super()._set_signature_columns_if_needed()
         if "probability" not in self._signature_columns:
-            self._signature_columns.append("probability")
+            self._signature_columns += ["probability", "weight"]
 
     def _get_output_dir(self, trial):
         # Private in `Trainer`: each round counts its steps from 0, so each has its own place for checkpoints.
@@ -579,6 +676,10 @@ class SSRMTrainer(RewardTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.has_pool:
             return super().log(logs, start_time)
+        if self.folds.is_training:
+            # Private in `RewardTrainer`: what the log of the round's own model would take for its own.
+            self._metrics["train"].clear()
+            return
         # Trackers draw over the steps of all rounds, while `Trainer` counts those of one.
         steps = self._steps_before_round
         logs.setdefault("round", self.round)
@@ -614,10 +715,10 @@ class SSRMTrainer(RewardTrainer):
         Raises:
             ValueError: If the model is no PEFT model; use `save_model` then.
         """
-        if not is_peft_model(self._unwrapped_model):
+        if not is_peft_model(self.unwrapped_model):
             raise ValueError("The model has no adapter to merge; use `save_model`.")
         if self.args.should_save:
-            merged(self._unwrapped_model).save_pretrained(output_dir)
+            merged(self.unwrapped_model).save_pretrained(output_dir)
             if self.comparison is not None:
                 self.comparison.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
@@ -696,67 +797,11 @@ class SSRMTrainer(RewardTrainer):
             )
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
-    def _report_too_long(self, name: str, num_given: int, num_left: int) -> None:
-        """Count what the parent leaves out without a word, and refuse to go on with nothing."""
-        max_length = f"longer than max_length={self.args.max_length}"
-        report_dropped(name, {max_length: num_given - num_left})
-        if num_left == 0:
-            raise ValueError(f"Every row of `{name}` is {max_length}; raise it, or shorten the texts.")
-
-    def _prepare_data(
-        self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
-    ) -> None:
-        """Index the labeled and held-out pairs, and make the pool of those that are in none of them."""
-        without_filter = copy.copy(self.args)
-        without_filter.max_length = None
-        # `_prepare_dataset` is private in `RewardTrainer`: the pool has to be tokenized exactly as the labeled pairs.
-        self._report_too_long("train_dataset", len(train_dataset), len(self.train_dataset))
-        self._labeled = self.train_dataset
-        self._labeled_pairs = PairedSequences.from_tokenized(self.train_dataset)
-        self._margins = list(self.train_dataset["margin"]) if "margin" in self.train_dataset.column_names else None
-        raw = _by_name(eval_dataset, "eval")
-        held_out = {name: (raw[name], prepared) for name, prepared in _by_name(self.eval_dataset, "eval").items()}
-        if calibration_dataset is not None:
-            prepared = self._prepare_dataset(calibration_dataset, self.processing_class, self.args, "calibration")
-            held_out["calibration"] = (calibration_dataset, prepared)
-        self._held_out: dict[str, PairedSequences] = {}
-        for name, (given, prepared) in held_out.items():
-            if not isinstance(prepared, Dataset):
-                logger.warning(f"`{name}` is a stream, so the metrics of a round leave it out.")
-                continue
-            self._report_too_long(name, len(given), len(prepared))
-            self._held_out[name] = PairedSequences.from_tokenized(prepared)
-        known_pairs = {"the labeled pairs": set(self._labeled_pairs.pair_keys())}
-        known_pairs |= {name: set(pairs.pair_keys()) for name, pairs in self._held_out.items()}
-        if common := known_pairs["the labeled pairs"] & known_pairs.get("calibration", set()):
-            raise ValueError(
-                f"`calibration_dataset` shares {len(common)} pairs with `train_dataset`, of which the model is surer than "
-                "of others; leave them out of one of the two."
-            )
-        self.pool = build_pool(
-            unlabeled_dataset,
-            lambda dataset: self._prepare_dataset(dataset, self.processing_class, without_filter, "unlabeled"),
-            seed=self.args.seed,
-            max_length=self.args.max_length,
-            max_samples=self.args.max_unlabeled_samples,
-            is_conversational=is_conversational,
-            with_gold=self.args.track_pseudo_label_accuracy,
-            known_pairs=known_pairs,
-            by_pair=self.comparison is not None,
-        )
-
 
 def weighted_loss(logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The parent's loss with a weight and a target probability for each pair; with 1 and 1 it is the same."""
     losses = label * nn.functional.logsigmoid(logits) + (1 - label) * nn.functional.logsigmoid(-logits)
     return -(weight * losses).mean()
-
-
-def _by_name(dataset: Any, name: str) -> dict[str, Any]:
-    """One dataset, several by their names, or none, as a dictionary."""
-    if dataset is None:
-        return {}
-    return {f"{name}_{key}": value for key, value in dataset.items()} if isinstance(dataset, dict) else {name: dataset}
 
 
 def _model_id(model: Any) -> str:

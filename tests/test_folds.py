@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+from conftest import assert_same_weights, preference_rows, weights_of
+from datasets import Dataset
+
+from trl_ssrm import SSRMTrainer
+from trl_ssrm.data import prompt_groups
+
+
+def make(llama, args, labeled, unlabeled, **kwargs) -> SSRMTrainer:
+    return SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, **kwargs)
+
+
+def test_folds_change_nothing_in_the_model_of_the_round(llama, config, labeled, unlabeled, tmp_path):
+    # The same temperature in both, or other pairs would be kept.
+    args = {"confidence_threshold": 0.5, "keep_best_round": False}
+    plain = make(llama, config(**args), labeled, unlabeled)
+    plain.train()
+    folded = make(llama, config(**args, num_folds=3, output_dir=str(tmp_path / "folds")), labeled, unlabeled)
+    folded.train()
+    assert_same_weights(weights_of(folded.model), weights_of(plain.model))
+    assert len(folded.state.log_history) > 0 and not any("fold" in str(log) for log in folded.state.log_history)
+
+
+def test_a_part_is_judged_by_a_model_that_has_not_seen_it(llama, config, labeled, unlabeled):
+    # Labels against the rule in one part: who trained on them says so, who did not does not.
+    args = config(num_folds=4, num_train_epochs=30, num_rounds=0)
+    folds = make(llama, args, labeled, unlabeled).folds
+    wrong = folds.fold_of == 0
+    names = ("rejected", "chosen")
+    rows = [
+        {**row, "chosen": row[names[0]], "rejected": row[names[1]]} if wrong[number] else row
+        for number, row in enumerate(labeled)
+    ]
+    trainer = make(llama, args, Dataset.from_list(rows), unlabeled)
+    trainer.train()
+    logits = trainer.folds.held_out_logits(0)
+    assert (logits[wrong] < 0).mean() >= 0.75
+    learned = trainer.score_pairs(trainer.data.labeled_pairs, "labeled").logits
+    assert (learned[wrong] > 0).mean() >= 0.75
+
+
+def test_pairs_of_a_prompt_are_in_one_part(llama, config, unlabeled):
+    rows = preference_rows(24, seed=1)
+    for number, row in enumerate(rows):
+        row["prompt"] = f"Prompt {number % 5}: "
+    trainer = make(llama, config(num_folds=3), Dataset.from_list(rows), unlabeled)
+    parts = [set(trainer.folds.fold_of[number::5].tolist()) for number in range(5)]
+    assert all(len(part) == 1 for part in parts) and set.union(*parts) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("form", ["explicit", "implicit", "tokens"])
+def test_prompts_are_told_apart_in_every_form(form):
+    rows = [
+        {"prompt": f"Question {number // 2}? ", "chosen": f"x{number}", "rejected": f"y{number}"}
+        for number in range(6)
+    ]
+    if form != "explicit":
+        rows = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+    if form == "tokens":
+        rows = [{f"{name}_ids": list(text.encode()) for name, text in row.items()} for row in rows]
+    assert prompt_groups(Dataset.from_list(rows)).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_cross_fitted_temperature_calibrates_an_overtrained_model(llama, config, unlabeled):
+    rows = preference_rows(40, seed=1)
+    for row in rows[::3]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    args = config(num_folds=4, num_train_epochs=20, num_rounds=0)
+    trainer = make(llama, args, Dataset.from_list(rows), unlabeled)
+    trainer.train()
+    facts = trainer.round_history[0]
+    assert facts["temperature"] > 1.5
+    assert facts["cross_fit_calibrated_ece"] < facts["cross_fit_ece"]
+    assert facts["cross_fit_calibrated_log_loss"] < facts["cross_fit_log_loss"]
+
+
+def test_round_that_is_best_by_the_folds_is_kept(llama, config, labeled, unlabeled):
+    trainer = make(llama, config(num_folds=3), labeled, unlabeled)
+    output = trainer.train()
+    losses = [facts["cross_fit_calibrated_log_loss"] for facts in trainer.round_history]
+    assert output.metrics["kept_round"] == int(np.argmin(losses)) == trainer.best_round
+
+
+def test_run_with_folds_is_resumed_to_the_same_result(llama, config, labeled, unlabeled, tmp_path):
+    args = {"num_folds": 3, "second_opinion": "folds", "keep_best_round": False, "require_agreement": False}
+    expected = make(llama, config(**args, output_dir=str(tmp_path / "whole")), labeled, unlabeled)
+    expected.train()
+    trainer = make(llama, config(**args), labeled, unlabeled)
+    write_fold = trainer.run.write_fold
+
+    def interrupt(round: int, fold: int, logits: dict) -> None:
+        if (round, fold) == (1, 1):
+            raise KeyboardInterrupt
+        write_fold(round, fold, logits)
+
+    trainer.run.write_fold = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = make(llama, config(**args), labeled, unlabeled)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(resumed.model), weights_of(expected.model))
+    for one, other in zip(resumed.round_history, expected.round_history, strict=True):
+        names = {name for name in one if not name.startswith("scoring")}
+        assert {name: one[name] for name in names} == {name: other[name] for name in names}
+
+
+def test_everyone_has_a_say_in_a_pseudo_label(llama, config, labeled, unlabeled):
+    args = config(num_folds=3, second_opinion="folds", num_rounds=1, confidence_threshold=0.5)
+    trainer = make(llama, args, labeled, unlabeled)
+    trainer.train()
+    pseudo_labels, facts = trainer.run.read_pseudo_labels(1)
+    pairs = pseudo_labels["pair"][:]
+    own = (np.array(pseudo_labels["first_is_chosen"]) * 2 - 1).tolist()
+    logits = trainer.folds.pool_logits(0)
+    assert len(logits) == 3 and 0 < len(pairs) == facts["kept"]
+    for each in logits:
+        assert np.sign(each[pairs]).tolist() == own
+    disagreeing = np.any([np.sign(each) != np.sign(logits[0]) for each in logits], axis=0)
+    assert facts["model_disagreement"] >= disagreeing.mean()
+    for pair, confidence in zip(pairs, pseudo_labels["confidence"], strict=True):
+        votes = [1 / (1 + np.exp(-abs(each[pair]) / facts["temperature"])) for each in logits]
+        assert 4 * confidence - sum(votes) < 1 and confidence < 1
+
+
+def test_first_round_has_a_say_in_later_ones(llama, config, labeled, unlabeled):
+    args = config(second_opinion="first_round", confidence_threshold=0.5)
+    trainer = make(llama, args, labeled, unlabeled)
+    seen = {}
+    real = trainer.second_opinions
+    trainer.second_opinions = lambda round: seen.setdefault(round, real(round))
+    trainer.train()
+    assert seen[0] == [] and len(seen[1]) == 1
+    assert trainer.run.weights_path(0).is_file()
+    scores_of_round_0 = seen[1][0]
+    pseudo_labels, facts = trainer.run.read_pseudo_labels(2)
+    signs = (np.array(pseudo_labels["first_is_chosen"]) * 2 - 1).tolist()
+    assert np.sign(scores_of_round_0[pseudo_labels["pair"][:]]).tolist() == signs
+    assert "model_disagreement" in facts and "model_disagreement" not in trainer.round_history[1]
+
+
+def test_more_parts_than_prompts_are_refused(llama, config, labeled, unlabeled):
+    with pytest.raises(ValueError, match="`num_folds` is 17, but the labeled pairs have 16 prompts"):
+        make(llama, config(num_folds=17), labeled, unlabeled)
+
+
+def test_labels_of_a_part_reach_its_model_in_no_round(llama, config, labeled, unlabeled, tmp_path, monkeypatch):
+    # The one number that is fitted on all labels.
+    monkeypatch.setattr("trl_ssrm.trainer.fit_temperature", lambda logits: 1.0)
+    args = {"num_folds": 4, "confidence_threshold": 0.5, "keep_best_round": False}
+    one = make(llama, config(**args, output_dir=str(tmp_path / "one")), labeled, unlabeled)
+    turned = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if one.folds.fold_of[number] == 2 else row
+        for number, row in enumerate(labeled)
+    ]
+    other = make(llama, config(**args, output_dir=str(tmp_path / "other")), Dataset.from_list(turned), unlabeled)
+    assert one.folds.fold_of.tolist() == other.folds.fold_of.tolist()
+    one.train()
+    other.train()
+    for round in (0, 1):
+        without, with_part = ([trainer.run.read_fold(round, fold) for trainer in (one, other)] for fold in (2, 1))
+        assert np.array_equal(without[0]["pool"], without[1]["pool"])
+        # The pairs are turned, and so is what is said of them.
+        assert np.array_equal(without[0]["labeled"], -without[1]["labeled"])
+        assert not np.array_equal(with_part[0]["pool"], with_part[1]["pool"])

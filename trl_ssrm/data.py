@@ -1,0 +1,167 @@
+"""What the datasets of a run become: labeled and held-out pairs with their sequences indexed, and the pool."""
+
+import copy
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+from trl import maybe_extract_prompt
+
+from .pool import Pool, build_pool, report_dropped
+from .scoring import PairedSequences
+from .storage import content_hash
+
+
+if TYPE_CHECKING:
+    from .trainer import SSRMTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """
+    The data of a run.
+
+    Args:
+        labeled ([`~datasets.Dataset`]):
+            Labeled pairs, tokenized, as [`~trl.RewardTrainer`] prepared them.
+        labeled_pairs ([`PairedSequences`]):
+            Their sequences.
+        margins (`list[float]`, *optional*):
+            Their margins.
+        held_out (`dict[str, PairedSequences]`):
+            Held-out labeled pairs by name: `"eval"`, or `"eval_..."` for each of several, and `"calibration"`.
+        pool ([`Pool`]):
+            Unlabeled pairs.
+    """
+
+    labeled: Dataset
+    labeled_pairs: PairedSequences
+    margins: list[float] | None
+    held_out: dict[str, PairedSequences]
+    pool: Pool
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """`dict[str, str]`: hash of each dataset by its name."""
+        return {
+            "train_dataset": content_hash(self.labeled_pairs.fingerprint, self.margins),
+            "unlabeled_dataset": self.pool.pairs.fingerprint,
+            **{f"{name}_dataset": pairs.fingerprint for name, pairs in self.held_out.items()},
+        }
+
+
+def prepare_run_data(
+    trainer: "SSRMTrainer",
+    train_dataset: Dataset,
+    eval_dataset: Any,
+    unlabeled_dataset: Any,
+    calibration_dataset: Dataset | None,
+    is_conversational: bool | None,
+) -> RunData:
+    """
+    Index the labeled and held-out pairs, and make the pool of those that are in none of them.
+
+    Args:
+        trainer ([`SSRMTrainer`]):
+            The trainer, which has tokenized `train_dataset` and `eval_dataset` by now.
+        train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset:
+            The datasets as they were given to it.
+        is_conversational (`bool`, *optional*):
+            Whether the labeled data is conversational.
+
+    Returns:
+        [`RunData`]
+
+    Raises:
+        ValueError: If every row of a dataset is too long, or `calibration_dataset` shares pairs with `train_dataset`.
+    """
+    args, tokenizer = trainer.args, trainer.processing_class
+    without_filter = copy.copy(args)
+    without_filter.max_length = None
+    labeled = trainer.train_dataset
+    report_too_long("train_dataset", len(train_dataset), len(labeled), args.max_length)
+    raw = by_name(eval_dataset, "eval")
+    prepared_of = {name: (raw[name], prepared) for name, prepared in by_name(trainer.eval_dataset, "eval").items()}
+    # `_prepare_dataset` is private in `RewardTrainer`: the pool has to be tokenized exactly as the labeled pairs.
+    if calibration_dataset is not None:
+        prepared = trainer._prepare_dataset(calibration_dataset, tokenizer, args, "calibration")
+        prepared_of["calibration"] = (calibration_dataset, prepared)
+    held_out: dict[str, PairedSequences] = {}
+    for name, (given, prepared) in prepared_of.items():
+        if not isinstance(prepared, Dataset):
+            logger.warning(f"`{name}` is a stream, so the metrics of a round leave it out.")
+            continue
+        report_too_long(name, len(given), len(prepared), args.max_length)
+        held_out[name] = PairedSequences.from_tokenized(prepared)
+    labeled_pairs = PairedSequences.from_tokenized(labeled)
+    known_pairs = {"the labeled pairs": set(labeled_pairs.pair_keys())}
+    known_pairs |= {name: set(pairs.pair_keys()) for name, pairs in held_out.items()}
+    if common := known_pairs["the labeled pairs"] & known_pairs.get("calibration", set()):
+        raise ValueError(
+            f"`calibration_dataset` shares {len(common)} pairs with `train_dataset`, of which the model is surer than of "
+            "others; leave them out of one of the two."
+        )
+    pool = build_pool(
+        unlabeled_dataset,
+        lambda dataset: trainer._prepare_dataset(dataset, tokenizer, without_filter, "unlabeled"),
+        seed=args.seed,
+        max_length=args.max_length,
+        max_samples=args.max_unlabeled_samples,
+        is_conversational=is_conversational,
+        with_gold=args.track_pseudo_label_accuracy,
+        known_pairs=known_pairs,
+        by_pair=trainer.comparison is not None,
+    )
+    margins = list(labeled["margin"]) if "margin" in labeled.column_names else None
+    return RunData(labeled, labeled_pairs, margins, held_out, pool)
+
+
+def report_too_long(name: str, num_given: int, num_left: int, max_length: int | None) -> None:
+    """Count what `RewardTrainer` leaves out without a word, and refuse to go on with nothing."""
+    reason = f"longer than max_length={max_length}"
+    report_dropped(name, {reason: num_given - num_left})
+    if num_left == 0:
+        raise ValueError(f"Every row of `{name}` is {reason}; raise it, or shorten the texts.")
+
+
+def by_name(dataset: Any, name: str) -> dict[str, Any]:
+    """One dataset, several by their names, or none, as a dictionary."""
+    if dataset is None:
+        return {}
+    return {f"{name}_{key}": value for key, value in dataset.items()} if isinstance(dataset, dict) else {name: dataset}
+
+
+def prompt_groups(dataset: Dataset) -> np.ndarray:
+    """
+    Rows with the same prompt.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Preference pairs, tokenized or not, or prompts with completions. A prompt that is not a column of its own is
+            what the two completions, or their tokens, have in common at the start.
+
+    Returns:
+        `np.ndarray` of shape `(num_rows,)`, int64: number of the prompt of each row.
+    """
+    columns = dataset.column_names
+    if "prompt" in columns:
+        keys = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
+    elif "chosen" in columns:
+        pairs = dataset.select_columns(["chosen", "rejected"])
+        keys = [json.dumps(maybe_extract_prompt(row)["prompt"], sort_keys=True) for row in pairs]
+    else:
+        ids = dataset.select_columns(["chosen_ids", "rejected_ids"])
+        keys = [str(_common_start(row["chosen_ids"], row["rejected_ids"])) for row in ids]
+    number_of: dict[str, int] = {}
+    return np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
+
+
+def _common_start(one: list[int], other: list[int]) -> list[int]:
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]

@@ -1,0 +1,149 @@
+"""Models that each lack a part of the labeled pairs: what they say of that part costs no label."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Dataset
+
+from .data import prompt_groups
+from .selection import PairScores
+
+
+if TYPE_CHECKING:
+    from .trainer import SSRMTrainer
+
+
+class Folds:
+    """
+    Splits the labeled pairs of a run into parts, by prompt, and does the rounds without each of them once more.
+
+    Every such model trains on the pseudo-labels that it has given itself: those of another one would carry the labels of
+    the part that it must not see.
+
+    Args:
+        trainer ([`SSRMTrainer`]):
+            The trainer, whose model and run directory are used. Its `num_folds` may be 0.
+
+    Raises:
+        ValueError: If there are fewer prompts than parts.
+    """
+
+    def __init__(self, trainer: "SSRMTrainer"):
+        self.trainer = trainer
+        self.num_folds = trainer.args.num_folds
+        self.is_training = False
+        prompts = prompt_groups(trainer.data.labeled)
+        num_prompts = int(prompts.max()) + 1
+        if num_prompts < self.num_folds:
+            raise ValueError(
+                f"`num_folds` is {self.num_folds}, but the labeled pairs have {num_prompts} prompts; set it to that or "
+                "less."
+            )
+        places = np.random.default_rng(trainer.args.seed).permutation(num_prompts)
+        self.fold_of = places[prompts] % max(1, self.num_folds)
+
+    def train(self, round: int, ignore_keys_for_eval: list[str] | None) -> None:
+        """
+        Train the models of a round, keep what they say in the run directory, and put the round's weights back.
+
+        Args:
+            round (`int`):
+                The round, whose data is the trainer's `train_dataset`, the labeled pairs first.
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                As in [`~transformers.Trainer.train`].
+        """
+        trainer, run = self.trainer, self.trainer.run
+        train_dataset, model = trainer.train_dataset, trainer.unwrapped_model
+        for fold in range(self.num_folds):
+            if self._is_trained(round, fold):
+                continue
+            left_out = np.flatnonzero(self.fold_of == fold)
+            trainer.train_dataset = self._training_data(train_dataset, round, fold)
+            # Not from the weights of the last round, which have seen the part.
+            is_fresh = round == 0 or trainer.args.round_init == "base"
+            run.read_weights(run.weights_path(-1) if is_fresh else run.fold_weights_path(round - 1, fold), model)
+            with self._in_silence():
+                trainer.train_once(None, ignore_keys_for_eval)
+            logits = {
+                "labeled": trainer.score_pairs(trainer.data.labeled_pairs.take(left_out), "train_dataset").logits
+            }
+            if round < trainer.args.num_rounds and not trainer.pseudo_labeling_callback.has_own_scores:
+                pool = trainer.data.pool.take(trainer.share_of_pool(round + 1))
+                scores = trainer.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows)
+                logits["pool"] = scores.logits
+                if scores.orders_agree is not None:
+                    logits["orders_agree"] = scores.orders_agree
+            if trainer.accelerator.is_main_process:
+                if trainer.args.round_init == "continue":
+                    run.write_weights(run.fold_weights_path(round, fold), model)
+                run.write_fold(round, fold, logits)
+            trainer.accelerator.wait_for_everyone()
+        trainer.train_dataset = train_dataset
+        if self.num_folds:
+            run.read_weights(run.weights_path(round - 1), model)
+
+    def _training_data(self, train_dataset: Dataset, round: int, fold: int) -> Dataset:
+        """The labeled pairs but for a part, and what the model without that part keeps of the pool."""
+        trainer, callback = self.trainer, self.trainer.pseudo_labeling_callback
+        labeled, seen = trainer.data.labeled, np.flatnonzero(self.fold_of != fold)
+        if round == 0:
+            return labeled.select(seen)
+        if callback.has_own_scores:
+            # The labeled pairs come first.
+            rest = np.arange(len(labeled), len(train_dataset))
+            return train_dataset.select(np.concatenate([seen, rest]))
+        stored = self._read(round - 1, fold)
+        temperature = trainer.round_history[-1]["temperature"]
+        scores = PairScores(stored["pool"], temperature, orders_agree=stored.get("orders_agree"))
+        kept = callback.pseudo_label(scores, round)
+        return (
+            labeled.select(seen) if kept is None else trainer.data_collator.build_dataset(labeled.select(seen), kept)
+        )
+
+    def held_out_logits(self, round: int) -> np.ndarray:
+        """
+        What the models of a round say of the labeled pairs that they were not trained on.
+
+        Args:
+            round (`int`):
+                A round whose models are trained.
+
+        Returns:
+            `np.ndarray` of shape `(num_labeled,)`, float64: pair logits `z = r(chosen) - r(rejected)`.
+        """
+        logits = np.empty(len(self.fold_of))
+        for fold in range(self.num_folds):
+            logits[self.fold_of == fold] = self._read(round, fold)["labeled"]
+        return logits
+
+    def pool_logits(self, round: int) -> list[np.ndarray]:
+        """`list[np.ndarray]` of shape `(num_pairs,)` each, float64: what each of them says of the next round's pool."""
+        return [self._read(round, fold)["pool"] for fold in range(self.num_folds)]
+
+    def _is_trained(self, round: int, fold: int) -> bool:
+        return self.trainer.on_main_process(lambda: self.trainer.run.read_fold(round, fold) is not None)
+
+    def _read(self, round: int, fold: int) -> dict[str, np.ndarray]:
+        logits = self.trainer.on_main_process(lambda: self.trainer.run.read_fold(round, fold))
+        assert logits is not None
+        return logits
+
+    @contextlib.contextmanager
+    def _in_silence(self) -> Iterator[None]:
+        """Without evaluations, checkpoints and logs, which are the round's."""
+        args = self.trainer.args
+        silent = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        before = {name: getattr(args, name) for name in silent}
+        self._set(silent)
+        self.is_training = True
+        try:
+            yield
+        finally:
+            self.is_training = False
+            self._set(before)
+
+    def _set(self, settings: dict) -> None:
+        for name, value in settings.items():
+            setattr(self.trainer.args, name, value)
