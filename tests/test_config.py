@@ -54,3 +54,30 @@ def test_yaml_and_command_line_are_parsed_as_any_trl_config(tmp_path):
 def test_defaults_of_reward_config_are_kept(tmp_path):
     ours, theirs = SSRMConfig(str(tmp_path), bf16=False).to_dict(), RewardConfig(str(tmp_path), bf16=False).to_dict()
     assert {name: ours[name] for name in theirs} == theirs
+
+
+def test_settings_of_the_paper_are_one_line(tmp_path):
+    args = SSRMConfig.paper(str(tmp_path), bf16=False, learning_rate=1e-5, num_rounds=2)
+    assert (args.confidence_threshold, args.pseudo_label_type, args.num_folds) == (0.8, "hard", 0)
+    assert (args.output_dir, args.learning_rate, args.num_rounds) == (str(tmp_path), 1e-5, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_folds": 1}, "`num_folds` must be 0 or at least 2"),
+        ({"target_precision": 0.5}, r"`target_precision` must be in \(0.5, 1\)"),
+        ({"selected_fraction": 0.0}, r"`selected_fraction` must be in \(0, 1\]"),
+        ({"pseudo_label_smoothing": 1.0}, r"`pseudo_label_smoothing` must be in \[0, 1\)"),
+        ({"selected_fraction": 0.5, "adaptive_threshold": True}, "both choose the threshold; set one of them"),
+        ({"second_opinion": "folds", "num_folds": 0}, "needs `num_folds`, the number of models to ask"),
+        (
+            {"debias_pseudo_labels": True, "pseudo_label_weight": 1.5},
+            r"must be in \[0, 1\] with `debias_pseudo_labels`",
+        ),
+        ({"comparison_orders": "one"}, r"`comparison_orders` must be one of \['random', 'both'\]"),
+    ],
+)
+def test_setting_out_of_range_is_refused_with_its_name(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SSRMConfig(str(tmp_path), bf16=False, **settings)

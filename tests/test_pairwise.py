@@ -288,6 +288,43 @@ def test_rounds_teach_a_pairwise_model(causal, pairwise_config, kind, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_both_orders_teach_that_the_order_says_nothing(
+    causal, pairwise_config, labeled, unlabeled, held_out, tmp_path
+):
+    disagreement = {}
+    for orders in ("random", "both"):
+        args = pairwise_config(
+            output_dir=str(tmp_path / orders), comparison_orders=orders, num_rounds=0, num_train_epochs=10
+        )
+        trainer = SSRMTrainer(
+            causal(), args, train_dataset=labeled, eval_dataset=held_out, unlabeled_dataset=unlabeled
+        )
+        trainer.train()
+        facts = trainer.round_history[0]
+        disagreement[orders] = facts["eval_order_disagreement"]
+    assert disagreement["both"] <= disagreement["random"]
+    assert disagreement["both"] < 0.2 and facts["eval_accuracy"] > 0.9
+
+
+def test_folds_of_a_pairwise_model_are_asked_in_both_orders(causal, pairwise_config, labeled, unlabeled):
+    args = pairwise_config(
+        num_folds=2,
+        second_opinion="folds",
+        require_order_agreement=True,
+        comparison_orders="both",
+        num_train_epochs=10,
+        confidence_threshold=0.5,
+    )
+    trainer = SSRMTrainer(causal(), args, train_dataset=labeled, unlabeled_dataset=unlabeled)
+    trainer.train()
+    stored = trainer.run.read_fold(0, 1)
+    assert stored["orders_agree"].dtype == bool and len(stored["orders_agree"]) == len(trainer.data.pool)
+    kept = trainer.run.read_pseudo_labels(1)[0]["pair"][:]
+    assert len(kept) > 0
+    own = trainer.run.read_pseudo_labels(1)[0]["first_is_chosen"][:]
+    assert [bool(z > 0) for z in stored["pool"][kept]] == own
+
+
 def test_pool_labels_change_nothing_for_a_pairwise_model(causal, pairwise_config, labeled, unlabeled, tmp_path):
     swapped = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if number % 3 else row

@@ -34,9 +34,10 @@ def test_killed_run_resumes_to_the_result_of_the_undisturbed_one(undisturbed, tm
         assert all(round == 2 for round, _ in resumed["scored"])
 
 
-def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path):
+@pytest.mark.parametrize("folds", [{}, {"num_folds": 2, "second_opinion": "folds", "keep_best_round": False}])
+def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path, folds):
     # A last batch that is not full would be filled up in two processes, and trained on as it is in one.
-    settings = {"model": llama, "dataloader_drop_last": True}
+    settings = {"model": llama, "dataloader_drop_last": True, **folds}
     one = run(**settings, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
     two = run(*TWO_PROCESSES, **settings, output_dir=str(tmp_path / "two"), per_device_train_batch_size=4)
     assert len(one["kept"]) == 2 and all(one["kept"])

@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import RewardConfig
 
@@ -340,3 +341,32 @@ class SSRMConfig(RewardConfig):
             raise ValueError(
                 "`center_rewards_coefficient` centers rewards, and a pairwise model has none; leave it out."
             )
+
+    @classmethod
+    def paper(cls, *args: Any, **kwargs: Any) -> "SSRMConfig":
+        """
+        The settings of [Semi-Supervised Reward Modeling](https://huggingface.co/papers/2409.06903) in its released code:
+        every round labels the whole pool with the model of the round before, keeps the pairs with a confidence above 0.8
+        as they are, and goes on from its weights.
+
+        Args:
+            args, kwargs:
+                As for [`SSRMConfig`]; what is given here wins.
+
+        Returns:
+            [`SSRMConfig`]
+        """
+        return cls(*args, **{**_PAPER, **kwargs})
+
+
+_PAPER: dict[str, Any] = {
+    "num_rounds": 3,
+    "round_init": "continue",
+    "keep_best_round": False,
+    "num_folds": 0,
+    "pool_per_round": "full",
+    "confidence_threshold": 0.8,
+    "second_opinion": "none",
+    "pseudo_label_type": "hard",
+    "pseudo_label_weight": 1.0,
+}

@@ -1,9 +1,7 @@
 import contextlib
-import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +11,6 @@ from accelerate.utils import DistributedType, broadcast_object_list, is_peft_mod
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     BitsAndBytesConfig,
     DataCollator,
     PreTrainedModel,
@@ -32,13 +29,13 @@ from .calibration import calibrated_metrics, fit_temperature, preference_metrics
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .checks import check_arguments, check_labeled_data, check_tokenizer
 from .collator import ConfidenceFilteredDataCollator
-from .comparison import DEFAULT_TEMPLATE, Comparison, tokenize_comparisons
+from .comparison import Comparison, tokenize_comparisons
 from .config import SSRMConfig
 from .data import RunData, by_name, prepare_run_data, report_too_long
 from .folds import Folds
-from .loading import check_answers_behind, load_pairwise_model
 from .pool import Pool
 from .preference import LOGITS_OF, orders_agree
+from .preparation import complete_args, load_tokenizer, prepare_pairwise
 from .report import round_line, round_table
 from .rounds import RunDirectory, run_identity
 from .scoring import PairedSequences, score_pairs
@@ -190,8 +187,8 @@ class SSRMTrainer(RewardTrainer):
         is_pairwise = isinstance(args, SSRMConfig) and args.preference_model == "pairwise"
         is_quantized = quantization_config is not None or is_quantized_by_bitsandbytes(model)
         if self.has_pool:
-            args = self._complete_args(args, model)
-            processing_class = processing_class or self._load_tokenizer(model, args)
+            args = complete_args(args, model)
+            processing_class = processing_class or load_tokenizer(model, args)
             held_out = by_name(eval_dataset, "eval_dataset") | by_name(calibration_dataset, "calibration_dataset")
             has_calibration = calibration_dataset is not None
             check_arguments(args, data_collator, train_dataset, optimizers, bool(held_out), has_calibration)
@@ -203,12 +200,12 @@ class SSRMTrainer(RewardTrainer):
             raise ValueError("`PseudoLabelingCallback` labels the pool, so it needs `unlabeled_dataset`.")
         if is_pairwise:
             assert isinstance(args, SSRMConfig)
-            processing_class = processing_class or self._load_tokenizer(model, args)
+            processing_class = processing_class or load_tokenizer(model, args)
             if data_collator is not None and getattr(data_collator, "comparison_seed", None) is None:
                 raise ValueError(
                     "`data_collator` must be a `ConfidenceFilteredDataCollator` with a `comparison_seed`."
                 )
-            model, quantization_config, args = self._prepare_pairwise(
+            self.comparison, model, quantization_config, args = prepare_pairwise(
                 model, args, processing_class, quantization_config
             )
         if self.has_pool or is_pairwise or is_quantized:
@@ -661,6 +658,14 @@ class SSRMTrainer(RewardTrainer):
         self._metrics[mode][name].append(self.accelerator.gather_for_metrics(accuracy).mean().item())
         return (loss, outputs) if return_outputs else loss
 
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        # Private in `RewardTrainer`, which takes a dataset with these two columns as tokenized.
+        if self.comparison is not None and "chosen_ids" not in (dataset.column_names or []):
+            dataset = tokenize_comparisons(
+                dataset, processing_class, self.comparison, args.max_length, args.dataset_num_proc
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
     def _set_signature_columns_if_needed(self):
         # Private in `Trainer`: the only place that says which columns reach the collator.
         super()._set_signature_columns_if_needed()
@@ -736,73 +741,8 @@ class SSRMTrainer(RewardTrainer):
             section = f"### Rounds\n\n{round_table(self.round_history)}\n\n"
             card.write_text(text.replace(heading, section + heading, 1), encoding="utf-8")
 
-    # ---- What is refused, and what the data becomes ----
-
-    @staticmethod
-    def _complete_args(args: RewardConfig | None, model: "str | PreTrainedModel | PeftModel") -> SSRMConfig:
-        if isinstance(args, SSRMConfig):
-            return args
-        if args is None:
-            return SSRMConfig(f"{_model_id(model).split('/')[-1]}-SSRM")
-        return SSRMConfig(**{each.name: getattr(args, each.name) for each in fields(args) if each.init})
-
-    @staticmethod
-    def _load_tokenizer(model: "str | PreTrainedModel | PeftModel", args: SSRMConfig) -> PreTrainedTokenizerBase:
-        # As the parent does it, but before the data is checked against it.
-        kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-        return AutoTokenizer.from_pretrained(
-            _model_id(model), revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-        )
-
-    def _prepare_pairwise(
-        self, model: Any, args: SSRMConfig, tokenizer: PreTrainedTokenizerBase, quantization_config: Any
-    ) -> tuple[Any, Any, SSRMConfig]:
-        """Make the comparison, and load the model with the score layer that answers it."""
-        self.comparison = Comparison(
-            args.comparison_template or DEFAULT_TEMPLATE,
-            args.comparison_labels,
-            args.comparison_add_generation_prompt,
-            args.max_length,
-        )
-        if args.chat_template_path is not None:
-            raise ValueError(
-                "`chat_template_path` would change what a pairwise model reads; pass a `processing_class` with the template."
-            )
-        token_ids = self.comparison.label_token_ids(tokenizer)
-        if not isinstance(model, str):
-            check_answers_behind(model.get_base_model() if is_peft_model(model) else model)
-            return model, quantization_config, args
-        stored = Comparison.from_pretrained(model)
-        if stored is not None and replace(stored, max_length=args.max_length) != self.comparison:
-            raise ValueError(f"{model} was trained on another comparison ({stored}); give the config the same.")
-        # As the parent loads it.
-        kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # a `str` is parsed by now
-        dtype = kwargs.pop("dtype", "float32")
-        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-            kwargs["device_map"] = None
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        set_seed(args.seed)
-        loaded = load_pairwise_model(model, token_ids, dtype, args.trust_remote_code, **kwargs)
-        # The parent would warn that they have no effect on a model that is loaded.
-        args = copy.copy(args)
-        args.model_init_kwargs = None
-        return loaded, None, args
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        # Private in `RewardTrainer`, which takes a dataset with these two columns as tokenized.
-        if self.comparison is not None and "chosen_ids" not in (dataset.column_names or []):
-            dataset = tokenize_comparisons(
-                dataset, processing_class, self.comparison, args.max_length, args.dataset_num_proc
-            )
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-
 
 def weighted_loss(logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The parent's loss with a weight and a target probability for each pair; with 1 and 1 it is the same."""
     losses = label * nn.functional.logsigmoid(logits) + (1 - label) * nn.functional.logsigmoid(-logits)
     return -(weight * losses).mean()
-
-
-def _model_id(model: Any) -> str:
-    return model if isinstance(model, str) else model.config.name_or_path

@@ -158,6 +158,7 @@ class Benchmark:
         self.backbone = freeze_backbone(self.model)
         self.name = Path(dataset_path).stem
         self.features_path = Path(training_args.output_dir) / f"features-{self.name}.npz"
+        self.num_saved = 0
         if self.features_path.is_file():
             kept = np.load(self.features_path)
             digests = [bytes(row) for row in kept["digests"]]
@@ -170,6 +171,10 @@ class Benchmark:
         }
 
     def save_features(self) -> None:
+        """Keep what was computed, if there is more of it than before."""
+        if len(self.backbone.features_of) == self.num_saved:
+            return
+        self.num_saved = len(self.backbone.features_of)
         digests, features = zip(*self.backbone.features_of.items(), strict=True)
         hidden, pooled = (np.stack(each) for each in zip(*features, strict=True))
         digests = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), -1)
@@ -338,10 +343,8 @@ def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
                 done.append({**key, "arm": arm, "settings": settings, "metrics": metrics})
                 with kept.open("a") as file:
                     file.write(json.dumps({**done[-1], "seconds": time.time() - start}) + "\n")
-                print(
-                    key, arm, {name: round(v, 3) for name, v in metrics.items() if v is not None}, settings, flush=True
-                )
-        benchmark.save_features()
+                print(key, arm, metrics[script_args.part], flush=True)
+                benchmark.save_features()
     for fraction in script_args.label_fractions:
         here = [entry for entry in done if entry["fraction"] == fraction]
         for name in sorted({entry["dataset"] for entry in here}):
