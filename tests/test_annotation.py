@@ -94,6 +94,21 @@ def test_file_that_cannot_be_used_is_refused(tmp_path, line, message):
         load_labels(str(path))
 
 
+def test_line_ends_within_a_text_are_no_ends_of_lines(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    row = {"prompt": "one\u2028two\x85", "completion_a": "x\nz", "completion_b": "y", "label": "b"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_labels(str(path)).to_list() == [{"prompt": row["prompt"], "chosen": "y", "rejected": "x\nz"}]
+
+
+def test_answers_are_not_overwritten(trainer, tmp_path):
+    path = tmp_path / "to_label.jsonl"
+    path.write_text("answers")
+    with pytest.raises(ValueError, match="is there already, perhaps with labels in it"):
+        trainer.export_for_labeling(str(path), 1)
+    assert path.read_text() == "answers"
+
+
 def test_nothing_to_choose_from_is_refused(llama, config, labeled, trainer):
     with pytest.raises(ValueError, match="needs `unlabeled_dataset`"):
         SSRMTrainer(llama, config(), train_dataset=labeled).export_for_labeling("x", 1)

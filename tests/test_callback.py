@@ -144,13 +144,12 @@ class Fixed(PseudoLabelingCallback):
 def kept_by(llama, config, labeled, unlabeled):
     """Trains one round on given logits and returns the trainer, the kept pairs and the facts."""
 
-    def train(logits, pool=None, calibration_dataset=None, **settings):
+    def train(logits, pool=None, **settings):
         trainer = SSRMTrainer(
             llama,
             config(**{"num_rounds": 1, "num_train_epochs": 1, **settings}),
             train_dataset=labeled,
             unlabeled_dataset=pool or unlabeled,
-            calibration_dataset=calibration_dataset,
             callbacks=[Fixed(logits)],
         )
         trainer.train()
@@ -178,25 +177,64 @@ def test_adaptive_threshold_is_the_mean_confidence(kept_by):
     assert sorted(pseudo_labels["pair"]) == np.flatnonzero(confidence > confidence.mean()).tolist()
 
 
-def test_target_precision_keeps_what_the_held_out_labels_vouch_for(kept_by):
-    held_out = Dataset.from_list(preference_rows(80, seed=9))
-    settings = {"calibration_dataset": held_out, "num_train_epochs": 10}
-    trainer, pseudo_labels, facts = kept_by(LOGITS, **settings, target_precision=0.8)
-    threshold = trainer.round_history[0]["precision_threshold"]
-    assert facts["confidence_threshold"] == threshold < 1
-    confidence = 1 / (1 + np.exp(-np.abs(LOGITS) / facts["temperature"]))
-    assert sorted(pseudo_labels["pair"]) == np.flatnonzero(confidence > threshold).tolist() != []
+def test_target_precision_keeps_what_the_held_out_labels_vouch_for(llama, config, labeled, unlabeled):
+    seen = []
 
+    class Watch(PseudoLabelingCallback):
+        def threshold(self, scores):
+            seen.append(scores)
+            return super().threshold(scores)
 
-def test_target_that_too_few_labels_can_vouch_for_selects_nothing(llama, config, labeled, unlabeled):
     trainer = SSRMTrainer(
         llama,
-        config(target_precision=0.99, num_folds=2),
+        config(num_rounds=1, num_train_epochs=10, target_precision=0.8),
         train_dataset=labeled,
         unlabeled_dataset=unlabeled,
+        calibration_dataset=Dataset.from_list(preference_rows(80, seed=9)),
+        callbacks=[Watch()],
+    )
+    trainer.train()
+    threshold = trainer.round_history[0]["precision_threshold"]
+    pseudo_labels, facts = trainer.run.read_pseudo_labels(1)
+    assert facts["confidence_threshold"] == threshold < 1
+    assert sorted(pseudo_labels["pair"]) == np.flatnonzero(seen[0].confidence > threshold).tolist() != []
+    # All of them are trained on, whatever `confidence_threshold` is.
+    assert trainer.round_history[1]["num_train_pairs"] == 16 + facts["kept"]
+
+
+def test_target_that_the_held_out_labels_do_not_vouch_for_selects_nothing(llama, config, labeled, unlabeled):
+    # Labels of chance.
+    rows = preference_rows(60, seed=9)
+    turned = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if number % 2 else row
+        for number, row in enumerate(rows)
+    ]
+    trainer = SSRMTrainer(
+        llama,
+        config(target_precision=0.9, num_train_epochs=1),
+        train_dataset=labeled,
+        unlabeled_dataset=unlabeled,
+        calibration_dataset=Dataset.from_list(turned),
     )
     trainer.train()
     assert trainer.termination_reason == "nothing_selected"
+    assert trainer.round_history[0]["precision_threshold"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["num_folds", "target_precision", "second_opinion"])
+def test_scores_of_someone_else_do_not_go_with_what_needs_those_of_the_model(
+    llama, config, labeled, unlabeled, held_out, name
+):
+    value = {"num_folds": 2, "target_precision": 0.7, "second_opinion": "first_round"}[name]
+    with pytest.raises(ValueError, match=name):
+        SSRMTrainer(
+            llama,
+            config(**{name: value}),
+            train_dataset=labeled,
+            unlabeled_dataset=unlabeled,
+            calibration_dataset=held_out,
+            callbacks=[Fixed(LOGITS)],
+        )
 
 
 def test_best_against_worst_is_the_most_confident_pair_of_a_prompt(kept_by):
@@ -270,20 +308,35 @@ def test_weight_of_pseudo_labels_rises_over_the_rounds(llama, config, labeled, u
     assert [set(rows["weight"]) for rows in seen] == [{1.0, 0.4}, {1.0, 0.8}, {1.0, 0.8}]
 
 
+def test_rounds_go_on_while_the_weight_rises(llama, config, labeled, unlabeled):
+    args = config(num_rounds=3, pseudo_label_warmup_rounds=3, confidence_threshold=0.5)
+    logits = np.linspace(1, 2, 40)
+    trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, callbacks=[Fixed(logits)])
+    trainer.train()
+    assert trainer.termination_reason == "max_rounds"
+
+
 def test_pseudo_labels_of_the_labeled_pairs_are_subtracted(llama, config, labeled, unlabeled):
-    args = config(num_rounds=1, debias_pseudo_labels=True, pseudo_label_weight=0.5, confidence_threshold=0.5)
+    args = config(
+        num_rounds=1, debias_pseudo_labels=True, num_folds=4, pseudo_label_weight=0.5, confidence_threshold=0.5
+    )
     trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled)
     seen = []
     build = trainer.data_collator.build_dataset
     trainer.data_collator.build_dataset = lambda *args: seen.append(build(*args)) or seen[-1]
     trainer.train()
-    (rows,) = seen
+    rows, *of_folds = seen
+    # Labels of 12 pairs and the pool, with the same weight.
+    assert [len(each) for each in of_folds] == [12 + 40] * 4
     weight = np.array(rows["weight"])
     assert weight[:16].tolist() == [1.0] * 16
     # Together they weigh half of what the labels weigh, once with one sign and once with the other.
     assert weight[16:56].tolist() == pytest.approx([0.5 * 16 / 40] * 40)
     assert weight[56:].tolist() == [-0.5] * 16
     assert rows["chosen_ids"][:16] == rows["chosen_ids"][56:]
+    # By models that have not seen the labels.
+    logits = trainer.folds.held_out_logits(0)
+    assert ((np.array(rows["probability"][56:]) > 0.5) == (logits > 0)).all()
     assert rows["probability"][:16] == [None] * 16 and None not in rows["probability"][16:]
 
 
@@ -309,6 +362,7 @@ def test_rounds_end_when_they_no_longer_help(llama, config, labeled, unlabeled, 
     [
         ({"balance_by": ["source"]}, "`balance_by` names 'source', which is no column of `unlabeled_dataset`"),
         ({"target_precision": 0.9}, "`target_precision` needs `calibration_dataset` or `num_folds`"),
+        ({"target_precision": 0.9, "num_folds": 2}, "16 held-out labels can vouch for 0.855 at most"),
         ({"round_patience": 1}, "`round_patience` needs `calibration_dataset`, `num_folds` or `eval_dataset`"),
     ],
 )

@@ -72,9 +72,17 @@ def test_settings_of_the_paper_are_one_line(tmp_path):
         ({"selected_fraction": 0.5, "adaptive_threshold": True}, "both choose the threshold; set one of them"),
         ({"second_opinion": "folds", "num_folds": 0}, "needs `num_folds`, the number of models to ask"),
         (
-            {"debias_pseudo_labels": True, "pseudo_label_weight": 1.5},
+            {"debias_pseudo_labels": True, "num_folds": 2, "pseudo_label_weight": 1.5},
             r"must be in \[0, 1\] with `debias_pseudo_labels`",
         ),
+        ({"debias_pseudo_labels": True, "num_folds": 0}, "`debias_pseudo_labels` needs `num_folds`"),
+        ({"debias_pseudo_labels": True, "num_folds": 2, "max_pairs_per_prompt": 1}, "selects by a threshold alone"),
+        (
+            {"num_folds": 2, "load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            "set one",
+        ),
+        ({"preference_model": "pairwise", "balance_by": ["length"]}, "can't tell the lengths"),
+        ({"freeze_backbone": True, "neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` adds noise"),
         ({"comparison_orders": "one"}, r"`comparison_orders` must be one of \['random', 'both'\]"),
     ],
 )

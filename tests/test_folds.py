@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from conftest import assert_same_weights, preference_rows, weights_of
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from trl_ssrm import SSRMTrainer
 from trl_ssrm.data import prompt_groups
@@ -47,6 +48,16 @@ def test_pairs_of_a_prompt_are_in_one_part(llama, config, unlabeled):
     trainer = make(llama, config(num_folds=3), Dataset.from_list(rows), unlabeled)
     parts = [set(trainer.folds.fold_of[number::5].tolist()) for number in range(5)]
     assert all(len(part) == 1 for part in parts) and set.union(*parts) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("form", ["text", "tokens"])
+def test_answers_that_begin_alike_do_not_hide_the_prompt(form):
+    starts = [("why? Sure", "why? Sorry"), ("why? Yes", "why? No"), ("when? a", "when? b"), ("x", "y"), ("v", "w")]
+    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in starts]
+    if form == "tokens":
+        rows = [{f"{name}_ids": list(text.encode()) for name, text in row.items()} for row in rows]
+    # Pairs without a prompt have none in common.
+    assert prompt_groups(Dataset.from_list(rows)).tolist() == [0, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("form", ["explicit", "implicit", "tokens"])
@@ -124,19 +135,47 @@ def test_everyone_has_a_say_in_a_pseudo_label(llama, config, labeled, unlabeled)
 
 
 def test_first_round_has_a_say_in_later_ones(llama, config, labeled, unlabeled):
-    args = config(second_opinion="first_round", confidence_threshold=0.5)
+    # Some labels are wrong, so that there is a temperature to fit.
+    rows = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if number % 4 == 0 else row
+        for number, row in enumerate(labeled)
+    ]
+    labeled = Dataset.from_list(rows)
+    args = config(second_opinion="first_round", confidence_threshold=0.5, num_folds=2)
     trainer = make(llama, args, labeled, unlabeled)
     seen = {}
     real = trainer.second_opinions
-    trainer.second_opinions = lambda round: seen.setdefault(round, real(round))
+    trainer.second_opinions = lambda round, *args: seen.setdefault(round, real(round, *args))
     trainer.train()
     assert seen[0] == [] and len(seen[1]) == 1
     assert trainer.run.weights_path(0).is_file()
+    # At the temperature of round 0, whatever that of round 1 is.
+    ratio = trainer.round_history[1]["temperature"] / trainer.round_history[0]["temperature"]
+    trainer.run.read_weights(trainer.run.weights_path(0), trainer.model)
     scores_of_round_0 = seen[1][0]
+    expected = ratio * trainer.score_pairs(trainer.data.pool.pairs, "pool").logits
+    assert ratio != 1 and np.allclose(scores_of_round_0, expected, atol=1e-5)
     pseudo_labels, facts = trainer.run.read_pseudo_labels(2)
     signs = (np.array(pseudo_labels["first_is_chosen"]) * 2 - 1).tolist()
     assert np.sign(scores_of_round_0[pseudo_labels["pair"][:]]).tolist() == signs
     assert "model_disagreement" in facts and "model_disagreement" not in trainer.round_history[1]
+
+
+def test_callbacks_of_the_user_are_told_of_the_round_alone(llama, config, labeled, unlabeled, held_out):
+    class Count(TrainerCallback):
+        trained = evaluated = 0
+
+        def on_train_begin(self, *args, **kwargs):
+            self.trained += 1
+
+        def on_evaluate(self, *args, **kwargs):
+            self.evaluated += 1
+
+    count = Count()
+    args = config(num_folds=2, num_rounds=1, eval_strategy="epoch", eval_on_start=True, num_train_epochs=1)
+    trainer = make(llama, args, labeled, unlabeled, eval_dataset=held_out, callbacks=[count])
+    trainer.train()
+    assert (count.trained, count.evaluated) == (2, 4)
 
 
 def test_more_parts_than_prompts_are_refused(llama, config, labeled, unlabeled):

@@ -115,8 +115,8 @@ def load_labels(path: str) -> Dataset:
     """
     rows: list[dict[str, Any]] = []
     left_out = {"a tie": 0, "without a label": 0}
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    # Not by `splitlines`: JSON leaves other line ends within a text as they are.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"line {number} of {path}"

@@ -1,5 +1,6 @@
 """A frozen backbone: what it makes of a sequence is computed once, and training and scoring read that."""
 
+import functools
 import hashlib
 from typing import Any
 
@@ -25,8 +26,7 @@ def freeze_backbone(model: PreTrainedModel) -> "FrozenBackbone":
     Returns:
         [`FrozenBackbone`]: the one that the model has already, or a new one.
     """
-    owner = getattr(model.forward, "__self__", None)
-    return owner if isinstance(owner, FrozenBackbone) else FrozenBackbone(model)
+    return getattr(model, "frozen_backbone", None) or FrozenBackbone(model)
 
 
 class FrozenBackbone:
@@ -55,10 +55,13 @@ class FrozenBackbone:
         self.features_of: dict[bytes, tuple[np.ndarray, ...]] = {}
         self.looked_up: tuple[torch.Tensor, ...] = ()
         self.is_checked = False
+        self.pad_token_id = model.config.get_text_config().pad_token_id
         # A decoder's classifier calls its head `score`, here and in transformers, and reads the last token with it.
         self.reads_last_token = isinstance(getattr(model, "score", None), nn.Module)
-        # On the objects: they stay of their class, and `save_pretrained` sees no difference.
-        model.forward = self._forward  # type: ignore[method-assign]
+        # On the objects: they stay of their class, and `save_pretrained` sees no difference. Not a bound method, whose
+        # function accelerate would bind to the model instead.
+        model.forward = functools.partial(self._forward)  # type: ignore[method-assign]
+        model.frozen_backbone = self  # type: ignore[assignment]
 
     def _forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -79,8 +82,7 @@ class FrozenBackbone:
         dtype = next(self.model.parameters()).dtype
         self.looked_up = tuple(torch.from_numpy(np.stack(each)).to(device, dtype) for each in features)
         # A sequence of one token that is no padding.
-        pad_token_id = self.model.config.get_text_config().pad_token_id
-        token = torch.full((len(digests), 1), 0 if pad_token_id != 0 else 1, device=device)
+        token = torch.full((len(digests), 1), 0 if self.pad_token_id != 0 else 1, device=device)
         self.backbone.forward = self._look_up  # type: ignore[method-assign]
         try:
             return self.score(input_ids=token, attention_mask=torch.ones_like(token), **kwargs)
@@ -100,8 +102,10 @@ class FrozenBackbone:
         with torch.no_grad():
             output = self.backbone(input_ids=input_ids, attention_mask=mask)
         self.backbone.train(is_training)
-        # The last token, wherever the padding is.
-        position = mask.long().cumsum(1).argmax(1) if self.reads_last_token else mask.long().argmax(1)
+        # The last token that is no padding by its ID, as transformers finds it, or the first one.
+        is_token = input_ids != self.pad_token_id if self.reads_last_token else mask.bool()
+        place = torch.arange(mask.shape[1], device=mask.device)
+        position = (place * is_token).argmax(1) if self.reads_last_token else is_token.long().argmax(1)
         features = [output.last_hidden_state[torch.arange(len(mask), device=mask.device), position]]
         if (pooled := getattr(output, "pooler_output", None)) is not None:
             features.append(pooled)
@@ -109,11 +113,14 @@ class FrozenBackbone:
         self.features_of.update(zip(digests, zip(*kept, strict=True), strict=True))
 
     def _check(self, input_ids: torch.Tensor, mask: torch.Tensor, digests: list[bytes]) -> None:
-        self.is_checked = True
+        is_training = self.model.training
+        self.model.eval()
         with torch.no_grad():
             expected = self.score(input_ids=input_ids, attention_mask=mask).logits.float()
             found = self._from_features(digests, input_ids.device).logits.float()
+        self.model.train(is_training)
         if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
             raise ValueError(
                 f"`freeze_backbone` can't tell what the score head of {type(self.model).__name__} reads; leave it out."
             )
+        self.is_checked = True

@@ -110,10 +110,24 @@ class PseudoLabelingCallback(TrainerCallback):
                     f"`balance_by` names {name!r}, which is no column of `unlabeled_dataset` ({pool.source.column_names}); "
                     'give it "length", "prompt" or one of them.'
                 )
-        if self.teacher is not None and (args.second_opinion != "none" or args.debias_pseudo_labels):
-            raise ValueError("A teacher labels the pool alone; leave `second_opinion` and `debias_pseudo_labels` out.")
+        needs_own_model = {
+            "second_opinion": args.second_opinion != "none",
+            "debias_pseudo_labels": args.debias_pseudo_labels,
+            "target_precision": args.target_precision is not None,
+        }
+        if self.has_own_scores and (names := [f"`{name}`" for name, is_set in needs_own_model.items() if is_set]):
+            raise ValueError(
+                f"Someone else than the model of the round labels the pool; leave {', '.join(names)} out."
+            )
+        if type(self).score is not PseudoLabelingCallback.score and args.num_folds:
+            raise ValueError(
+                "The models of `num_folds` label the pool for themselves, which a callback with a `score` of its own "
+                "prevents; set `num_folds=0`."
+            )
+        if self.has_own_policy and args.debias_pseudo_labels:
+            raise ValueError("`debias_pseudo_labels` selects by a threshold; leave it, or the selection policy, out.")
         is_fixed = args.target_precision is None and args.selected_fraction is None and not args.adaptive_threshold
-        return self.has_own_policy or not is_fixed
+        return self.has_own_policy or not is_fixed or type(self).threshold is not PseudoLabelingCallback.threshold
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         # A checkpoint within a round brings the logs of the rounds before with it.
@@ -169,7 +183,8 @@ class PseudoLabelingCallback(TrainerCallback):
             )
             return None
         previous = trainer.run.read_pseudo_labels(round) if round > 0 and args.pool_per_round == "full" else None
-        if previous is not None and _same_labels(previous[0], pseudo_labels):
+        is_same_weight = self._weight(round) == self._weight(round + 1)
+        if previous is not None and is_same_weight and _same_labels(previous[0], pseudo_labels):
             self.termination_reason = "no_change"
             return None
         rows = self._training_rows(pseudo_labels, round + 1)
@@ -215,7 +230,7 @@ class PseudoLabelingCallback(TrainerCallback):
         key = trainer.scores_key(round, pool)
         scores = trainer.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
         temperature = trainer.round_history[round]["temperature"]
-        logits = [scores.logits, *trainer.second_opinions(round)]
+        logits = [scores.logits, *trainer.second_opinions(round, temperature)]
         agree = np.all([np.sign(each) == np.sign(logits[0]) for each in logits], axis=0)
         return replace(
             scores,
@@ -301,6 +316,8 @@ class PseudoLabelingCallback(TrainerCallback):
         mask, threshold = self._select_with_quotas(scores, pool)
         kept = np.flatnonzero(mask)
         first_is_chosen = scores.logits > 0
+        # The two sequences of a comparison are its two orders.
+        is_scalar = trainer.comparison is None
         chosen_is_longer = _length_difference(pool, first_is_chosen) > 0
         facts: dict[str, Any] = {
             "round": round + 1,
@@ -312,8 +329,8 @@ class PseudoLabelingCallback(TrainerCallback):
             "confidence_threshold": threshold,
             "temperature": scores.temperature,
             # A model that likes length keeps pairs that teach it more of that.
-            "chosen_longer": float(chosen_is_longer[kept].mean()) if len(kept) else None,
-            "chosen_longer_in_pool": float(chosen_is_longer.mean()),
+            "chosen_longer": float(chosen_is_longer[kept].mean()) if len(kept) and is_scalar else None,
+            "chosen_longer_in_pool": float(chosen_is_longer.mean()) if is_scalar else None,
             "scoring_seconds": seconds,
             "scoring_pairs_per_second": len(pool) / seconds,
         }
@@ -381,33 +398,24 @@ class PseudoLabelingCallback(TrainerCallback):
 
     def _debiased(self, rows: Dataset, facts: dict[str, Any]) -> Dataset:
         """
-        The rows with weights under which their sum is a mean over the pool, and the pseudo-labels that the labeled pairs
-        would have got, to be subtracted.
+        The rows, whose weights make their sum a mean over the pool, and the pseudo-labels that the labeled pairs would
+        have got, to be subtracted.
         """
-        trainer, data = self.trainer, self.trainer.data
-        if trainer.args.num_folds:
-            logits = trainer.folds.held_out_logits(trainer.round)
-        else:
-            logits = trainer.score_pairs(data.labeled_pairs, "train_dataset").logits
-        scores = PairScores(logits, trainer.round_history[-1]["temperature"])
-        if self.has_own_policy:
-            mask = np.asarray(self.select(scores))
-        else:
-            mask = above_threshold(scores, facts["confidence_threshold"])
-        kept = np.flatnonzero(mask & ~scores.is_tie)
-        own = data.labeled.select_columns(["chosen_ids", "rejected_ids"]).select(kept)
+        trainer = self.trainer
+        scores = PairScores(trainer.folds.held_out_logits(trainer.round), trainer.round_history[-1]["temperature"])
+        kept = np.flatnonzero(above_threshold(scores, facts["confidence_threshold"]))
+        own = trainer.data.labeled.select_columns(["chosen_ids", "rejected_ids"]).select(kept)
         own = own.add_column("probability", scores.probability[kept].tolist())
-        weight = self._weight(facts["round"])
-        rows = rows.remove_columns([name for name in ("weight",) if name in rows.column_names])
-        rows = rows.add_column("weight", [weight * len(data.labeled) / facts["pool_size"]] * len(rows))
-        own = own.add_column("weight", [-weight] * len(own))
+        own = own.add_column("weight", [-self._weight(facts["round"])] * len(own))
         return concatenate_datasets([rows, own.cast(rows.features)]) if len(own) else rows
 
     def _training_rows(self, labels: Dataset, round: int) -> Dataset:
         pool, pairs, confidence = self.trainer.data.pool, np.array(labels["pair"]), np.array(labels["confidence"])
         columns = {"probability": np.where(labels["first_is_chosen"], confidence, 1 - confidence)}
-        if self.trainer.args.pseudo_label_warmup_rounds:
-            columns["weight"] = np.full(len(pairs), self._weight(round))
+        weight = self._weight(round)
+        if self.trainer.args.debias_pseudo_labels:
+            weight *= len(self.trainer.data.labeled) / len(self.trainer.share_of_pool(round))
+        columns["weight"] = np.full(len(pairs), weight)
         ids = {"chosen_ids": pool.pairs.first, "rejected_ids": pool.pairs.second}
         tokens = [
             pool.pairs.sequences.select(position[pairs]).rename_column("input_ids", name)

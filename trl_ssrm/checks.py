@@ -4,13 +4,19 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .collator import ConfidenceFilteredDataCollator
 from .config import SSRMConfig
+from .selection import wilson_lower_bound
+
+
+if TYPE_CHECKING:
+    from .data import RunData
 
 
 def check_arguments(
@@ -49,6 +55,23 @@ def check_arguments(
             pass
     except OSError as error:
         raise ValueError(f"`output_dir` can't be written: {error}. Choose another one.") from error
+
+
+def check_held_out(args: SSRMConfig, data: "RunData") -> None:
+    """Refuse what the held-out pairs can't answer, now that they are known."""
+    if (args.keep_best_round or args.round_patience) and not (data.held_out or args.num_folds):
+        raise ValueError(
+            "`keep_best_round` and `round_patience` compare rounds on pairs that are there as a whole, but `eval_dataset` "
+            "is a stream; give `calibration_dataset`, or set `num_folds`."
+        )
+    if args.target_precision is not None:
+        num_pairs = len((data.held_out.get("calibration") or data.labeled_pairs).first)
+        best = float(wilson_lower_bound(np.array([num_pairs]), np.array([num_pairs]))[0])
+        if best < args.target_precision:
+            raise ValueError(
+                f"`target_precision` is {args.target_precision}, but {num_pairs} held-out labels can vouch for {best:.3f} "
+                "at most, were they all predicted right; lower it, or give more labels."
+            )
 
 
 def check_labeled_data(datasets: dict[str, Any]) -> bool | None:

@@ -83,7 +83,8 @@ class SSRMConfig(RewardConfig):
             above which the held-out labels, those of `calibration_dataset` or of the parts left out by `num_folds`, are
             predicted right that often, at the lower end of a one-sided 95 % interval. In `(0.5, 1)`.
         selected_fraction (`float`, *optional*):
-            Share of the pool to keep, instead of `confidence_threshold`: the most confident pairs. In `(0, 1]`.
+            Share of the pairs to keep, instead of `confidence_threshold`: the most confident ones of those that agreement
+            and `max_pairs_per_prompt` leave. In `(0, 1]`.
         adaptive_threshold (`bool`, *optional*, defaults to `False`):
             Whether the threshold is, instead of `confidence_threshold`, the mean confidence on the pool, averaged over
             the rounds, as in [FreeMatch](https://huggingface.co/papers/2205.07246).
@@ -99,7 +100,7 @@ class SSRMConfig(RewardConfig):
         balance_by (`list[str]`, *optional*):
             What the kept pairs should look like the pool in: `"length"` is the difference in length between the
             preferred and the other completion, `"prompt"` the prompt, anything else a column of `unlabeled_dataset`.
-            No group gets more than its share of what is kept; its least confident pairs are left out.
+            No group gets more than its share of what was selected; its least confident pairs are left out.
 
         > Parameters that control the pseudo-labels
 
@@ -118,7 +119,9 @@ class SSRMConfig(RewardConfig):
             Whether to subtract the loss that pseudo-labels have on the labeled pairs, so that what is wrong with them
             on average cancels, as in [prediction-powered
             inference](https://huggingface.co/papers/2301.09633): the loss is that of the labels, plus that of the
-            pseudo-labels of the pool, minus that of the pseudo-labels of the labeled pairs.
+            pseudo-labels of the pool, minus that of the pseudo-labels of the labeled pairs. Those have to come from models
+            that have not seen their labels, so it needs `num_folds`, whose own models go without the last term; and what
+            is subtracted has to be chosen as what is added is, so it takes a threshold alone.
         track_pseudo_label_accuracy (`bool`, *optional*, defaults to `False`):
             Whether to compare the pseudo-labels with the gold labels in `unlabeled_dataset` and log the accuracy. The
             gold labels reach nothing else.
@@ -329,6 +332,30 @@ class SSRMConfig(RewardConfig):
             raise ValueError(f"`{chosen[0]}` and `{chosen[1]}` both choose the threshold; set one of them.")
         if self.second_opinion == "folds" and self.num_folds == 0:
             raise ValueError("`second_opinion='folds'` needs `num_folds`, the number of models to ask.")
+        if self.debias_pseudo_labels and not self.num_folds:
+            raise ValueError(
+                "`debias_pseudo_labels` needs `num_folds`: what a model says of pairs that it was trained on has no bias."
+            )
+        beside = ("max_pairs_per_prompt", "balance_by", "require_order_agreement")
+        if self.debias_pseudo_labels and (
+            self.second_opinion != "none" or any(getattr(self, name) for name in beside)
+        ):
+            raise ValueError(
+                "`debias_pseudo_labels` selects by a threshold alone; leave out `second_opinion`, "
+                f"{', '.join(f'`{name}`' for name in beside)}."
+            )
+        if self.num_folds and self.load_best_model_at_end:
+            raise ValueError(
+                "`num_folds` trains models that nothing is evaluated on, and `load_best_model_at_end` needs that; set one."
+            )
+        if self.preference_model == "pairwise" and "length" in (self.balance_by or []):
+            raise ValueError(
+                "`balance_by` can't tell the lengths of the two answers in a comparison; leave 'length' out."
+            )
+        if self.freeze_backbone and self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "`neftune_noise_alpha` adds noise to what `freeze_backbone` computes once; leave one out."
+            )
         if self.debias_pseudo_labels and self.pseudo_label_weight > 1:
             raise ValueError(
                 f"`pseudo_label_weight` must be in [0, 1] with `debias_pseudo_labels`, got {self.pseudo_label_weight}."

@@ -47,6 +47,12 @@ class RunData:
     pool: Pool
 
     @property
+    def all_pairs(self) -> dict[str, PairedSequences]:
+        """`dict[str, PairedSequences]`: the pairs of each dataset by its name."""
+        held_out = {f"{name}_dataset": pairs for name, pairs in self.held_out.items()}
+        return {"train_dataset": self.labeled_pairs, **held_out, "unlabeled_dataset": self.pool.pairs}
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """`dict[str, str]`: hash of each dataset by its name."""
         return {
@@ -144,7 +150,8 @@ def prompt_groups(dataset: Dataset) -> np.ndarray:
     Args:
         dataset ([`~datasets.Dataset`]):
             Preference pairs, tokenized or not, or prompts with completions. A prompt that is not a column of its own is
-            what the two completions, or their tokens, have in common at the start.
+            what the two completions, or their tokens, have in common at the start, and one that another one starts with
+            is the same.
 
     Returns:
         `np.ndarray` of shape `(num_rows,)`, int64: number of the prompt of each row.
@@ -153,13 +160,24 @@ def prompt_groups(dataset: Dataset) -> np.ndarray:
     if "prompt" in columns:
         keys = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
     elif "chosen" in columns:
-        pairs = dataset.select_columns(["chosen", "rejected"])
-        keys = [json.dumps(maybe_extract_prompt(row)["prompt"], sort_keys=True) for row in pairs]
+        prompts = [maybe_extract_prompt(row)["prompt"] for row in dataset.select_columns(["chosen", "rejected"])]
+        keys = _merged([each if isinstance(each, str) else json.dumps(each, sort_keys=True)[:-1] for each in prompts])
     else:
         ids = dataset.select_columns(["chosen_ids", "rejected_ids"])
-        keys = [str(_common_start(row["chosen_ids"], row["rejected_ids"])) for row in ids]
+        starts = [_common_start(row["chosen_ids"], row["rejected_ids"]) for row in ids]
+        keys = _merged(["".join(f"{token}," for token in start) for start in starts])
     number_of: dict[str, int] = {}
     return np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
+
+
+def _merged(starts: list[str]) -> list[str]:
+    """One key for starts of which one begins another: answers that begin alike lengthen what a pair has in common."""
+    root, root_of = "", {}
+    for start in sorted(set(starts)):
+        root = root if root and start.startswith(root) else start
+        root_of[start] = root
+    # Two pairs that both have nothing in common have nothing to do with each other.
+    return [root_of[start] or f"row {row}" for row, start in enumerate(starts)]
 
 
 def _common_start(one: list[int], other: list[int]) -> list[int]:

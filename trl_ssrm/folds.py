@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
+from transformers import DefaultFlowCallback
 
 from .data import prompt_groups
 from .selection import PairScores
@@ -63,21 +64,28 @@ class Folds:
             trainer.train_dataset = self._training_data(train_dataset, round, fold)
             # Not from the weights of the last round, which have seen the part.
             is_fresh = round == 0 or trainer.args.round_init == "base"
-            run.read_weights(run.weights_path(-1) if is_fresh else run.fold_weights_path(round - 1, fold), model)
-            with self._in_silence():
-                trainer.train_once(None, ignore_keys_for_eval)
-            logits = {
-                "labeled": trainer.score_pairs(trainer.data.labeled_pairs.take(left_out), "train_dataset").logits
-            }
+            weights = run.fold_weights_path(round, fold)
+            if trainer.on_main_process(weights.is_file):
+                run.read_weights(weights, model)
+            else:
+                run.read_weights(run.weights_path(-1) if is_fresh else run.fold_weights_path(round - 1, fold), model)
+                with self._in_silence():
+                    trainer.train_once(None, ignore_keys_for_eval)
+                if trainer.accelerator.is_main_process:
+                    run.write_weights(weights, model)
+                trainer.accelerator.wait_for_everyone()
+            pairs = trainer.data.labeled_pairs.take(left_out)
+            logits = {"labeled": trainer.score_pairs(pairs, "train_dataset", rows=left_out).logits}
             if round < trainer.args.num_rounds and not trainer.pseudo_labeling_callback.has_own_scores:
                 pool = trainer.data.pool.take(trainer.share_of_pool(round + 1))
-                scores = trainer.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows)
+                directory, key = weights.parent / "scores", f"{run.weights_hash(weights)} {pool.pairs.fingerprint}"
+                scores = trainer.score_pairs(
+                    pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key
+                )
                 logits["pool"] = scores.logits
                 if scores.orders_agree is not None:
                     logits["orders_agree"] = scores.orders_agree
             if trainer.accelerator.is_main_process:
-                if trainer.args.round_init == "continue":
-                    run.write_weights(run.fold_weights_path(round, fold), model)
                 run.write_fold(round, fold, logits)
             trainer.accelerator.wait_for_everyone()
         trainer.train_dataset = train_dataset
@@ -132,10 +140,12 @@ class Folds:
 
     @contextlib.contextmanager
     def _in_silence(self) -> Iterator[None]:
-        """Without evaluations, checkpoints and logs, which are the round's."""
-        args = self.trainer.args
-        silent = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        """Without evaluations, checkpoints, logs and the callbacks of the user, which are the round's."""
+        args, handler = self.trainer.args, self.trainer.callback_handler
+        silent = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
         before = {name: getattr(args, name) for name in silent}
+        callbacks = handler.callbacks
+        handler.callbacks = [each for each in callbacks if isinstance(each, DefaultFlowCallback)]
         self._set(silent)
         self.is_training = True
         try:
@@ -143,6 +153,7 @@ class Folds:
         finally:
             self.is_training = False
             self._set(before)
+            handler.callbacks = callbacks
 
     def _set(self, settings: dict) -> None:
         for name, value in settings.items():

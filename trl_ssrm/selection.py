@@ -91,10 +91,14 @@ def fraction_threshold(scores: PairScores, fraction: float) -> float:
 
     Returns:
         `float`: the threshold, for [`above_threshold`], which at most that share of the pairs, rounded up, exceeds. Of
-        pairs with the same confidence at the border none does.
+        pairs with the same confidence at the border none does, unless they are the most confident ones; then all do.
     """
-    num_kept = int(np.ceil(fraction * len(scores.logits)))
-    return float(np.sort(scores.confidence)[::-1][num_kept]) if num_kept < len(scores.logits) else 0.5
+    # 0.07 * 100 is more than 7.
+    num_kept = int(np.ceil(fraction * len(scores.logits) - 1e-9))
+    in_order = np.sort(scores.confidence)[::-1]
+    if num_kept == len(in_order):
+        return 0.5
+    return float(in_order[num_kept] if in_order[num_kept] < in_order[0] else np.nextafter(in_order[0], 0))
 
 
 def precision_threshold(logits: np.ndarray, temperature: float, target_precision: float) -> float | None:
@@ -158,7 +162,7 @@ def adaptive_threshold(scores: PairScores, previous: float | None, momentum: flo
 
 def balanced(mask: np.ndarray, confidence: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """
-    Let the kept pairs look like the pool: no group of pairs gets more than its share of what is kept.
+    Let the kept pairs look like the pool: no group of pairs gets more than its share of what was selected.
 
     Of a group with too many pairs the most confident stay. Groups that are short are not filled up.
 

@@ -27,7 +27,7 @@ from .annotation import most_useful, write_for_labeling
 from .backbone import freeze_backbone
 from .calibration import calibrated_metrics, fit_temperature, preference_metrics, reliability_curve
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
-from .checks import check_arguments, check_labeled_data, check_tokenizer
+from .checks import check_arguments, check_held_out, check_labeled_data, check_tokenizer
 from .collator import ConfidenceFilteredDataCollator
 from .comparison import Comparison, tokenize_comparisons
 from .config import SSRMConfig
@@ -261,6 +261,7 @@ class SSRMTrainer(RewardTrainer):
         self.data = prepare_run_data(
             self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
         )
+        check_held_out(self.args, self.data)
         self.folds = Folds(self)
 
         self.run = RunDirectory(str(self.args.output_dir))
@@ -376,6 +377,10 @@ class SSRMTrainer(RewardTrainer):
         self.labeling_facts = {}
         self.pseudo_labeling_callback.log_history = rounds[-1]["log_history"] if rounds else []
         run.read_weights(run.weights_path(num_finished - 1), model)
+        if self.args.freeze_backbone:
+            # In batches that depend on the content alone, so that a resumed run has the same features to the bit.
+            for name, pairs in self.data.all_pairs.items():
+                self.score_pairs(pairs, name)
         if num_finished > 0:
             self._load_state(self.round)
             self.state.log_history = self.pseudo_labeling_callback.log_history
@@ -502,16 +507,19 @@ class SSRMTrainer(RewardTrainer):
         finally:
             args.num_train_epochs, args.max_steps = first_round
 
-    def second_opinions(self, round: int) -> list[np.ndarray]:
+    def second_opinions(self, round: int, temperature: float) -> list[np.ndarray]:
         """
         What everyone but the model of a round says of the pairs that the next round may train on.
 
         Args:
             round (`int`):
                 The round that has ended.
+            temperature (`float`):
+                Its temperature.
 
         Returns:
-            `list[np.ndarray]` of shape `(num_pairs,)` each, float64: pair logits; none without `second_opinion`.
+            `list[np.ndarray]` of shape `(num_pairs,)` each, float64: pair logits to be divided by that temperature; none
+            without `second_opinion`.
         """
         if self.args.second_opinion == "folds":
             return self.folds.pool_logits(round)
@@ -523,7 +531,7 @@ class SSRMTrainer(RewardTrainer):
         directory, key = self.run.round_dir(1) / "scores", self.scores_key(0, pool)
         scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
         self.run.read_weights(self.run.weights_path(round), self.unwrapped_model)
-        return [scores.logits]
+        return [scores.logits * temperature / self.round_history[0]["temperature"]]
 
     def scores_key(self, round: int, pool: Pool) -> str:
         """`str`: name of the scores of a pool under the weights of a round."""
@@ -541,12 +549,14 @@ class SSRMTrainer(RewardTrainer):
                 Number of pairs to write, fewer if the pool has fewer prompts.
 
         Raises:
-            ValueError: If there is no pool, or `num_pairs` is not positive.
+            ValueError: If there is no pool, `num_pairs` is not positive, or the file is there, whose labels would be lost.
         """
         if not self.has_pool:
             raise ValueError("`export_for_labeling` chooses from the pool, so it needs `unlabeled_dataset`.")
         if num_pairs < 1:
             raise ValueError(f"`num_pairs` must be positive, got {num_pairs}.")
+        if self.on_main_process(lambda: Path(path).exists()):
+            raise ValueError(f"{path} is there already, perhaps with labels in it; choose another file, or delete it.")
         pool = self.data.pool
         scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows)
         if self.accelerator.is_main_process:
@@ -659,6 +669,10 @@ class SSRMTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        # They would be taken for the collator's own.
+        taken = [name for name in ("probability", "weight") if name in (dataset.column_names or [])]
+        if taken and (self.has_pool or self.comparison is not None):
+            dataset = dataset.remove_columns(taken)
         # Private in `RewardTrainer`, which takes a dataset with these two columns as tokenized.
         if self.comparison is not None and "chosen_ids" not in (dataset.column_names or []):
             dataset = tokenize_comparisons(
@@ -683,7 +697,8 @@ class SSRMTrainer(RewardTrainer):
             return super().log(logs, start_time)
         if self.folds.is_training:
             # Private in `RewardTrainer`: what the log of the round's own model would take for its own.
-            self._metrics["train"].clear()
+            for metrics in self._metrics.values():
+                metrics.clear()
             return
         # Trackers draw over the steps of all rounds, while `Trainer` counts those of one.
         steps = self._steps_before_round
