@@ -38,6 +38,7 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 # What each arm changes in the settings that all of them share.
 PAPER = {"confidence_threshold": 0.8, "pseudo_label_type": "hard", "round_init": "continue", "num_folds": 0}
+FOLDS = {"num_folds": 5, "second_opinion": "folds", "confidence_threshold": 0.5}
 ARMS = {
     "paper": PAPER,
     "restart": {**PAPER, "round_init": "base"},
@@ -53,10 +54,10 @@ ARMS = {
     "best against worst": {**PAPER, "max_pairs_per_prompt": 1, "selected_fraction": 0.5},
     "balanced": {**PAPER, "balance_by": ["length", "prompt"]},
     "agrees with round 0": {**PAPER, "second_opinion": "first_round"},
-    "debiased": {**PAPER, "debias_pseudo_labels": True, "confidence_threshold": 0.5},
+    "debiased": {**PAPER, "num_folds": 5, "debias_pseudo_labels": True, "confidence_threshold": 0.5},
     "calibrated": {**PAPER, "num_folds": 5},
     "precision .9": {**PAPER, "num_folds": 5, "target_precision": 0.9},
-    "folds agree": {**PAPER, "num_folds": 5, "second_opinion": "folds", "confidence_threshold": 0.5},
+    "folds agree": {**PAPER, **FOLDS},
     "folds' mean": {
         **PAPER,
         "num_folds": 5,
@@ -92,13 +93,10 @@ ARMS = {
     "restart .65, calibrated": {**PAPER, "round_init": "base", "num_folds": 5, "confidence_threshold": 0.65},
     "restart .65": {**PAPER, "round_init": "base", "confidence_threshold": 0.65},
     "restart, no threshold": {**PAPER, "round_init": "base", "confidence_threshold": 0.5},
-    "folds agree, restart": {
-        **PAPER,
-        "round_init": "base",
-        "num_folds": 5,
-        "second_opinion": "folds",
-        "confidence_threshold": 0.5,
-    },
+    "folds agree, restart": {**PAPER, **FOLDS, "round_init": "base"},
+    "folds agree, longer": {**PAPER, **FOLDS, "round_num_train_epochs": 2},
+    "folds agree, restart, longer": {**PAPER, **FOLDS, "round_init": "base", "round_num_train_epochs": 2},
+    "folds agree, soft, longer": {**PAPER, **FOLDS, "pseudo_label_type": "soft", "round_num_train_epochs": 2},
     "default": {},
 }
 
@@ -120,7 +118,7 @@ class BenchmarkArguments:
     )
     arms: list[str] | None = field(default=None, metadata={"help": "Names of arms. Default: all of them."})
     steps: list[int] = field(
-        default_factory=lambda: [25, 50, 100, 200], metadata={"help": "Lengths of round 0 to choose from."}
+        default_factory=lambda: [12, 25, 50, 100], metadata={"help": "Lengths of round 0 to choose from."}
     )
     weight_decays: list[float] = field(
         default_factory=lambda: [0.01], metadata={"help": "Weight decays to choose from."}
