@@ -29,7 +29,8 @@ def round_table(round_history: list[dict[str, Any]]) -> str:
     names = {name for facts in round_history for name in facts}
     columns = dict(_COLUMNS)
     for metric, words in _METRICS.items():
-        for name in sorted(name for name in names if name.endswith(f"_{metric}") and name not in _COLUMNS):
+        own = {name for name in names if name.endswith(f"_{metric}") and name not in _COLUMNS}
+        for name in sorted(name for name in own if "_adaptive_" not in name):
             columns[name] = f"{name.removesuffix(f'_{metric}').replace('_', ' ').capitalize()} {words}"
     columns = {name: title for name, title in columns.items() if name in names}
     lines = [list(columns.values()), ["---:"] * len(columns)]
@@ -49,7 +50,10 @@ def round_line(facts: dict[str, Any]) -> str:
         `str`: what it kept of the pool, and its held-out metrics.
     """
     kept = f", kept {facts['kept']} of {facts['pool_size']} pairs" if "kept" in facts else ""
-    held_out = [name for name in facts if name.endswith(("_accuracy", "_log_loss", "_ece", "_brier"))]
+    endings = ("_accuracy", "_log_loss", "_ece")
+    held_out = [
+        name for name in facts if name.endswith(endings) and not {"calibrated", "adaptive"} & {*name.split("_")}
+    ]
     return f"Round {facts['round']}{kept}" + "".join(f", {name} {facts[name]:.3f}" for name in held_out)
 
 
