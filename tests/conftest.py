@@ -201,6 +201,8 @@ def config(tmp_path):
             "logging_steps": 2,
             "num_rounds": 2,
             "confidence_threshold": 0.6,
+            # What the rounds do; what the folds add is in tests of their own.
+            "num_folds": 0,
             "save_strategy": "no",
             "disable_tqdm": True,
         }

@@ -70,6 +70,7 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
             "num_train_epochs": 3,
             "num_rounds": 2,
             "confidence_threshold": 0.6,
+            "num_folds": 0,
             "pool_per_round": "shard" if lora else "full",
             # After a resumption within a logging interval, `Trainer` logs the mean over the rest of it.
             "logging_steps": 1,

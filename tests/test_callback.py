@@ -128,6 +128,26 @@ def test_nan_reward_stops_the_run_and_names_the_rows(llama, config, labeled, unl
 # ---- What the settings select ----
 
 
+def test_threshold_that_is_left_open_is_one_that_held_out_labels_vouch_for(llama, config, labeled, unlabeled):
+    def thresholds(num_calibration: int, **settings):
+        rows = Dataset.from_list(preference_rows(num_calibration, seed=9)) if num_calibration else None
+        args = config(confidence_threshold=None, num_rounds=1, num_train_epochs=10, **settings)
+        trainer = SSRMTrainer(
+            llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, calibration_dataset=rows
+        )
+        trainer.train()
+        shutil.rmtree(args.output_dir)
+        facts = trainer.round_history[1]
+        assert facts["num_train_pairs"] == 16 + facts["kept"]
+        return facts["confidence_threshold"], trainer.round_history[0].get("precision_threshold")
+
+    assert thresholds(0) == (0.8, None)
+    assert thresholds(24) == (0.8, None)
+    used, found = thresholds(25)
+    assert used == found != 0.8
+    assert thresholds(25, selected_fraction=1.0)[1] is None
+
+
 class Fixed(PseudoLabelingCallback):
     """Gives the pool the logits that a test says, in the order of the pool."""
 
@@ -362,7 +382,7 @@ def test_rounds_end_when_they_no_longer_help(llama, config, labeled, unlabeled, 
     [
         ({"balance_by": ["source"]}, "`balance_by` names 'source', which is no column of `unlabeled_dataset`"),
         ({"target_precision": 0.9}, "`target_precision` needs `calibration_dataset` or `num_folds`"),
-        ({"target_precision": 0.9, "num_folds": 2}, "16 held-out labels can vouch for 0.855 at most"),
+        ({"target_precision": 0.9, "num_folds": 2}, "the held-out labels can vouch for 0.855 at most"),
         ({"round_patience": 1}, "`round_patience` needs `calibration_dataset`, `num_folds` or `eval_dataset`"),
     ],
 )

@@ -4,7 +4,7 @@ from conftest import assert_same_weights, preference_rows, weights_of
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_ssrm import SSRMTrainer
+from trl_ssrm import PseudoLabelingCallback, SSRMTrainer
 from trl_ssrm.data import prompt_groups
 
 
@@ -14,7 +14,7 @@ def make(llama, args, labeled, unlabeled, **kwargs) -> SSRMTrainer:
 
 def test_folds_change_nothing_in_the_model_of_the_round(llama, config, labeled, unlabeled, tmp_path):
     # The same temperature in both, or other pairs would be kept.
-    args = {"confidence_threshold": 0.5, "keep_best_round": False}
+    args = {"confidence_threshold": 0.5, "keep_best_round": False, "second_opinion": "none"}
     plain = make(llama, config(**args), labeled, unlabeled)
     plain.train()
     folded = make(llama, config(**args, num_folds=3, output_dir=str(tmp_path / "folds")), labeled, unlabeled)
@@ -178,6 +178,32 @@ def test_callbacks_of_the_user_are_told_of_the_round_alone(llama, config, labele
     assert (count.trained, count.evaluated) == (2, 4)
 
 
+def test_folds_are_there_where_nothing_else_calibrates(llama, config, labeled, unlabeled, held_out, caplog):
+    def num_folds(rows=labeled, **kwargs) -> int:
+        settings = {
+            name: kwargs.pop(name) for name in list(kwargs) if name not in ("calibration_dataset", "callbacks")
+        }
+        return make(llama, config(num_folds=None, **settings), rows, unlabeled, **kwargs).folds.num_folds
+
+    assert num_folds() == 5
+    assert make(llama, config(num_folds=None), labeled, unlabeled).second_opinion == "folds"
+    assert make(llama, config(), labeled, unlabeled).second_opinion == "none"
+    assert "the rounds are done 5 times more" in caplog.text
+    assert num_folds(rows=labeled.select(range(3))) == 3
+    assert num_folds(rows=labeled.select(range(1))) == 0
+    assert num_folds(calibration_dataset=held_out) == 0
+    assert num_folds(calibration_dataset=held_out, second_opinion="folds") == 5
+    assert num_folds(num_rounds=0) == 0
+
+    class Own(PseudoLabelingCallback):
+        def score(self, trainer, pool, round):
+            return super().score(trainer, pool, round)
+
+    assert num_folds(callbacks=[Own()]) == 0
+    with pytest.raises(ValueError, match="a model that labels the pool itself"):
+        num_folds(callbacks=[Own()], debias_pseudo_labels=True)
+
+
 def test_more_parts_than_prompts_are_refused(llama, config, labeled, unlabeled):
     with pytest.raises(ValueError, match="`num_folds` is 17, but the labeled pairs have 16 prompts"):
         make(llama, config(num_folds=17), labeled, unlabeled)
@@ -186,7 +212,7 @@ def test_more_parts_than_prompts_are_refused(llama, config, labeled, unlabeled):
 def test_labels_of_a_part_reach_its_model_in_no_round(llama, config, labeled, unlabeled, tmp_path, monkeypatch):
     # The one number that is fitted on all labels.
     monkeypatch.setattr("trl_ssrm.trainer.fit_temperature", lambda logits: 1.0)
-    args = {"num_folds": 4, "confidence_threshold": 0.5, "keep_best_round": False}
+    args = {"num_folds": 4, "confidence_threshold": 0.5, "keep_best_round": False, "second_opinion": "none"}
     one = make(llama, config(**args, output_dir=str(tmp_path / "one")), labeled, unlabeled)
     turned = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if one.folds.fold_of[number] == 2 else row

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# That of the paper's released code.
+DEFAULT_CONFIDENCE_THRESHOLD = 0.8
+
 # Groups of pairs by their difference in length, for `balance_by=["length"]`.
 NUM_LENGTH_GROUPS = 5
 
@@ -111,7 +114,7 @@ class PseudoLabelingCallback(TrainerCallback):
                     'give it "length", "prompt" or one of them.'
                 )
         needs_own_model = {
-            "second_opinion": args.second_opinion != "none",
+            "second_opinion": args.second_opinion in ("first_round", "folds"),
             "debias_pseudo_labels": args.debias_pseudo_labels,
             "target_precision": args.target_precision is not None,
         }
@@ -126,7 +129,9 @@ class PseudoLabelingCallback(TrainerCallback):
             )
         if self.has_own_policy and args.debias_pseudo_labels:
             raise ValueError("`debias_pseudo_labels` selects by a threshold; leave it, or the selection policy, out.")
-        is_fixed = args.target_precision is None and args.selected_fraction is None and not args.adaptive_threshold
+        is_fixed = (
+            self.trainer.target_precision is None and args.selected_fraction is None and not args.adaptive_threshold
+        )
         return self.has_own_policy or not is_fixed or type(self).threshold is not PseudoLabelingCallback.threshold
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -266,13 +271,13 @@ class PseudoLabelingCallback(TrainerCallback):
             `float`: the threshold, in `[0.5, 1]`.
         """
         args, last = self.trainer.args, self.trainer.round_history[-1]
-        if args.target_precision is not None:
+        if self.trainer.target_precision is not None:
             return last["precision_threshold"]
         if args.selected_fraction is not None:
             return fraction_threshold(scores, args.selected_fraction)
         if args.adaptive_threshold:
             return adaptive_threshold(scores, last.get("confidence_threshold"))
-        return args.confidence_threshold
+        return DEFAULT_CONFIDENCE_THRESHOLD if args.confidence_threshold is None else args.confidence_threshold
 
     @staticmethod
     def _ask_teacher(teacher: "PairwiseJudge", trainer: "SSRMTrainer", pool: "Pool", directory: Path) -> PairScores:

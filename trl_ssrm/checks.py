@@ -43,11 +43,11 @@ def check_arguments(
             "`optimizers` can't be started afresh each round; use `optimizer_cls_and_kwargs`, or `optim` in the config."
         )
     for name in ("keep_best_round", "round_patience"):
-        if getattr(args, name) and not (has_held_out or args.num_folds):
+        if getattr(args, name) and not has_held_out and args.num_folds == 0:
             raise ValueError(
                 f"`{name}` needs `calibration_dataset`, `num_folds` or `eval_dataset` to compare the rounds by."
             )
-    if args.target_precision is not None and not (has_calibration or args.num_folds):
+    if args.target_precision is not None and not has_calibration and args.num_folds == 0:
         raise ValueError("`target_precision` needs `calibration_dataset` or `num_folds` to find the threshold by.")
     try:
         os.makedirs(str(args.output_dir), exist_ok=True)
@@ -57,21 +57,33 @@ def check_arguments(
         raise ValueError(f"`output_dir` can't be written: {error}. Choose another one.") from error
 
 
-def check_held_out(args: SSRMConfig, data: "RunData") -> None:
+def check_held_out(args: SSRMConfig, data: "RunData", num_folds: int) -> None:
     """Refuse what the held-out pairs can't answer, now that they are known."""
-    if (args.keep_best_round or args.round_patience) and not (data.held_out or args.num_folds):
+    if (args.keep_best_round or args.round_patience) and not (data.held_out or num_folds):
         raise ValueError(
             "`keep_best_round` and `round_patience` compare rounds on pairs that are there as a whole, but `eval_dataset` "
             "is a stream; give `calibration_dataset`, or set `num_folds`."
         )
     if args.target_precision is not None:
-        num_pairs = len((data.held_out.get("calibration") or data.labeled_pairs).first)
-        best = float(wilson_lower_bound(np.array([num_pairs]), np.array([num_pairs]))[0])
+        if "calibration" not in data.held_out and not num_folds:
+            raise ValueError(
+                "`target_precision` needs `calibration_dataset`, since `num_folds` is 0 here; see there for the reasons."
+            )
+        best = highest_precision(data, num_folds)
         if best < args.target_precision:
             raise ValueError(
-                f"`target_precision` is {args.target_precision}, but {num_pairs} held-out labels can vouch for {best:.3f} "
-                "at most, were they all predicted right; lower it, or give more labels."
+                f"`target_precision` is {args.target_precision}, but the held-out labels can vouch for {best:.3f} at "
+                "most, were they all predicted right; lower it, or give more labels."
             )
+
+
+def highest_precision(data: "RunData", num_folds: int) -> float:
+    """`float`: precision that the held-out labels could vouch for if all were predicted right; 0 without any."""
+    if "calibration" in data.held_out:
+        num_pairs = len(data.held_out["calibration"].first)
+    else:
+        num_pairs = len(data.labeled) if num_folds else 0
+    return float(wilson_lower_bound(np.array([num_pairs]), np.array([num_pairs]))[0])
 
 
 def check_labeled_data(datasets: dict[str, Any]) -> bool | None:

@@ -33,11 +33,14 @@ class SSRMConfig(RewardConfig):
         round_patience (`int`, *optional*):
             Number of rounds without a lower log-loss, measured as for `keep_best_round`, after which the rounds end. If
             `None`, they go on.
-        num_folds (`int`, *optional*, defaults to `0`):
+        num_folds (`int`, *optional*):
             Number of parts into which the labeled pairs are split, by prompt. The rounds are then done as many times
             more, each time without one part; what these models say of the part left out calibrates the confidence,
             chooses the best round and finds the threshold for `target_precision`, and no label is lost to it. `0`, or
-            at least 2. Training and scoring cost as many times more.
+            at least 2. Training and scoring cost as many times more. If `None`, it is 5, or the number of prompts if
+            that is less, where nothing else calibrates: with `calibration_dataset` it is 0, and also where the models of
+            the folds can't do what that of the round does (a teacher, or a callback with a `score` of its own, labels
+            the pool, or `load_best_model_at_end` evaluates it).
 
         > Parameters that control the preference model
 
@@ -75,9 +78,11 @@ class SSRMConfig(RewardConfig):
 
         > Parameters that control the selection
 
-        confidence_threshold (`float`, *optional*, defaults to `0.8`):
+        confidence_threshold (`float`, *optional*):
             A pair is kept if the confidence in its pseudo-label, `sigmoid(|z| / temperature)` with `z` the pair logit
-            (of a scalar model the difference of the two rewards), is strictly greater. In `[0.5, 1)`; 0.5 keeps all.
+            (of a scalar model the difference of the two rewards), is strictly greater. In `[0.5, 1)`; 0.5 keeps all. If
+            `None`, and none of the next three is set either, it is as with `target_precision=0.9` where there are enough
+            held-out labels to vouch for that, 25 at least, and 0.8 otherwise.
         target_precision (`float`, *optional*):
             Share of right pseudo-labels to reach, instead of `confidence_threshold`: the threshold is the lowest one
             above which the held-out labels, those of `calibration_dataset` or of the parts left out by `num_folds`, are
@@ -88,9 +93,11 @@ class SSRMConfig(RewardConfig):
         adaptive_threshold (`bool`, *optional*, defaults to `False`):
             Whether the threshold is, instead of `confidence_threshold`, the mean confidence on the pool, averaged over
             the rounds, as in [FreeMatch](https://huggingface.co/papers/2205.07246).
-        second_opinion (`str`, *optional*, defaults to `"none"`):
+        second_opinion (`str`, *optional*):
             Who labels the pool beside the model of the round: `"first_round"` is the labeled-only model, `"folds"` are
-            the models of `num_folds`. The probability of a pseudo-label is the mean of theirs.
+            the models of `num_folds`, `"none"` is nobody. The probability of a pseudo-label is the mean of theirs. If
+            `None`, the models of the folds are asked where there are any, since they label the pool in any case; not with
+            `debias_pseudo_labels`.
         require_agreement (`bool`, *optional*, defaults to `True`):
             Whether a pair is kept only if everyone in `second_opinion` prefers the same completion.
         max_pairs_per_prompt (`int`, *optional*):
@@ -157,11 +164,11 @@ class SSRMConfig(RewardConfig):
         default=None,
         metadata={"help": "Number of rounds without a lower held-out log-loss after which the rounds end."},
     )
-    num_folds: int = field(
-        default=0,
+    num_folds: int | None = field(
+        default=None,
         metadata={
-            "help": "Number of parts of the labeled pairs; each round trains as many further models, each without one "
-            "part, which calibrates the confidence."
+            "help": "Number of parts of the labeled pairs; the rounds are done as many times more, each time without one "
+            "part, which calibrates the confidence. If `None`, 5 where there is no `calibration_dataset`."
         },
     )
 
@@ -223,9 +230,12 @@ class SSRMConfig(RewardConfig):
     )
 
     # Parameters that control the selection
-    confidence_threshold: float = field(
-        default=0.8,
-        metadata={"help": "A pair is kept if the confidence in its pseudo-label is strictly greater. In [0.5, 1)."},
+    confidence_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "A pair is kept if the confidence in its pseudo-label is strictly greater. In [0.5, 1). If `None`, as "
+            "with `target_precision=0.9` where enough labels are held out, 0.8 otherwise."
+        },
     )
     target_precision: float | None = field(
         default=None,
@@ -242,8 +252,8 @@ class SSRMConfig(RewardConfig):
         default=False,
         metadata={"help": "Whether the threshold is, instead of `confidence_threshold`, the mean confidence."},
     )
-    second_opinion: str = field(
-        default="none",
+    second_opinion: str | None = field(
+        default=None,
         metadata={
             "help": "Who labels the pool beside the model of the round: the labeled-only model, or those of `num_folds`.",
             "choices": ["none", "first_round", "folds"],
@@ -302,7 +312,7 @@ class SSRMConfig(RewardConfig):
             *("second_opinion", "pseudo_label_type"),
         ):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in choices and (name, getattr(self, name)) != ("second_opinion", None):
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         # Each row: parameter, its range as a test (NaN passes none), and in words. `None` is checked by its type alone.
         for name, is_valid, words in (
@@ -332,13 +342,13 @@ class SSRMConfig(RewardConfig):
             raise ValueError(f"`{chosen[0]}` and `{chosen[1]}` both choose the threshold; set one of them.")
         if self.second_opinion == "folds" and self.num_folds == 0:
             raise ValueError("`second_opinion='folds'` needs `num_folds`, the number of models to ask.")
-        if self.debias_pseudo_labels and not self.num_folds:
+        if self.debias_pseudo_labels and self.num_folds == 0:
             raise ValueError(
                 "`debias_pseudo_labels` needs `num_folds`: what a model says of pairs that it was trained on has no bias."
             )
         beside = ("max_pairs_per_prompt", "balance_by", "require_order_agreement")
         if self.debias_pseudo_labels and (
-            self.second_opinion != "none" or any(getattr(self, name) for name in beside)
+            self.second_opinion in ("first_round", "folds") or any(getattr(self, name) for name in beside)
         ):
             raise ValueError(
                 "`debias_pseudo_labels` selects by a threshold alone; leave out `second_opinion`, "

@@ -1,6 +1,7 @@
 """Models that each lack a part of the labeled pairs: what they say of that part costs no label."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from .trainer import SSRMTrainer
 
 
+logger = logging.getLogger(__name__)
+
+NUM_FOLDS = 5
+
+
 class Folds:
     """
     Splits the labeled pairs of a run into parts, by prompt, and does the rounds without each of them once more.
@@ -25,18 +31,20 @@ class Folds:
 
     Args:
         trainer ([`SSRMTrainer`]):
-            The trainer, whose model and run directory are used. Its `num_folds` may be 0.
+            The trainer, whose model and run directory are used.
+        labels_by_itself (`bool`):
+            Whether the model of a round labels the pool, so that that of a fold can do it too.
 
     Raises:
         ValueError: If there are fewer prompts than parts.
     """
 
-    def __init__(self, trainer: "SSRMTrainer"):
+    def __init__(self, trainer: "SSRMTrainer", labels_by_itself: bool):
         self.trainer = trainer
-        self.num_folds = trainer.args.num_folds
         self.is_training = False
         prompts = prompt_groups(trainer.data.labeled)
         num_prompts = int(prompts.max()) + 1
+        self.num_folds = self._choose(num_prompts, labels_by_itself)
         if num_prompts < self.num_folds:
             raise ValueError(
                 f"`num_folds` is {self.num_folds}, but the labeled pairs have {num_prompts} prompts; set it to that or "
@@ -44,6 +52,28 @@ class Folds:
             )
         places = np.random.default_rng(trainer.args.seed).permutation(num_prompts)
         self.fold_of = places[prompts] % max(1, self.num_folds)
+
+    def _choose(self, num_prompts: int, labels_by_itself: bool) -> int:
+        """`num_folds` as it was set or, left open, as the rest of the settings calls for it."""
+        args = self.trainer.args
+        if args.num_folds is not None:
+            return args.num_folds
+        is_asked_for = args.second_opinion == "folds" or args.debias_pseudo_labels
+        is_needed = "calibration" not in self.trainer.data.held_out and args.num_rounds > 0
+        is_possible = labels_by_itself and not args.load_best_model_at_end and num_prompts > 1
+        if is_asked_for and not is_possible:
+            raise ValueError(
+                "`second_opinion='folds'` and `debias_pseudo_labels` need labeled pairs of two prompts or more, no "
+                "`load_best_model_at_end`, and a model that labels the pool itself."
+            )
+        if not is_possible or not (is_asked_for or is_needed):
+            return 0
+        num_folds = min(NUM_FOLDS, num_prompts)
+        logger.warning(
+            f"Without `calibration_dataset`, the rounds are done {num_folds} times more, each time without a part of the "
+            "labels, to calibrate the confidence and to keep the best round (`num_folds`); `num_folds=0` does without."
+        )
+        return num_folds
 
     def train(self, round: int, ignore_keys_for_eval: list[str] | None) -> None:
         """

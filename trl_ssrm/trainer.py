@@ -27,7 +27,7 @@ from .annotation import most_useful, write_for_labeling
 from .backbone import freeze_backbone
 from .calibration import calibrated_metrics, fit_temperature, preference_metrics, reliability_curve
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
-from .checks import check_arguments, check_held_out, check_labeled_data, check_tokenizer
+from .checks import check_arguments, check_held_out, check_labeled_data, check_tokenizer, highest_precision
 from .collator import ConfidenceFilteredDataCollator
 from .comparison import Comparison, tokenize_comparisons
 from .config import SSRMConfig
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# What is used where the settings leave it open; the benchmark of quality says why.
+DEFAULT_TARGET_PRECISION = 0.9
 
 
 class SSRMTrainer(RewardTrainer):
@@ -235,7 +238,7 @@ class SSRMTrainer(RewardTrainer):
             self.data_collator = ConfidenceFilteredDataCollator(
                 pad_token_id=self.processing_class.pad_token_id,
                 pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]  # `"auto"` is resolved
-                confidence_threshold=self.args.confidence_threshold,
+                confidence_threshold=self.args.confidence_threshold or 0.5,
                 pseudo_label_type=self.args.pseudo_label_type,
                 pseudo_label_weight=self.args.pseudo_label_weight,
                 pseudo_label_smoothing=self.args.pseudo_label_smoothing,
@@ -261,9 +264,6 @@ class SSRMTrainer(RewardTrainer):
         self.data = prepare_run_data(
             self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
         )
-        check_held_out(self.args, self.data)
-        self.folds = Folds(self)
-
         self.run = RunDirectory(str(self.args.output_dir))
         self.round = 0
         self.round_history = []
@@ -278,6 +278,12 @@ class SSRMTrainer(RewardTrainer):
         self.pseudo_labeling_callback.trainer = self
         if not own:
             self.add_callback(self.pseudo_labeling_callback)
+        labels_by_itself = not self.pseudo_labeling_callback.has_own_scores
+        self.folds = Folds(self, labels_by_itself)
+        can_ask_folds = self.folds.num_folds and labels_by_itself and not self.args.debias_pseudo_labels
+        self.second_opinion = self.args.second_opinion or ("folds" if can_ask_folds else "none")
+        check_held_out(self.args, self.data, self.folds.num_folds)
+        self.target_precision = self._choose_target_precision()
         if self.pseudo_labeling_callback.check(self.args, self.data.pool):
             # It decides; the collator's own filter leaves only ties out.
             self.data_collator.confidence_threshold = 0.5
@@ -419,7 +425,7 @@ class SSRMTrainer(RewardTrainer):
             logits_of[name] = scores.logits
             if scores.orders_agree is not None:
                 facts[f"{name}_order_disagreement"] = float(1 - scores.orders_agree.mean())
-        if self.args.num_folds:
+        if self.folds.num_folds:
             logits_of["cross_fit"] = self.folds.held_out_logits(self.round)
         calibrated_by = next((name for name in ("calibration", "cross_fit") if name in logits_of), None)
         if calibrated_by is not None:
@@ -429,9 +435,9 @@ class SSRMTrainer(RewardTrainer):
             if calibrated_by is not None:
                 metrics |= calibrated_metrics(logits, facts["temperature"])
             facts |= {f"{name}_{metric}": value for metric, value in metrics.items()}
-        if self.args.target_precision is not None:
+        if self.target_precision is not None:
             assert calibrated_by is not None
-            threshold = precision_threshold(logits_of[calibrated_by], facts["temperature"], self.args.target_precision)
+            threshold = precision_threshold(logits_of[calibrated_by], facts["temperature"], self.target_precision)
             # 1 is exceeded by nothing.
             facts["precision_threshold"] = 1.0 if threshold is None else threshold
         self.log(dict(facts))
@@ -456,7 +462,7 @@ class SSRMTrainer(RewardTrainer):
             needed = {self.round}
             needed |= {-1} if self.args.round_init == "base" else set()
             needed |= {self.best_round} if self._keeps_best_round else set()
-            needed |= {0} if self.args.second_opinion == "first_round" else set()
+            needed |= {0} if self.second_opinion == "first_round" else set()
             self.run.prune_weights(needed)
         self.accelerator.wait_for_everyone()
 
@@ -484,10 +490,19 @@ class SSRMTrainer(RewardTrainer):
         metric = f"{name}_calibrated_log_loss" if f"{name}_calibrated_log_loss" in facts_of[0] else f"{name}_log_loss"
         return min(facts_of, key=lambda facts: facts[metric])["round"]
 
+    def _choose_target_precision(self) -> float | None:
+        """`target_precision` as it was set or, where nothing says how to choose the threshold, that of the default."""
+        args = self.args
+        is_set = args.confidence_threshold is not None or args.selected_fraction is not None or args.adaptive_threshold
+        if args.target_precision is not None or is_set or self.pseudo_labeling_callback.has_own_scores:
+            return args.target_precision
+        is_possible = highest_precision(self.data, self.folds.num_folds) >= DEFAULT_TARGET_PRECISION
+        return DEFAULT_TARGET_PRECISION if is_possible else None
+
     @property
     def _keeps_best_round(self) -> bool:
         if self.args.keep_best_round is None:
-            return "calibration" in self.data.held_out or self.args.num_folds > 0
+            return "calibration" in self.data.held_out or self.folds.num_folds > 0
         return self.args.keep_best_round
 
     @property
@@ -521,9 +536,9 @@ class SSRMTrainer(RewardTrainer):
             `list[np.ndarray]` of shape `(num_pairs,)` each, float64: pair logits to be divided by that temperature; none
             without `second_opinion`.
         """
-        if self.args.second_opinion == "folds":
+        if self.second_opinion == "folds":
             return self.folds.pool_logits(round)
-        if self.args.second_opinion == "none" or round == 0:
+        if self.second_opinion == "none" or round == 0:
             return []
         pool = self.data.pool.take(self.share_of_pool(round + 1))
         self.run.read_weights(self.run.weights_path(0), self.unwrapped_model)

@@ -37,7 +37,13 @@ METRICS = ("accuracy", "log_loss", "ece", "calibrated_log_loss", "calibrated_ece
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 15: 2.145}
 
 # What each arm changes in the settings that all of them share.
-PAPER = {"confidence_threshold": 0.8, "pseudo_label_type": "hard", "round_init": "continue", "num_folds": 0}
+PAPER = {
+    "confidence_threshold": 0.8,
+    "pseudo_label_type": "hard",
+    "round_init": "continue",
+    "num_folds": 0,
+    "second_opinion": "none",
+}
 FOLDS = {"num_folds": 5, "second_opinion": "folds", "confidence_threshold": 0.5}
 ARMS = {
     "paper": PAPER,
