@@ -52,4 +52,4 @@ lint: .venv/dev
 .SECONDARY:
 
 clean:
-	rm -rf .venv .venv-trl-1.12 quickstart few_labels
+	rm -rf .venv .venv-trl-1.12 quickstart few_labels quality

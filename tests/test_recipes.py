@@ -95,6 +95,31 @@ def test_benchmark_makes_its_table_and_does_not_measure_twice(run_recipe, llama,
     assert "seed 0, ssrm" in first and "seed 0, ssrm" not in again
 
 
+def test_benchmark_of_quality_makes_its_table_and_its_plot(run_recipe, bert, tmp_path):
+    rows = [as_messages(row) for row in preference_rows(96, seed=5)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "pairs.parquet"))
+    settings = {
+        "dataset_paths": [tmp_path / "pairs.parquet"],
+        "model_name_or_path": bert,
+        "output_dir": tmp_path / "run",
+        "num_seeds": 2,
+        "label_fractions": [0.25],
+        "arms": ["paper", "folds agree", "paper, true labels", "default"],
+        "steps": [2, 4],
+        "num_rounds": 1,
+        "eos_token": "<|eos|>",
+    }
+    first = run_recipe("benchmark/quality", **settings)
+    table = first[first.index("| Arm") :].splitlines()
+    names = ["labels", "labels, all steps", "paper", "folds agree", "paper, true labels", "default", "all labels"]
+    assert [line.split(" | ")[0] for line in table[2:9]] == [f"| {name}" for name in names]
+    # Against themselves the labels gain nothing, and all labels close the whole gap.
+    assert table[2].split(" | ")[2:4] == ["0.000 ± 0.000", "0.00"] and table[8].split(" | ")[3] in ("1.00", "nan")
+    assert (tmp_path / "run" / "quality-0.250.png").read_bytes().startswith(b"\x89PNG")
+    again = run_recipe("benchmark/quality", **settings)
+    assert again[again.index("| Arm") :].splitlines() == table and "{'dataset'" not in again
+
+
 # ---- From a reward model to a policy ----
 
 

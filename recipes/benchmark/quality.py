@@ -14,7 +14,6 @@ arms are chosen by the dev part (`--part dev`), and the tables are of the test p
 import gc
 import importlib.util
 import json
-import logging
 import math
 import random
 import shutil
@@ -339,7 +338,6 @@ def plot(results: list[dict], arms: list[str], part: str, path: Path) -> None:
 
 
 def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
-    logging.disable(logging.WARNING)
     disable_progress_bars()
     path = script_args.model_name_or_path
     if path is None:
