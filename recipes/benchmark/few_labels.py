@@ -51,7 +51,7 @@ class BenchmarkArguments:
         },
     )
     max_prompts: int | None = field(default=None, metadata={"help": "Prompts to take, drawn once. Default: all."})
-    max_pairs_per_prompt: int | None = field(default=None, metadata={"help": "Pairs of a prompt. Default: all."})
+    num_pairs_per_prompt: int | None = field(default=None, metadata={"help": "Pairs of a prompt. Default: all."})
     num_frozen_layers: int = field(default=0, metadata={"help": "Lowest layers that are not trained."})
     max_prompt_words: int = field(default=50, metadata={"help": "Words kept of a prompt, from its end."})
     max_answer_words: int = field(default=80, metadata={"help": "Words kept of an answer, from its start."})
@@ -75,7 +75,7 @@ def load_parts(script_args: BenchmarkArguments) -> dict[str, list[dict[str, str]
     prompts = prompts[: script_args.max_prompts]
     test, dev = len(prompts) // 4, len(prompts) // 4 + len(prompts) // 8
     cut = {"test": prompts[:test], "dev": prompts[test:dev], "train": prompts[dev:]}
-    limit = script_args.max_pairs_per_prompt
+    limit = script_args.num_pairs_per_prompt
     return {part: [rows_of[prompt][:limit] for prompt in names] for part, names in cut.items()}
 
 

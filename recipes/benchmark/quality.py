@@ -302,7 +302,8 @@ def table(results: list[dict], arms: list[str], part: str) -> str:
         gain = [value[seed, arm]["accuracy"] - value[seed, "labels"]["accuracy"] for seed in have]
         gap = [value[seed, "all labels"]["accuracy"] - value[seed, "labels"]["accuracy"] for seed in have]
         right = [row["pseudo_label_accuracy"] for row in rows if row["pseudo_label_accuracy"] is not None]
-        cells = [interval([row["accuracy"] for row in rows]), interval(gain), f"{np.mean(gain) / np.mean(gap):.2f}"]
+        share = f"{np.mean(gain) / np.mean(gap):.2f}" if np.mean(gap) else "–"
+        cells = [interval([row["accuracy"] for row in rows]), interval(gain), share]
         cells += [f"{np.mean([row[metric] for row in rows]):.3f}" for metric in METRICS[1:]]
         cells += [f"{np.mean([row['kept'] for row in rows]):.0f}", f"{np.mean(right):.3f}" if right else "–"]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
