@@ -74,3 +74,6 @@ if __name__ == "__main__":
     # Without a GPU, the processes know of each other only so.
     PartialState(cpu=True)
     main(**json.loads(sys.argv[1]))
+    # A process that ends with the group's threads at work now and then aborts.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -114,3 +114,6 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(**json.loads(sys.argv[1]))
+    # A process that ends with the group's threads at work now and then aborts.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
