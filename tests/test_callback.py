@@ -5,7 +5,13 @@ import pytest
 from conftest import preference_rows
 from datasets import Dataset
 
-from trl_ssrm import NonFiniteScoreError, PairScores, PseudoLabelingCallback, SSRMTrainer
+from trl_ssrm import (
+    ConfidenceFilteredDataCollator,
+    NonFiniteScoreError,
+    PairScores,
+    PseudoLabelingCallback,
+    SSRMTrainer,
+)
 
 
 def top_five(scores: PairScores) -> np.ndarray:
@@ -326,6 +332,19 @@ def test_weight_of_pseudo_labels_rises_over_the_rounds(llama, config, labeled, u
     trainer.data_collator.build_dataset = lambda *args: seen.append(build(*args)) or seen[-1]
     trainer.train()
     assert [set(rows["weight"]) for rows in seen] == [{1.0, 0.4}, {1.0, 0.8}, {1.0, 0.8}]
+
+
+def test_weight_of_a_collator_of_the_user_counts(llama, config, labeled, unlabeled):
+    args = config(num_rounds=1, confidence_threshold=0.5)
+    collator = ConfidenceFilteredDataCollator(0, confidence_threshold=0.5, pseudo_label_weight=0.25)
+    trainer = SSRMTrainer(
+        llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, data_collator=collator, callbacks=[Chance()]
+    )
+    seen = []
+    build = collator.build_dataset
+    collator.build_dataset = lambda *args: seen.append(build(*args)) or seen[-1]
+    trainer.train()
+    assert set(collator(seen[0].to_list())["weight"].tolist()) == {1.0, 0.25}
 
 
 def test_rounds_go_on_while_the_weight_rises(llama, config, labeled, unlabeled):

@@ -116,7 +116,7 @@ def test_run_with_folds_is_resumed_to_the_same_result(llama, config, labeled, un
         assert {name: one[name] for name in names} == {name: other[name] for name in names}
 
 
-def test_everyone_has_a_say_in_a_pseudo_label(llama, config, labeled, unlabeled):
+def test_everyone_has_a_say_in_a_pseudo_label(llama, config, labeled, unlabeled, tmp_path):
     args = config(num_folds=3, second_opinion="folds", num_rounds=1, confidence_threshold=0.5)
     trainer = make(llama, args, labeled, unlabeled)
     trainer.train()
@@ -127,11 +127,24 @@ def test_everyone_has_a_say_in_a_pseudo_label(llama, config, labeled, unlabeled)
     assert len(logits) == 3 and 0 < len(pairs) == facts["kept"]
     for each in logits:
         assert np.sign(each[pairs]).tolist() == own
+    single = make(
+        llama,
+        config(
+            num_folds=3, second_opinion="none", num_rounds=1, confidence_threshold=0.5, output_dir=str(tmp_path / "x")
+        ),
+        labeled,
+        unlabeled,
+    )
+    single.train()
+    rows = single.run.read_pseudo_labels(1)[0]
+    alone = dict(zip(rows["pair"], rows["confidence"], strict=True))
     disagreeing = np.any([np.sign(each) != np.sign(logits[0]) for each in logits], axis=0)
     assert facts["model_disagreement"] >= disagreeing.mean()
     for pair, confidence in zip(pairs, pseudo_labels["confidence"], strict=True):
         votes = [1 / (1 + np.exp(-abs(each[pair]) / facts["temperature"])) for each in logits]
         assert 4 * confidence - sum(votes) < 1 and confidence < 1
+        # The fourth vote is that of the model of the round, the same without a second opinion.
+        assert 4 * confidence - sum(votes) == pytest.approx(alone[pair], abs=1e-6)
 
 
 def test_first_round_has_a_say_in_later_ones(llama, config, labeled, unlabeled):

@@ -417,10 +417,12 @@ class PseudoLabelingCallback(TrainerCallback):
     def _training_rows(self, labels: Dataset, round: int) -> Dataset:
         pool, pairs, confidence = self.trainer.data.pool, np.array(labels["pair"]), np.array(labels["confidence"])
         columns = {"probability": np.where(labels["first_is_chosen"], confidence, 1 - confidence)}
-        weight = self._weight(round)
-        if self.trainer.args.debias_pseudo_labels:
+        args, weight = self.trainer.args, self._weight(round)
+        if args.debias_pseudo_labels:
             weight *= len(self.trainer.data.labeled) / len(self.trainer.share_of_pool(round))
-        columns["weight"] = np.full(len(pairs), weight)
+        # Otherwise it is the collator's, which may be the user's own.
+        if args.debias_pseudo_labels or args.pseudo_label_warmup_rounds:
+            columns["weight"] = np.full(len(pairs), weight)
         ids = {"chosen_ids": pool.pairs.first, "rejected_ids": pool.pairs.second}
         tokens = [
             pool.pairs.sequences.select(position[pairs]).rename_column("input_ids", name)

@@ -91,13 +91,13 @@ class Folds:
             if self._is_trained(round, fold):
                 continue
             left_out = np.flatnonzero(self.fold_of == fold)
-            trainer.train_dataset = self._training_data(train_dataset, round, fold)
             # Not from the weights of the last round, which have seen the part.
             is_fresh = round == 0 or trainer.args.round_init == "base"
             weights = run.fold_weights_path(round, fold)
             if trainer.on_main_process(weights.is_file):
                 run.read_weights(weights, model)
             else:
+                trainer.train_dataset = self._training_data(train_dataset, round, fold)
                 run.read_weights(run.weights_path(-1) if is_fresh else run.fold_weights_path(round - 1, fold), model)
                 with self._in_silence():
                     trainer.train_once(None, ignore_keys_for_eval)
