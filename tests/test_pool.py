@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from trl_ssrm.checks import check_preference_dataset
 from trl_ssrm.pool import build_pool
-from trl_ssrm.scoring import PairedSequences
+from trl_ssrm.sequences import PairedSequences
 
 
 def tokenize(dataset: Dataset) -> Dataset:

@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ssrm import NonFiniteScoreError, scoring
 from trl_ssrm.preference import scalar_logits
-from trl_ssrm.scoring import PairedSequences, score_pairs
+from trl_ssrm.scoring import score_pairs
+from trl_ssrm.sequences import PairedSequences
 from trl_ssrm.storage import read_tensors, write_tensors
 
 

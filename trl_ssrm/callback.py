@@ -14,7 +14,7 @@ from .config import SSRMConfig
 from .data import prompt_groups
 from .preference import mean_logits, orders_agree, pairwise_logits
 from .rounds import CHECKPOINT_MARKER
-from .scoring import PairedSequences, score_pairs
+from .scoring import score_pairs
 from .selection import (
     PairScores,
     SelectionPolicy,
@@ -24,6 +24,7 @@ from .selection import (
     fraction_threshold,
     within_quota,
 )
+from .sequences import PairedSequences
 
 
 if TYPE_CHECKING:

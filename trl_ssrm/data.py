@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import maybe_extract_prompt
 
 from .pool import Pool, build_pool, report_dropped
-from .scoring import PairedSequences
+from .sequences import PairedSequences
 from .storage import content_hash
 
 

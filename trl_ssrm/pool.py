@@ -14,7 +14,7 @@ from datasets import Dataset, Features, IterableDataset
 from trl import maybe_extract_prompt
 
 from .checks import check_not_empty, check_row
-from .scoring import PairedSequences
+from .sequences import PairedSequences
 
 
 logger = logging.getLogger(__name__)

@@ -38,8 +38,9 @@ from .preference import LOGITS_OF, orders_agree
 from .preparation import complete_args, load_tokenizer, prepare_pairwise
 from .report import round_line, round_table
 from .rounds import RunDirectory, run_identity
-from .scoring import PairedSequences, score_pairs
+from .scoring import score_pairs
 from .selection import PairScores, precision_threshold
+from .sequences import PairedSequences
 
 
 if TYPE_CHECKING:

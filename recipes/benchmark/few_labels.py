@@ -25,7 +25,7 @@ from trl import TrlParser
 
 from trl_ssrm import Comparison, SSRMConfig, SSRMTrainer, load_pairwise_model
 from trl_ssrm.calibration import preference_metrics
-from trl_ssrm.scoring import PairedSequences
+from trl_ssrm.sequences import PairedSequences
 
 
 METRICS = ("accuracy", "log_loss", "ece")
