@@ -48,16 +48,16 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
 
     kill_instead_of("write_pseudo_labels", "selection")
     kill_instead_of("write_round", "measuring")
-    score_shard = trl_ssrm.scoring._score_shard
+    write_shard = trl_ssrm.scoring.write_tensors
 
-    def count_shard(model, pairs, shard, *args):
-        if pairs is not trainer.data.held_out.get("eval"):
-            if place == "scoring" and trainer.round + 1 == int(kill_round) and shard.start > 20:
-                die()
-            scored.append([trainer.round + 1, shard.start])
-        return score_shard(model, pairs, shard, *args)
+    def count_shard(path, tensors, key):
+        number = int(path.name.split("-")[1])
+        if place == "scoring" and trainer.round + 1 == int(kill_round) and number == 1:
+            die()
+        scored.append([trainer.round + 1, number])
+        write_shard(path, tensors, key)
 
-    trl_ssrm.scoring._score_shard = count_shard
+    trl_ssrm.scoring.write_tensors = count_shard
     args = SSRMConfig(
         **{
             "output_dir": output_dir,

@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from trl_ssrm import SSRMTrainer
 from trl_ssrm.rounds import RunDirectory
+from trl_ssrm.sharding import whole_weights
 from trl_ssrm.storage import write_tensors, written_aside
 
 
@@ -116,7 +117,7 @@ def test_damaged_pseudo_labels_are_found_and_made_again(trainer_of, damage):
     weights = run.weights_path(0)
     retrained = trainer_of(num_rounds=0, output_dir=first.args.output_dir + "-again")
     retrained.train()
-    run.write_weights(weights, retrained.model)
+    run.write_weights(weights, whole_weights(retrained.model))
     path = run.round_dir(1) / "pseudo_labels.parquet"
     content = path.read_bytes()
     middle = len(content) // 2

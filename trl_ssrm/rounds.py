@@ -31,6 +31,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import SSRMConfig
+from .sharding import fill, shape_of, trainable_parameters
 from .storage import (
     changed_facts,
     content_hash,
@@ -78,7 +79,7 @@ def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> di
         `dict[str, Any]`: JSON values by the names of what they stand for.
     """
     settings = args.to_dict()
-    shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+    shapes = sorted((name, shape_of(parameter)) for name, parameter in model.named_parameters())
     return {
         **{name: settings[name] for name in _DECISIVE_SETTINGS},
         "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -150,27 +151,25 @@ class RunDirectory:
                 "it was started with, or choose another `output_dir`."
             )
 
-    def write_weights(self, path: Path, model: nn.Module) -> None:
-        """Keep the trainable weights of a model."""
-        write_tensors(path, trainable_weights(model))
+    def write_weights(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Keep the trainable weights of a model, as [`~trl_ssrm.sharding.whole_weights`] gives them."""
+        write_tensors(path, weights)
 
     def read_weights(self, path: Path, model: nn.Module) -> None:
         """
-        Put the trainable weights of a model back.
+        Put the trainable weights of a model back, in every process at the same time.
 
         Raises:
             ValueError: If the file is missing, damaged, or holds the weights of another model.
         """
-        stored, current = read_tensors(path), trainable_weights(model)
+        stored, current = read_tensors(path), trainable_parameters(model)
         if stored is None:
             raise ValueError(f"{path} is missing or damaged, so the run can't go on; start it anew elsewhere.")
-        if {name: tensor.shape for name, tensor in stored.items()} != {
-            name: tensor.shape for name, tensor in current.items()
+        if {name: list(tensor.shape) for name, tensor in stored.items()} != {
+            name: shape_of(parameter) for name, parameter in current.items()
         }:
             raise ValueError(f"{path} holds the weights of another model; resume with the model of that run.")
-        with torch.no_grad():
-            for name, tensor in current.items():
-                tensor.copy_(stored[name])
+        fill(model, stored)
 
     def weights_hash(self, path: Path) -> str:
         """`str`: hash of the weights in a file, which names them."""
@@ -245,8 +244,3 @@ class RunDirectory:
             for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
                 if round < self.num_finished - 1:
                     weights.unlink()
-
-
-def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """`dict[str, torch.Tensor]`: the parameters that training changes, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -43,6 +43,7 @@ from .rounds import RunDirectory, run_identity
 from .scoring import score_pairs
 from .selection import PairScores, precision_threshold
 from .sequences import PairedSequences
+from .sharding import check_sharding, is_sharded, whole_weights
 
 
 if TYPE_CHECKING:
@@ -259,11 +260,7 @@ class SSRMTrainer(RewardTrainer):
                         report_too_long(name, len(data), len(made[name]), self.args.max_length)
             return
 
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"`unlabeled_dataset` needs the whole model in every process, but this run is launched with "
-                f"{self.accelerator.distributed_type.value}; launch it with DDP (`--multi_gpu`)."
-            )
+        check_sharding(self.accelerator, self.args.freeze_backbone)
         self.data = prepare_run_data(
             self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
         )
@@ -370,8 +367,6 @@ class SSRMTrainer(RewardTrainer):
         def start() -> str | None:
             try:
                 run.start(identity, resume=bool(resume_from_checkpoint))
-                if run.num_finished == 0 and not run.weights_path(-1).is_file():
-                    run.write_weights(run.weights_path(-1), model)
             except (ValueError, OSError) as error:
                 return str(error)
             return None
@@ -380,12 +375,16 @@ class SSRMTrainer(RewardTrainer):
         if (error := self.on_main_process(start)) is not None:
             raise ValueError(error)
         num_finished = self.on_main_process(lambda: run.num_finished)
+        if num_finished == 0 and not self.on_main_process(run.weights_path(-1).is_file):
+            self.write_weights(run.weights_path(-1))
         self.round = max(num_finished - 1, 0)
         rounds = [run.read_round(round) for round in range(num_finished)]
         self.round_history = [round["facts"] for round in rounds]
         self.labeling_facts = {}
         self.pseudo_labeling_callback.log_history = rounds[-1]["log_history"] if rounds else []
         run.read_weights(run.weights_path(num_finished - 1), model)
+        if num_finished > 0:
+            self._shard()
         if self.args.freeze_backbone:
             # In batches that depend on the content alone, so that a resumed run has the same features to the bit.
             for name, pairs in self.data.all_pairs.items():
@@ -405,8 +404,8 @@ class SSRMTrainer(RewardTrainer):
         if round > 0 and self.args.round_init == "base":
             run.read_weights(run.weights_path(-1), self.unwrapped_model)
         self.train_once(self.on_main_process(lambda: run.last_checkpoint(round)), ignore_keys_for_eval)
+        self.write_weights(run.weights_path(round))
         if self.accelerator.is_main_process:
-            run.write_weights(run.weights_path(round), self.unwrapped_model)
             run.write_state(round, self.state)
         self.accelerator.wait_for_everyone()
 
@@ -416,8 +415,39 @@ class SSRMTrainer(RewardTrainer):
         # from the seed that `RewardTrainer` starts from.
         set_seed(self.args.seed + self.round)
         self.optimizer = None
+        self._leave_engine()
         with self._round_length():
             super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def _leave_engine(self) -> None:
+        """Take the model out of the DeepSpeed engine of the round before: an engine has one optimizer and one schedule."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.model_wrapped is not self.model:
+            engine: Any = self.model_wrapped
+            engine.destroy()
+            self.accelerator.free_memory()
+            self.model_wrapped, self.deepspeed = self.model, None
+
+    def _shard(self) -> None:
+        """Spread a model that is not trained first, after a resumption, over the processes as for training."""
+        if is_sharded(self.accelerator) and self.model_wrapped is self.model and not self.accelerator._models:
+            set_seed(self.args.seed)
+            with self._round_length():
+                # Private in `Trainer`: the only place that knows how each launcher wants its model.
+                self._prepare_for_training(1, None, None)
+            self.optimizer = self.lr_scheduler = None
+
+    def write_weights(self, path: Path) -> None:
+        """
+        Keep the trainable weights of the model, in every process at the same time.
+
+        Args:
+            path (`Path`):
+                File to write.
+        """
+        weights = whole_weights(self.unwrapped_model)
+        if self.accelerator.is_main_process:
+            self.run.write_weights(path, weights)
+        self.accelerator.wait_for_everyone()
 
     def _end_round(self) -> None:
         """Measure the model of a round on the held-out pairs, fit the temperature, and log and keep the facts."""
