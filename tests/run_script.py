@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import trl_ssrm.rounds
 import trl_ssrm.scoring
 from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm.sharding import whole_weights
 from trl_ssrm.storage import content_hash
 
 
@@ -93,7 +94,7 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
         callbacks=[Killer()],
     )
     trainer.train(resume_from_checkpoint=resume)
-    weights = {name: value.tolist() for name, value in sorted(conftest.weights_of(trainer.model).items())}
+    weights = {name: value.tolist() for name, value in sorted(whole_weights(trainer.unwrapped_model).items())}
     kept = [trainer.run.read_pseudo_labels(round)[0].to_dict() for round in range(1, len(trainer.round_history))]
     result = {
         "weights": content_hash(weights),

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -29,6 +30,16 @@ def check_sharding(accelerator: Accelerator, freeze_backbone: bool) -> None:
         raise ValueError(
             "`freeze_backbone` trains one layer, which there is no need to shard; launch it with DDP (`--multi_gpu`)."
         )
+
+
+def spread(model: nn.Module) -> None:
+    """
+    Give every process its part of the weights alone again. After a forward pass without a backward one, FSDP2 leaves some
+    of them whole, and who asks for the parameters would get copies that are thrown away.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,6 +64,7 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     Returns:
         `dict[str, torch.Tensor]`: by name; the model's own where it is whole, copies on the CPU where it is sharded.
     """
+    spread(model)
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in trainable_parameters(model).items():
         # One after the other, so that no device holds more than one of them whole.
@@ -76,6 +88,7 @@ def fill(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         weights (`dict[str, torch.Tensor]`):
             A tensor on the CPU for each trainable parameter, the same in every process.
     """
+    spread(model)
     with torch.no_grad():
         for name, parameter in trainable_parameters(model).items():
             if isinstance(parameter, DTensor):

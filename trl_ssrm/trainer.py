@@ -43,7 +43,7 @@ from .rounds import RunDirectory, run_identity
 from .scoring import score_pairs
 from .selection import PairScores, precision_threshold
 from .sequences import PairedSequences
-from .sharding import check_sharding, is_sharded, whole_weights
+from .sharding import check_sharding, is_sharded, spread, whole_weights
 
 
 if TYPE_CHECKING:
@@ -416,6 +416,7 @@ class SSRMTrainer(RewardTrainer):
         set_seed(self.args.seed + self.round)
         self.optimizer = None
         self._leave_engine()
+        spread(self.unwrapped_model)
         with self._round_length():
             super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
 
