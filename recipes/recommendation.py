@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_ssrm import SSRMConfig, SSRMRewardFunction, SSRMTrainer, evaluate
@@ -55,7 +55,7 @@ class RecommendationArguments:
     num_unlabeled: int = field(default=800, metadata={"help": "Number of pairs whose clicks are hidden."})
     num_held_out: int = field(default=300, metadata={"help": "Number of pairs to measure on. They choose nothing."})
     all_labels_num_train_epochs: float = field(
-        default=2.0, metadata={"help": "Number of epochs of the reference that is trained on all the clicks."}
+        default=2.0, metadata={"help": "Epochs of the reference, on all clicks."}
     )
 
 
@@ -106,29 +106,29 @@ def main(script_args: RecommendationArguments, training_args: SSRMConfig, model_
         Dataset.from_list([Reader(draw).pair() for _ in range(size)])
         for size in (script_args.num_labeled, script_args.num_unlabeled, script_args.num_held_out)
     )
-    print(f"{len(labeled)} pairs with a click, {len(unlabeled)} without, {len(held_out)} held out. The first one:")
-    print(labeled[0])
-
-    rows = []
+    print(
+        f"{len(labeled)} pairs with a click, {len(unlabeled)} without, {len(held_out)} held out. The first:",
+        labeled[0],
+    )
     shared = {"eval_dataset": held_out, "peft_config": get_peft_config(model_args)}
     trainer = SSRMTrainer(model, training_args, train_dataset=labeled, unlabeled_dataset=unlabeled, **shared)
     # Started again after an interruption, it goes on where it was.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
-    for facts in trainer.round_history:
-        title = f"SSRM, round {facts['round']}" if facts["round"] else "labeled only"
-        rows.append((title, facts["num_train_pairs"], facts["eval_accuracy"], facts["eval_log_loss"]))
+    rows = [
+        (f"SSRM, round {facts['round']}", facts["num_train_pairs"], facts["eval_accuracy"], facts["eval_log_loss"])
+        for facts in trainer.round_history
+    ]
+    rows[0] = ("labeled only", *rows[0][1:])
 
     # The reference: what the hidden clicks would have been worth.
     directory = os.path.join(training_args.output_dir, "all_labels")
-    epochs = script_args.all_labels_num_train_epochs
-    both = Dataset.from_list([*labeled, *unlabeled])
-    args = replace(training_args, output_dir=directory, num_train_epochs=epochs)
-    reference = SSRMTrainer(model, args, train_dataset=both, **shared)
+    args = replace(training_args, output_dir=directory, num_train_epochs=script_args.all_labels_num_train_epochs)
+    reference = SSRMTrainer(model, args, train_dataset=concatenate_datasets([labeled, unlabeled]), **shared)
     reference.train()
     reference.save_model(directory)
     metrics = evaluate(directory, held_out, disable_tqdm=training_args.disable_tqdm).metrics["all"]
-    rows.append(("all labels", len(both), metrics["accuracy"], metrics["log_loss"]))
+    rows.append(("all labels", len(reference.train_dataset), metrics["accuracy"], metrics["log_loss"]))
     odds = np.array(held_out["odds"])
     rows.append(("liking itself", 0, np.mean(odds > 0), np.mean(np.logaddexp(0, -odds))))
 
@@ -149,9 +149,7 @@ def main(script_args: RecommendationArguments, training_args: SSRMConfig, model_
     for place in order[:3]:
         print(f"  {rewards[place]:6.2f}  {books[place]['text']}  (liking {liking[place]:.0f})")
     first, mean, best = np.mean(firsts, axis=0)
-    print(
-        f"\nLiking of the book put first, over 100 new readers: {first:.2f} (any book {mean:.2f}, the best {best:.2f})"
-    )
+    print(f"\nLiking of the book put first, of 100 readers: {first:.2f} (any book {mean:.2f}, the best {best:.2f})")
 
 
 if __name__ == "__main__":
