@@ -9,7 +9,15 @@ from scipy.stats import binomtest
 from sklearn.metrics import brier_score_loss, log_loss
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from trl_ssrm import Evaluation, PairwiseJudge, SSRMRewardFunction, SSRMTrainer, evaluate, evaluation_table
+from trl_ssrm import (
+    Evaluation,
+    PairwiseJudge,
+    SSRMRewardFunction,
+    SSRMTrainer,
+    evaluate,
+    evaluation_table,
+    export_for_rewardbench,
+)
 from trl_ssrm.benchmarks import REWARDBENCH_SECTIONS, best_is_right, final_score, rm_bench_levels, section_scores
 from trl_ssrm.evaluation import sign_test, wilson_interval
 
@@ -403,6 +411,26 @@ def test_table_lists_the_subsets_of_each_model(llama, judge):
     assert [line.split(" | ")[0] for line in lines[5:]][2:6] == [f"| {section}" for section in SECTIONS]
     assert sum(line.startswith("| hep-") for line in lines) == 6
     assert lines[-1].startswith(f"| {llama} over {judge} | ")
+
+
+# ---- The package `rewardbench` ----
+
+
+def test_export_names_things_as_transformers_4_does_and_scores_the_same(llama, judge, tmp_path):
+    copy = tmp_path / "copy"
+    export_for_rewardbench(llama, str(copy))
+    config, tokenizer = (json.loads((copy / f"{name}.json").read_text()) for name in ("config", "tokenizer_config"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["torch_dtype"] == "float32"
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "<|user|>" in tokenizer["additional_special_tokens"] and "extra_special_tokens" not in tokenizer
+    rows = [as_messages(row) for row in preference_rows(8, seed=1)]
+    assert run(str(copy), rows).metrics == run(llama, rows).metrics
+    with pytest.raises(ValueError, match="exists; choose another one"):
+        export_for_rewardbench(llama, str(copy))
+    for directory in (judge, str(tmp_path)):
+        with pytest.raises(ValueError, match="is no directory of a scalar reward model"):
+            export_for_rewardbench(directory, str(tmp_path / "other"))
 
 
 # ---- Bad input ----

@@ -19,6 +19,7 @@ _HOME_OF = {
     "best_of_n": "labeling",
     "evaluate": "evaluation",
     "evaluation_table": "evaluation",
+    "export_for_rewardbench": "benchmarks",
     "generate_completions": "generation",
     "label_preferences": "labeling",
     "load_labels": "annotation",
@@ -42,6 +43,7 @@ __all__ = [
     "best_of_n",
     "evaluate",
     "evaluation_table",
+    "export_for_rewardbench",
     "generate_completions",
     "label_preferences",
     "load_labels",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from .alignment import SSRMRewardFunction as SSRMRewardFunction
     from .alignment import load_ppo_models as load_ppo_models
     from .annotation import load_labels as load_labels
+    from .benchmarks import export_for_rewardbench as export_for_rewardbench
     from .callback import PseudoLabelingCallback as PseudoLabelingCallback
     from .collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
     from .comparison import Comparison as Comparison

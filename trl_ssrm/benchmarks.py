@@ -1,7 +1,10 @@
 """The published benchmarks of reward models: their rows, and how their figures are made."""
 
 import itertools
+import json
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +12,10 @@ from datasets import Dataset
 from trl import maybe_extract_prompt
 
 from .checks import check_columns, check_not_empty, check_preference_dataset
+from .comparison import FILE_NAME as COMPARISON_FILE
 from .pool import TEMPLATE_COLUMNS
 from .preference import mean_win_probability
+from .storage import write_json
 
 
 BENCHMARKS = ("preferences", "rewardbench", "rm_bench", "best_of_n")
@@ -245,3 +250,49 @@ def best_is_right(logits: np.ndarray, is_right: list[bool]) -> tuple[float, bool
     # Sums of the same probabilities in another order may differ in their last bits.
     is_best = np.isclose(wins, wins.max(), rtol=0, atol=1e-12)
     return float(np.array(is_right)[is_best].mean()), bool(is_best.sum() > 1)
+
+
+def export_for_rewardbench(model: str, output_dir: str) -> None:
+    """
+    Copy a scalar reward model so that the package `rewardbench` can read it, which runs on transformers 4.
+
+    Transformers 5 names the tokenizer class, the special tokens and the rotary embedding in ways that version 4 does
+    not know: the first two it refuses, and without the third it would take another base for the positions and give
+    other scores without a word. The copy names them in the old way too. Weights and tokens are the same, and
+    transformers 5 reads it as well.
+
+    Args:
+        model (`str`):
+            Directory of a reward model. Of an adapter, the directory that [`SSRMTrainer.merge_and_save`] wrote.
+        output_dir (`str`):
+            Directory for the copy. It must not exist.
+
+    Raises:
+        ValueError: If the directory holds no reward model, a pairwise one, or one whose layers have different rotary
+            embeddings, or if `output_dir` exists.
+    """
+    source, target = Path(model), Path(output_dir)
+    if not (source / "config.json").is_file() or (source / COMPARISON_FILE).exists():
+        raise ValueError(f"{model} is no directory of a scalar reward model; `rewardbench` can't run anything else.")
+    if target.exists():
+        raise ValueError(f"`output_dir` {output_dir} exists; choose another one.")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters")
+    if rope is not None:
+        if "rope_theta" not in rope:
+            raise ValueError(
+                f"The layers of {model} have different rotary embeddings, which version 4 names otherwise."
+            )
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("_*", "checkpoint-*", "*.bin", "runs"))
+    write_json(target / "config.json", config)
+    write_json(target / "tokenizer_config.json", tokenizer)
