@@ -423,6 +423,7 @@ def test_export_names_things_as_transformers_4_does_and_scores_the_same(llama, j
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert config["torch_dtype"] == "float32"
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
     assert "<|user|>" in tokenizer["additional_special_tokens"] and "extra_special_tokens" not in tokenizer
     rows = [as_messages(row) for row in preference_rows(8, seed=1)]
     assert run(str(copy), rows).metrics == run(llama, rows).metrics

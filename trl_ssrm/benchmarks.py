@@ -291,6 +291,8 @@ def export_for_rewardbench(model: str, output_dir: str) -> None:
     tokenizer = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # In version 4 the class gives token types too, which decoders refuse.
+        tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("_*", "checkpoint-*", "*.bin", "runs"))
