@@ -276,7 +276,7 @@ def test_hidden_labels_leave_no_trace_in_what_is_kept(llama, config, labeled, un
     swapped = unlabeled.rename_columns({"chosen": "rejected", "rejected": "chosen"})
     one = kept(unlabeled)
     assert kept(swapped) == one
-    assert "wrong" not in one and "mistakes" not in one
+    assert not [key for key in ('"wrong":', '"is_wrong":', '"mistakes":') if key in one]
 
 
 @pytest.mark.parametrize("kept_threshold", [None, 1.0])
