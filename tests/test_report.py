@@ -166,6 +166,13 @@ def test_report_tells_the_settings_the_versions_and_the_end(page, trainer):
         assert text in page.text
 
 
+@pytest.mark.parametrize(("reason", "words"), [(None, "no reason was given"), ("my <own>", "my <own>")])
+def test_report_of_rounds_that_a_callback_ended(copy, reason, words):
+    (copy / "_rounds" / "end.json").write_text(json.dumps({"termination_reason": reason, "kept_round": 1}))
+    text = Page(write_report(str(copy))).text
+    assert f"The rounds ended after round 2: {words}. The model is that of round 1." in text
+
+
 def test_report_needs_no_torch(copy):
     program = "import sys; from trl_ssrm.report import write_report; write_report(sys.argv[1]); print('torch' in sys.modules)"
     done = subprocess.run(

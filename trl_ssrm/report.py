@@ -211,8 +211,11 @@ _REASONS = {
 def _status(run: RunFiles) -> str:
     if run.end is None:
         return f"This run is going on, or was interrupted. Rounds that are over: {len(run.rounds)}."
-    last, reason = len(run.rounds) - 1, _REASONS[run.end["termination_reason"]]
-    return f"The rounds ended after round {last}: {reason}. The model is that of round {run.end['kept_round']}."
+    # A callback of the user may end them for a reason of its own, or without one.
+    reason = run.end["termination_reason"] or "no reason was given"
+    words = _REASONS.get(reason, reason)
+    last, kept = len(run.rounds) - 1, run.end["kept_round"]
+    return f"The rounds ended after round {last}: {words}. The model is that of round {kept}."
 
 
 def _measured_round(run: RunFiles) -> dict[str, Any] | None:

@@ -204,7 +204,7 @@ class RunDirectory:
         """Keep what the report tells of how the pool was labeled for a round; see [`summarize_labeling`]."""
         write_json(self.round_dir(round) / "labeling.json", summary)
 
-    def write_end(self, termination_reason: str, kept_round: int) -> None:
+    def write_end(self, termination_reason: str | None, kept_round: int) -> None:
         """Say that the run is over, why, and which round the model is of."""
         write_json(self.root / "end.json", {"termination_reason": termination_reason, "kept_round": kept_round})
 

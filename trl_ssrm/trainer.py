@@ -475,7 +475,6 @@ class SSRMTrainer(RewardTrainer):
         if kept != last["round"]:
             self.run.read_weights(self.run.weights_path(kept), self.unwrapped_model)
         if self.accelerator.is_main_process:
-            assert self.termination_reason is not None
             self.run.write_end(self.termination_reason, kept)
             report_run(str(self.args.output_dir), self.callback_handler.open_trackers, last["global_step"])
         self.create_model_card(model_name=self.run.output_dir.name)
