@@ -336,8 +336,8 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
-def opened(browser, path: Path, width: int = 1280, scheme: str = "light") -> list[str]:
-    """Opens a page, all of it unfolded, and gives the addresses that were asked for."""
+def opened(browser, path: Path, width: int = 1280, scheme: str = "light") -> dict[str, str | None]:
+    """Opens a page, all of it unfolded, and gives the addresses that it asks for, and why one was refused."""
     screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
@@ -346,13 +346,18 @@ def opened(browser, path: Path, width: int = 1280, scheme: str = "light") -> lis
     browser.get(path.as_uri())
     browser.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    of = {
+        name: [event["params"] for event in events if event["method"] == f"Network.{name}"]
+        for name in ("requestWillBeSent", "loadingFailed")
+    }
+    refused = {event["requestId"]: event.get("blockedReason") for event in of["loadingFailed"]}
+    return {event["request"]["url"]: refused.get(event["requestId"]) for event in of["requestWillBeSent"]}
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_browser_shows_all_of_it_and_asks_for_nothing_else(browser, trainer, width):
     path = Path(trainer.args.output_dir) / "report.html"
-    assert opened(browser, path, width) == [path.as_uri()]
+    assert opened(browser, path, width) == {path.as_uri(): None}
     assert browser.title == "Report: a <b>run"
     sizes = browser.execute_script(
         "return [...document.querySelectorAll('h1, h2, h3, h4, svg, table, .pair')].map(each => {"
@@ -397,7 +402,7 @@ def test_script_in_a_prompt_does_not_run_even_were_it_not_escaped(browser, copy)
     assert escaped in source
     raw = source.replace(escaped, PAYLOAD)
     path.write_text(raw, encoding="utf-8")
-    assert opened(browser, path) == [path.as_uri()]
+    assert opened(browser, path) == {path.as_uri(): None, (path.parent / "x").as_uri(): "csp"}
     assert browser.title == "Report: run"
     path.write_text(raw.replace("Content-Security-Policy", "nothing"), encoding="utf-8")
     opened(browser, path)
