@@ -137,7 +137,7 @@ def plot_rounds(
 
 def draw_plots(
     round_history: list[dict[str, Any]],
-    reliability: dict[str, Any],
+    shown_round: dict[str, Any] | None,
     labelings: dict[int, dict[str, Any]],
     summaries: dict[int, dict[str, Any]],
 ) -> list[Plot]:
@@ -147,8 +147,9 @@ def draw_plots(
     Args:
         round_history (`list[dict[str, Any]]`):
             Facts of each round, as in [`SSRMTrainer.round_history`].
-        reliability (`dict[str, Any]`):
-            Curves of [`reliability_curve`] `before` and `after` the temperature, by held-out dataset.
+        shown_round (`dict[str, Any]`, *optional*):
+            The round whose calibration is drawn: its `facts`, and as `reliability` the curves of [`reliability_curve`]
+            `before` and `after` the temperature, by held-out dataset.
         labelings (`dict[int, dict[str, Any]]`):
             Facts of each labeling of the pool by the round that it was for.
         summaries (`dict[int, dict[str, Any]]`):
@@ -159,7 +160,7 @@ def draw_plots(
     """
     with _style():
         plots = [_metric_plot(round_history, metric) for metric in ("accuracy", "log_loss")]
-        plots += [_selection_plot(labelings), _reliability_plot(reliability)]
+        plots += [_selection_plot(labelings), _reliability_plot(shown_round)]
         plots += [_histogram_plot(name, summaries, labelings) for name in ("confidence", "margin", "length")]
     return [plot for plot in plots if plot is not None]
 
@@ -228,14 +229,15 @@ def _selection_plot(labelings: dict[int, dict[str, Any]]) -> Plot | None:
     return Plot("selection", f"{'; '.join(described).capitalize()}.", figure)
 
 
-def _reliability_plot(reliability: dict[str, Any]) -> Plot | None:
-    if not reliability:
+def _reliability_plot(shown_round: dict[str, Any] | None) -> Plot | None:
+    if shown_round is None or not shown_round["reliability"]:
         return None
     from matplotlib.figure import Figure
 
     # A dataset that fitted no temperature says more of it.
+    reliability = shown_round["reliability"]
     name = min(reliability, key=lambda name: (name in ("calibration", "cross_fit"), name))
-    curves = reliability[name]
+    curves, place = reliability[name], f"{in_words(name)}, round {shown_round['facts']['round']}"
     if curves["before"] == curves["after"]:
         curves = {"as it is": curves["before"]}
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
@@ -250,11 +252,12 @@ def _reliability_plot(reliability: dict[str, Any]) -> Plot | None:
         points = (f"{sure:.2f}: {right:.2f}" for sure, right in zip(confidence, accuracy, strict=True))
         described.append(f"{words}, {', '.join(points)}")
     lowest = min(each["accuracy"] for curve in curves.values() for each in curve)
-    axes.set(ylabel=f"accuracy ({in_words(name)})", xlim=(0.49, 1.01), ylim=(min(0.5, lowest) - 0.03, 1.03))
+    axes.set(ylabel=f"accuracy ({place})", xlim=(0.49, 1.01), ylim=(min(0.5, lowest) - 0.03, 1.03))
+    axes.yaxis.label.set_fontsize(9)
     below.set(xlabel="confidence", ylabel="pairs", ylim=(0, None))
     below.grid(alpha=0.3)
     _legend(axes)
-    return Plot("reliability", f"Accuracy on {in_words(name)} by confidence: {'; '.join(described)}.", figure)
+    return Plot("reliability", f"Accuracy by confidence ({place}): {'; '.join(described)}.", figure)
 
 
 def _histogram_plot(name: str, summaries: dict[int, Any], labelings: dict[int, dict[str, Any]]) -> Plot | None:

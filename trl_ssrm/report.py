@@ -177,9 +177,7 @@ def write_report(output_dir: str, path: str | None = None) -> str:
     if not has_matplotlib():
         raise ImportError('The report draws with matplotlib; get it by `pip install "trl-ssrm[plots]"`.')
     target = Path(output_dir) / "report.html" if path is None else Path(path)
-    measured = _measured_round(run)
-    reliability = {} if measured is None else measured["reliability"]
-    plots = draw_plots(run.round_history, reliability, run.labelings, run.summaries)
+    plots = draw_plots(run.round_history, _shown_round(run), run.labelings, run.summaries)
     for plot in plots:
         plot.save(target.parent / "plots" / f"{plot.name}.png")
     environment = Environment(loader=PackageLoader("trl_ssrm"), autoescape=True, undefined=StrictUndefined)
@@ -218,7 +216,7 @@ def _status(run: RunFiles) -> str:
     return f"The rounds ended after round {last}: {words}. The model is that of round {kept}."
 
 
-def _measured_round(run: RunFiles) -> dict[str, Any] | None:
+def _shown_round(run: RunFiles) -> dict[str, Any] | None:
     """The round that the model is of, or the last one so far."""
     if not run.rounds:
         return None
