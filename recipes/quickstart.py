@@ -29,7 +29,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
 from trl_ssrm.calibration import preference_metrics
-from trl_ssrm.report import plot_rounds
+from trl_ssrm.plots import plot_rounds
 from trl_ssrm.sequences import PairedSequences
 
 
