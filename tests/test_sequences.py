@@ -60,4 +60,4 @@ def test_selections_of_other_rows_are_told_apart_by_the_cache():
 
 def test_groups_are_numbered_as_they_come():
     keys = ["b", "a", "b", "c", "a", "d"]
-    assert group_numbers(iter(keys), len(keys)).tolist() == [0, 1, 0, 2, 1, 3]
+    assert group_numbers(keys).tolist() == [0, 1, 0, 2, 1, 3]

@@ -413,7 +413,7 @@ class PseudoLabelingCallback(TrainerCallback):
                 groups = prompt_groups(pool.source)[pool.rows]
             else:
                 values = (str(row[name]) for row in iterate_rows(pool.source, [name]))
-                groups = group_numbers(values, len(pool.source))[pool.rows]
+                groups = group_numbers(values)[pool.rows]
             mask = balanced(mask, scores.confidence, groups)
         return mask, threshold
 

@@ -169,7 +169,7 @@ def prompt_groups(dataset: Dataset) -> np.ndarray:
         ids = iterate_rows(dataset, ["chosen_ids", "rejected_ids"])
         starts = [_common_start(row["chosen_ids"], row["rejected_ids"]) for row in ids]
         keys = _merged(["".join(f"{token}," for token in start) for start in starts])
-    return group_numbers(keys, len(dataset))
+    return group_numbers(keys)
 
 
 def _merged(starts: list[str]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,28 +159,27 @@ def iterate_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any
             yield dict(zip(columns, values, strict=True))
 
 
-def group_numbers(keys: Iterator[str], num_keys: int) -> np.ndarray:
+def group_numbers(keys: Iterable[str]) -> np.ndarray:
     """
     Number the distinct among some keys in the order in which they come.
 
     Args:
-        keys (`Iterator[str]`):
+        keys (`Iterable[str]`):
             Keys, of which none is kept.
-        num_keys (`int`):
-            How many they are.
 
     Returns:
         `np.ndarray` of shape `(num_keys,)`, int64: number of each key.
     """
-    digests = np.empty((num_keys, 2), dtype=np.uint64)
-    for position, key in enumerate(keys):
-        digests[position] = np.frombuffer(_digest(key.encode()), dtype=np.uint64)
-    order, is_first = _sorted_and_distinct(digests[:, 0], digests[:, 1])
+    content = bytearray()
+    for key in keys:
+        content += _digest(key.encode())
+    digests = np.frombuffer(content, dtype=np.uint64).reshape(-1, 2)
+    order, is_first = _sorted_and_distinct(*digests.T)
     # Sorting keeps the order of equal keys.
     first_of_group = order[is_first]
     number = np.empty(len(first_of_group), dtype=np.int64)
     number[np.argsort(first_of_group)] = np.arange(len(first_of_group))
-    groups = np.empty(num_keys, dtype=np.int64)
+    groups = np.empty(len(order), dtype=np.int64)
     groups[order] = number[np.cumsum(is_first) - 1]
     return groups
 
