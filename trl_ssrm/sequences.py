@@ -59,14 +59,15 @@ class PairedSequences:
         # completion of a pair was labeled as chosen.
         order, is_first = _sorted_and_distinct(*halves, -lengths)
         index = np.empty(len(stacked), dtype=index_type(len(stacked)))
-        index[order] = np.cumsum(is_first) - 1
+        index[order] = _ranks(is_first)
         unique = order[is_first]
         del order, is_first
         digests = np.empty((len(unique), 2), dtype=">u8")
         digests[:, 1] = halves.pop()[unique]
         digests[:, 0] = halves.pop()[unique]
         first, second = np.split(index, 2)
-        return cls(select_rows(stacked, unique), lengths[unique], digests.view(np.uint8), first, second)
+        lengths = lengths[unique].astype(np.int64)
+        return cls(select_rows(stacked, unique), lengths, digests.view(np.uint8), first, second)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -100,7 +101,7 @@ class PairedSequences:
         if is_used.all():
             return PairedSequences(self.sequences, self.lengths, self.digests, first, second)
         used = np.flatnonzero(is_used)
-        index = (np.cumsum(is_used) - 1).astype(index_type(len(used)))
+        index = _ranks(is_used)
         return PairedSequences(
             select_rows(self.sequences, used), self.lengths[used], self.digests[used], index[first], index[second]
         )
@@ -180,8 +181,15 @@ def group_numbers(keys: Iterable[str]) -> np.ndarray:
     number = np.empty(len(first_of_group), dtype=np.int64)
     number[np.argsort(first_of_group)] = np.arange(len(first_of_group))
     groups = np.empty(len(order), dtype=np.int64)
-    groups[order] = number[np.cumsum(is_first) - 1]
+    groups[order] = number[_ranks(is_first)]
     return groups
+
+
+def _ranks(is_first: np.ndarray) -> np.ndarray:
+    """How many of a mask are set before and at each position, from 0 on."""
+    ranks = np.cumsum(is_first, dtype=index_type(len(is_first)))
+    ranks -= 1
+    return ranks
 
 
 def _sorted_and_distinct(high: np.ndarray, low: np.ndarray, *before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -199,8 +207,8 @@ def _sorted_and_distinct(high: np.ndarray, low: np.ndarray, *before: np.ndarray)
 
 
 def _lengths_and_digests(dataset: Dataset) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Lengths of the sequences, int64, and both halves of their hashes, uint64, in the order of their bytes."""
-    lengths = np.empty(len(dataset), dtype=np.int64)
+    """Lengths of the sequences, int32, and both halves of their hashes, uint64, in the order of their bytes."""
+    lengths = np.empty(len(dataset), dtype=np.int32)
     halves = [np.empty(len(dataset), dtype=np.uint64) for _ in range(2)]
     start = 0
     for batch in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
