@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ssrm import NonFiniteScoreError, scoring
+from trl_ssrm.layout import choose_layout
 from trl_ssrm.preference import scalar_logits
 from trl_ssrm.scoring import score_pairs
 from trl_ssrm.sequences import PairedSequences
@@ -30,23 +31,24 @@ def pairs_of(tokenizer, rows) -> PairedSequences:
 
 def score(model_and_tokenizer, pairs, batch_tokens=512, **settings) -> np.ndarray:
     model, tokenizer = model_and_tokenizer
-    settings = {"disable_tqdm": True, **settings}
-    scores = score_pairs(model, pairs, tokenizer.pad_token_id, Accelerator(cpu=True), batch_tokens, **settings)
+    settings = {"batch_tokens": batch_tokens, "disable_tqdm": True, **settings}
+    settings["layout"] = settings.get("layout") or choose_layout(model)
+    scores = score_pairs(model, pairs, tokenizer.pad_token_id, Accelerator(cpu=True), **settings)
     return scalar_logits(scores)
 
 
 @pytest.fixture
-def counted(monkeypatch) -> list[slice]:
-    """Shards that are scored, one by one, with shards of a few sequences."""
+def counted(monkeypatch) -> list[int]:
+    """Sizes of the shards that are scored, one by one, with shards of a few sequences."""
     shards = []
-    real = scoring._score_shard
+    real = scoring.Scorer.score
 
-    def count(model, pairs, shard, *args):
-        shards.append(shard)
-        return real(model, pairs, shard, *args)
+    def count(scorer, sequences, *args):
+        shards.append(len(sequences))
+        return real(scorer, sequences, *args)
 
     monkeypatch.setattr(scoring, "SHARD_TOKENS", 256)
-    monkeypatch.setattr(scoring, "_score_shard", count)
+    monkeypatch.setattr(scoring.Scorer, "score", count)
     return shards
 
 
@@ -90,8 +92,9 @@ def test_exchanging_the_sequences_of_a_pair_changes_the_sign_alone(model_and_tok
 def test_each_sequence_is_scored_once(model_and_tokenizer, monkeypatch):
     rows, tokenizer = preference_rows(10), model_and_tokenizer[1]
     model, seen = model_and_tokenizer[0], []
+    layout = choose_layout(model)
     handle = model.register_forward_pre_hook(lambda *args: seen.append(len(args[2]["input_ids"])), with_kwargs=True)
-    score(model_and_tokenizer, pairs_of(tokenizer, rows + rows + rows[:3]))
+    score(model_and_tokenizer, pairs_of(tokenizer, rows + rows + rows[:3]), layout=layout)
     handle.remove()
     assert sum(seen) == 20
 
@@ -128,32 +131,27 @@ def test_damaged_shard_is_found_and_scored_again(model_and_tokenizer, tmp_path, 
     assert len(counted) == 1
 
 
-def test_nan_reward_is_named_and_the_other_shards_are_kept(model_and_tokenizer, tmp_path, counted):
+def test_nan_reward_is_named_and_the_other_shards_are_kept(model_and_tokenizer, tmp_path, monkeypatch):
     model, tokenizer = model_and_tokenizer
-    rows = preference_rows(30)
+    monkeypatch.setattr(scoring, "SHARD_TOKENS", 256)
+    # Behind a prompt that several completions have in common, with which they may lie in one row.
+    rows = [{**row, "prompt": "The same long prompt for all of them. "} for row in preference_rows(30)]
+    rows[3]["chosen"] += "<|tools|>"
+    poison = tokenizer.convert_tokens_to_ids("<|tools|>")
     pairs = pairs_of(tokenizer, rows)
-    bad = next(
-        i
-        for i, ids in enumerate(pairs.sequences["input_ids"])
-        if ids == tokenizer(rows[3]["prompt"] + rows[3]["chosen"])["input_ids"]
-    )
-    embeddings = model.get_input_embeddings()
 
-    def poison(module, args, output):
-        # One sequence is known by its prompt, "Say 0-3: ".
-        for row, ids in enumerate(args[0].tolist()):
-            if ids[: len(pairs.sequences[bad]["input_ids"])] == pairs.sequences[bad]["input_ids"]:
-                output = output.clone()
-                output[row] = float("nan")
-        return output
+    def spoil(module, args, output):
+        return output.masked_fill((args[0] == poison)[..., None], float("nan"))
 
-    handle = embeddings.register_forward_hook(poison)
+    layout = choose_layout(model)
+    handle = model.get_input_embeddings().register_forward_hook(spoil)
     with pytest.raises(NonFiniteScoreError) as raised:
-        score(model_and_tokenizer, pairs, directory=tmp_path, key="k")
+        score(model_and_tokenizer, pairs, layout=layout, directory=tmp_path, key="k")
     handle.remove()
     assert raised.value.rows == [3]
     assert "rows 3 of `dataset`" in str(raised.value)
-    assert len(list(tmp_path.iterdir())) == len(counted) - 1
+    num_shards = len(scoring._shards(pairs.lengths))
+    assert len(list(tmp_path.iterdir())) == num_shards - 1 > 3
 
 
 def test_rewards_are_float32_under_bfloat16_autocast(model_and_tokenizer):
@@ -168,7 +166,7 @@ def test_rewards_are_float32_under_bfloat16_autocast(model_and_tokenizer):
         )
         before = head.weight.clone()
         head.weight.mul_(100)
-    logits = score_pairs(model, pairs, tokenizer.pad_token_id, accelerator, 512, disable_tqdm=True)
+    logits = score_pairs(model, pairs, tokenizer.pad_token_id, accelerator, "padded", 512, disable_tqdm=True)
     with torch.no_grad():
         head.weight.copy_(before)
     AcceleratorState._reset_state()
@@ -180,3 +178,28 @@ def test_tensors_of_another_key_are_not_read(tmp_path):
     assert read_tensors(tmp_path / "file.safetensors", "key")["a"].tolist() == [0, 1, 2]
     assert read_tensors(tmp_path / "file.safetensors", "other") is None
     assert read_tensors(tmp_path / "missing.safetensors", "key") is None
+
+
+def test_batch_that_does_not_fit_into_memory_is_halved(model_and_tokenizer, caplog):
+    model, tokenizer = model_and_tokenizer
+    pairs, layout = pairs_of(tokenizer, preference_rows(30)), choose_layout(model)
+    expected = score(model_and_tokenizer, pairs, layout=layout)
+    sizes = []
+
+    def refuse(module, args):
+        sizes.append(args[0].numel())
+        if args[0].numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(refuse)
+    try:
+        found = score(model_and_tokenizer, pairs, layout=layout)
+        with pytest.raises(torch.OutOfMemoryError):
+            # Nothing is left to halve where one sequence alone does not fit.
+            row = {"prompt": "a" * 300, "chosen": "b", "rejected": "c"}
+            score(model_and_tokenizer, pairs_of(tokenizer, [row]), layout=layout)
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert max(sizes[:2]) > 200
+    assert "does not fit into memory; going on with 256 tokens a batch" in caplog.text

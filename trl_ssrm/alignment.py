@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import check_columns, check_padding, check_prompts
+from .layout import choose_layout
 from .loading import load_policy, load_reward_model
 from .scoring import NonFiniteScoreError, score_sequences
 
@@ -58,8 +59,9 @@ class SSRMRewardFunction:
             Not together with `reference_dataset`.
         reward_clip_range (`tuple[float, float]`, *optional*):
             Lowest and highest reward; others are clipped, after shifting and scaling.
-        batch_tokens (`int`, *optional*, defaults to `16384`):
-            Size of a scoring batch in tokens, padding included. It does not change the rewards.
+        batch_tokens (`int`, *optional*):
+            Size of a scoring batch in tokens, padding included. It does not change the rewards. If `None`, it is found by
+            trying.
         device (`str` or `torch.device`, *optional*):
             Where the reward model runs. If `None`, on the device of the process, from the first call on.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
@@ -80,7 +82,7 @@ class SSRMRewardFunction:
         reference_dataset: Dataset | None = None,
         baseline_column: str | None = None,
         reward_clip_range: tuple[float, float] | None = None,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "float32",
         model_init_kwargs: dict[str, Any] | None = None,
@@ -118,6 +120,7 @@ class SSRMRewardFunction:
         self.baseline_column = baseline_column
         self.reward_clip_range = reward_clip_range
         self.batch_tokens = batch_tokens
+        self.layout = choose_layout(self.model)
         self.device = device
 
     def __call__(self, prompts: list, completions: list, **kwargs: Any) -> list[float]:
@@ -196,7 +199,9 @@ class SSRMRewardFunction:
         """`np.ndarray` of shape `(num_sequences,)`, float64: rewards of what [`SSRMRewardFunction.tokenize`] gives."""
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(self.device or PartialState().device)
-        rewards = score_sequences(self.model, sequences, self.processing_class.pad_token_id, self.batch_tokens)
+        rewards = score_sequences(
+            self.model, sequences, self.processing_class.pad_token_id, self.layout, self.batch_tokens
+        )
         if not np.isfinite(rewards).all():
             raise NonFiniteScoreError("completions", np.flatnonzero(~np.isfinite(rewards)).tolist())
         return rewards.astype(np.float64)

@@ -13,6 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from .config import SSRMConfig
 from .data import prompt_groups
+from .layout import choose_layout
 from .pool import written_out
 from .preference import mean_logits, orders_agree, pairwise_logits
 from .rounds import CHECKPOINT_MARKER
@@ -304,6 +305,7 @@ class PseudoLabelingCallback(TrainerCallback):
             pairs,
             teacher.processing_class.pad_token_id,
             trainer.accelerator,
+            choose_layout(teacher.model),
             trainer.args.score_batch_tokens,
             directory=directory,
             key=f"{teacher.fingerprint} {pairs.fingerprint}",

@@ -72,9 +72,18 @@ class SSRMConfig(RewardConfig):
             `num_rounds` disjoint ones split by row.
         max_unlabeled_samples (`int`, *optional*):
             Number of rows taken from the head of `unlabeled_dataset`. Required for an [`~datasets.IterableDataset`].
-        score_batch_tokens (`int`, *optional*, defaults to `16384`):
+
+        > Parameters that control the speed
+
+        score_batch_tokens (`int`, *optional*):
             Size of a scoring batch in tokens, padding included. A longer sequence is a batch of its own. It does not
-            change the scores.
+            change the scores. If `None`, it is 16,384 to begin with, more where a larger batch fits into the memory of an
+            accelerator; in any case it is halved where a batch does not fit.
+        share_prompts (`bool`, *optional*):
+            Whether what two completions have in common, their prompt, is computed once, in scoring and in training, where
+            the model allows it (a decoder with `attn_implementation` `"sdpa"` or `"eager"` and no sliding window) and a
+            quarter of the tokens is saved. With flash attention batches are packed without padding instead. Rewards
+            and losses are the same but for rounding. If `None`, scoring does it, and training does with a pool.
 
         > Parameters that control the selection
 
@@ -224,9 +233,18 @@ class SSRMConfig(RewardConfig):
         default=None,
         metadata={"help": "Number of rows taken from the head of `unlabeled_dataset`. Required for a stream."},
     )
-    score_batch_tokens: int = field(
-        default=16384,
-        metadata={"help": "Size of a scoring batch in tokens, padding included."},
+
+    # Parameters that control the speed
+    score_batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Size of a scoring batch in tokens, padding included. If `None`, what fits into memory."},
+    )
+    share_prompts: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the prompt of two completions is computed once. If `None`, in scoring and, with a pool, in "
+            "training."
+        },
     )
 
     # Parameters that control the selection

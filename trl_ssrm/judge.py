@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import check_padding
 from .comparison import Comparison
+from .layout import choose_layout
 from .loading import check_answers_behind, load_pairwise_model
 from .preference import mean_win_probability, pairwise_logits
 from .scoring import NonFiniteScoreError, score_sequences
@@ -52,8 +53,9 @@ class PairwiseJudge:
             Tokenizer of the model. If `None`, it is loaded from where the model comes from.
         comparison ([`Comparison`], *optional*):
             How pairs are shown to the model. If `None`, as it was trained, or the default for one that was not.
-        batch_tokens (`int`, *optional*, defaults to `16384`):
-            Size of a scoring batch in tokens, padding included. It does not change the probabilities.
+        batch_tokens (`int`, *optional*):
+            Size of a scoring batch in tokens, padding included. It does not change the probabilities. If `None`, it is found by
+            trying.
         device (`str` or `torch.device`, *optional*):
             Where the model runs. If `None`, on the device of the process, from the first call on.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
@@ -72,7 +74,7 @@ class PairwiseJudge:
         model: str | PreTrainedModel,
         processing_class: PreTrainedTokenizerBase | None = None,
         comparison: Comparison | None = None,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "float32",
         model_init_kwargs: dict[str, Any] | None = None,
@@ -96,6 +98,7 @@ class PairwiseJudge:
         model.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
         self.model = model.eval()
         self.batch_tokens = batch_tokens
+        self.layout = choose_layout(self.model)
         self.device = device
 
     @property
@@ -153,7 +156,9 @@ class PairwiseJudge:
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(self.device or PartialState().device)
         sequences = [order for orders, does_fit in zip(both, fits, strict=True) if does_fit for order in orders]
-        scores = score_sequences(self.model, sequences, self.processing_class.pad_token_id, self.batch_tokens)
+        scores = score_sequences(
+            self.model, sequences, self.processing_class.pad_token_id, self.layout, self.batch_tokens
+        )
         scores = scores.astype(np.float64).reshape(-1, 2)
         if not (is_finite := np.isfinite(scores).all(axis=1)).all():
             raise NonFiniteScoreError("pairs", np.flatnonzero(fits)[~is_finite].tolist())

@@ -1,23 +1,31 @@
 """The only place that runs a reward model over a pool: unique sequences, longest first, in batches of tokens."""
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from .layout import LONGEST_SHARED_ROW, SharedRow, laid_out, shared_rows
 from .sequences import PairedSequences
 from .storage import read_tensors, write_tensors
 
 
+logger = logging.getLogger(__name__)
+
 # What is lost when scoring is interrupted: a minute on a laptop, less than a second on a GPU.
 SHARD_TOKENS = 1 << 18
+DEFAULT_BATCH_TOKENS = 1 << 14
 
 
 class NonFiniteScoreError(ValueError):
@@ -45,7 +53,8 @@ def score_pairs(
     pairs: PairedSequences,
     pad_token_id: int,
     accelerator: Accelerator,
-    batch_tokens: int,
+    layout: str,
+    batch_tokens: int | None = None,
     directory: Path | None = None,
     key: str = "",
     name: str = "dataset",
@@ -60,15 +69,17 @@ def score_pairs(
 
     Args:
         model ([`~torch.nn.Module`]):
-            Sequence classifier with one label, the same in every process.
+            Sequence classifier with one label, the same in every process, or sharded over all of them.
         pairs ([`PairedSequences`]):
             What to score.
         pad_token_id (`int`):
             Token ID to use for padding, on the right.
         accelerator ([`~accelerate.Accelerator`]):
             Its device, mixed precision and processes are used.
-        batch_tokens (`int`):
-            Size of a batch in tokens, padding included.
+        layout (`str`):
+            How sequences lie in a batch, as from [`~trl_ssrm.layout.choose_layout`].
+        batch_tokens (`int`, *optional*):
+            Size of a batch in tokens, padding included. If `None`, [`BatchBudget`] finds it.
         directory (`Path`, *optional*):
             Where finished shards are kept.
         key (`str`, *optional*, defaults to `""`):
@@ -87,36 +98,56 @@ def score_pairs(
     Raises:
         NonFiniteScoreError: If a score is NaN or infinite, after every other shard was scored and kept.
     """
-    shards = list(_split(pairs.lengths, SHARD_TOKENS))
-    mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
-    scored: list[tuple[int, np.ndarray]] = []
     was_training = model.training
     model.eval()
+    order = _work_order(pairs, layout)
+    shards = _shards(pairs.lengths[order])
+    paths = [
+        directory / f"shard-{number:05d}-of-{len(shards):05d}.safetensors" if directory else None
+        for number in range(len(shards))
+    ]
+    key = f"{key} {layout}"
+    scored: list[tuple[int, np.ndarray]] = []
+    missing = list(range(len(shards)))
+    if directory is not None:
+        # By one process, so that all of them agree on what is left, and each takes the same share of it.
+        if accelerator.is_main_process:
+            for number, path in enumerate(paths):
+                if path and (stored := read_tensors(path, key)) is not None:
+                    scored.append((number, stored["scores"].numpy()))
+        found = broadcast_object_list([[number for number, _ in scored]])[0]
+        missing = sorted(set(missing) - set(found))
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    scorer = Scorer(model, pad_token_id, accelerator, BatchBudget(batch_tokens, accelerator.device), layout)
     try:
-        with tqdm(
-            total=sum(int(pairs.lengths[shards[number]].sum()) for number in mine),
-            desc=f"Scoring {name}",
-            unit="token",
-            unit_scale=True,
-            disable=disable_tqdm or not accelerator.is_main_process,
-        ) as progress:
-            for number in mine:
-                shard = shards[number]
-                path = directory / f"shard-{number:05d}-of-{len(shards):05d}.safetensors" if directory else None
-                stored = read_tensors(path, key) if path else None
-                if stored is not None:
-                    scores = stored["scores"].numpy()
-                    progress.update(int(pairs.lengths[shard].sum()))
-                else:
-                    scores = _score_shard(model, pairs, shard, pad_token_id, accelerator, batch_tokens, progress)
-                    if path and np.isfinite(scores).all():
-                        write_tensors(path, {"scores": torch.from_numpy(scores)}, key)
-                scored.append((shard.start, scores))
+        with (
+            ThreadPoolExecutor(max_workers=1) as reader,
+            tqdm(
+                total=int(sum(pairs.lengths[order[shards[number]]].sum() for number in mine)),
+                desc=f"Scoring {name}",
+                unit="token",
+                unit_scale=True,
+                disable=disable_tqdm or not accelerator.is_main_process,
+            ) as progress,
+        ):
+            # The next shard is read while the model works on this one.
+            turns = -(-len(missing) // accelerator.num_processes)
+            read = [reader.submit(_read, pairs, order[shards[number]]) for number in mine[:1]]
+            for turn in range(turns):
+                sequences = read.pop().result() if read else []
+                read += [reader.submit(_read, pairs, order[shards[number]]) for number in mine[turn + 1 : turn + 2]]
+                scores = scorer.score(sequences, progress)
+                if not sequences:
+                    continue
+                number = mine[turn]
+                if (path := paths[number]) and np.isfinite(scores).all():
+                    write_tensors(path, {"scores": torch.from_numpy(scores)}, key)
+                scored.append((number, scores))
     finally:
         model.train(was_training)
     rewards = np.empty(len(pairs.lengths), dtype=np.float64)
-    for start, scores in gather_object(scored):
-        rewards[start : start + len(scores)] = scores
+    for number, scores in gather_object(scored):
+        rewards[order[shards[number]]] = scores
     # Raised only now, in every process: one that stopped alone would leave the others waiting for its scores.
     both = np.stack([rewards[pairs.first], rewards[pairs.second]], axis=1)
     is_finite = np.isfinite(both).all(axis=1)
@@ -127,7 +158,7 @@ def score_pairs(
 
 
 def score_sequences(
-    model: nn.Module, sequences: list[list[int]], pad_token_id: int, batch_tokens: int = 16384
+    model: nn.Module, sequences: list[list[int]], pad_token_id: int, layout: str, batch_tokens: int | None = None
 ) -> np.ndarray:
     """
     Rewards of tokenized sequences, in this process, in the precision of the model and without autocast.
@@ -139,48 +170,236 @@ def score_sequences(
             Token IDs. A sequence that occurs again is scored once.
         pad_token_id (`int`):
             Token ID to use for padding, on the right.
-        batch_tokens (`int`, *optional*, defaults to `16384`):
-            Size of a batch in tokens, padding included.
+        layout (`str`):
+            How sequences lie in a batch, as from [`~trl_ssrm.layout.choose_layout`].
+        batch_tokens (`int`, *optional*):
+            Size of a batch in tokens, padding included. If `None`, [`BatchBudget`] finds it.
 
     Returns:
         `np.ndarray` of shape `(num_sequences,)`, float32: the rewards.
     """
     distinct = sorted({tuple(ids) for ids in sequences}, key=lambda ids: (-len(ids), ids))
-    rewards = np.empty(len(distinct), dtype=np.float32)
     device = next(model.parameters()).device
+    scorer = Scorer(model, pad_token_id, None, BatchBudget(batch_tokens, device), layout)
     with torch.autocast(device.type, enabled=False):
-        for batch in _split(np.array([len(ids) for ids in distinct], dtype=np.int64), batch_tokens):
-            rewards[batch] = _score_batch(model, distinct[batch], pad_token_id, device)
+        rewards = scorer.score([list(ids) for ids in distinct])
     position_of = {ids: position for position, ids in enumerate(distinct)}
     return rewards[[position_of[tuple(ids)] for ids in sequences]]
 
 
-def _score_shard(model, pairs, shard, pad_token_id, accelerator, batch_tokens, progress) -> np.ndarray:
-    scores = np.empty(shard.stop - shard.start, dtype=np.float32)
-    for batch in _split(pairs.lengths[shard], batch_tokens):
-        rows = pairs.sequences[shard.start + batch.start : shard.start + batch.stop]["input_ids"]
-        with accelerator.autocast():
-            scores[batch] = _score_batch(model, rows, pad_token_id, accelerator.device)
-        progress.update(sum(map(len, rows)))
-    return scores
+class BatchBudget:
+    """
+    Size of a scoring batch in tokens.
+
+    It is halved where a batch does not fit into memory. Left open, it begins with 16,384 and, on an accelerator, doubles
+    for as long as a batch of twice the size would fit into what is free. On a CPU, where larger batches are no faster,
+    it stays, so that scores are the same to the bit every time.
+
+    Args:
+        tokens (`int`, *optional*):
+            Size to use, padding included.
+        device ([`~torch.device`]):
+            Where the model is.
+    """
+
+    def __init__(self, tokens: int | None, device: torch.device):
+        self.tokens = tokens or DEFAULT_BATCH_TOKENS
+        self.may_grow = tokens is None and device.type == "cuda"
+        self.device = device
+
+    def halve(self) -> None:
+        """Make the batches smaller, after one that did not fit."""
+        self.tokens = max(1, self.tokens // 2)
+        self.may_grow = False
+        clear_device_cache(garbage_collection=True)
+        logger.warning(f"A scoring batch does not fit into memory; going on with {self.tokens} tokens a batch.")
+
+    def start(self) -> None:
+        """Look at the memory before a batch."""
+        if self.may_grow:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+
+    def end(self) -> None:
+        """Look at the memory after a batch that was full."""
+        if self.may_grow:
+            used = torch.cuda.max_memory_allocated(self.device) - self.before
+            free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - self.before
+            self.may_grow = 2 * used < 0.8 * free and 2 * self.tokens <= SHARD_TOKENS
+            self.tokens *= 2 if self.may_grow else 1
 
 
-def _score_batch(model, rows, pad_token_id, device) -> np.ndarray:
-    ids = [torch.tensor(row) for row in rows]
-    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device)
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
-    with torch.inference_mode(), _float32_logits(model):
-        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    return logits.squeeze(-1).float().cpu().numpy()
+class Scorer:
+    """
+    Runs a model over sequences, the longest first, in batches of tokens.
+
+    Args:
+        model ([`~torch.nn.Module`]):
+            Sequence classifier with one label, in evaluation mode.
+        pad_token_id (`int`):
+            Token ID to use for padding, on the right.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
+            Its mixed precision is used and, where the weights of the model are sharded, its processes: all of them call
+            the model equally often then. If `None`, neither is.
+        budget ([`BatchBudget`]):
+            Size of a batch.
+        layout (`str`):
+            As from [`~trl_ssrm.layout.choose_layout`].
+    """
+
+    def __init__(
+        self, model: nn.Module, pad_token_id: int, accelerator: Accelerator | None, budget: BatchBudget, layout: str
+    ):
+        self.model = model
+        self.pad_token_id = pad_token_id
+        self.accelerator = accelerator
+        self.budget = budget
+        self.layout = layout
+        self.device = next(model.parameters()).device if accelerator is None else accelerator.device
+        self.is_sharded = accelerator is not None and is_sharded(accelerator)
+
+    def score(self, sequences: list[list[int]], progress: tqdm | None = None) -> np.ndarray:
+        """
+        Score sequences. Where the weights are sharded, every process has to call this at the same time, with any number
+        of sequences.
+
+        Args:
+            sequences (`list[list[int]]`):
+                Token IDs.
+            progress ([`~tqdm.tqdm`], *optional*):
+                Told of the tokens that are done.
+
+        Returns:
+            `np.ndarray` of shape `(num_sequences,)`, float32: the scores.
+        """
+        rows = self._lay(sequences, range(len(sequences)))
+        scored: list[tuple[list[int], torch.Tensor]] = []
+        batches = self._num_batches_of_all(rows)
+        while rows or batches > 0:
+            batch = rows[: self._num_rows(rows)]
+            members = [position for row in batch for position in row.sequences]
+            batches -= 1
+            if not members:
+                # The other processes wait for this one's part of the weights.
+                self._forward([[1 if self.pad_token_id == 0 else 0]], [])
+                continue
+            try:
+                self.budget.start()
+                # What it computes stays on the device, so that the next batch is made while it works.
+                scored.append((members, self._forward([sequences[position] for position in members], batch)))
+                if len(batch) < len(rows):
+                    self.budget.end()
+            except RuntimeError as error:
+                # Where the weights are sharded, another process would not know that this one tries again.
+                if not should_reduce_batch_size(error) or len(members) == 1 or self.is_sharded:
+                    raise
+                self.budget.halve()
+                rows = self._lay(sequences, [position for row in rows for position in row.sequences])
+                continue
+            rows = rows[len(batch) :]
+            if progress is not None:
+                progress.update(sum(len(sequences[position]) for position in members))
+        scores = np.empty(len(sequences), dtype=np.float32)
+        for members, logits in scored:
+            scores[members] = logits.cpu().numpy()
+        failed = np.flatnonzero(~np.isfinite(scores)).tolist()
+        if failed and self.layout != "padded" and not self.is_sharded:
+            # In a row with others, one that is not finite spoils them all.
+            alone = Scorer(self.model, self.pad_token_id, self.accelerator, self.budget, "padded")
+            scores[failed] = alone.score([sequences[position] for position in failed])
+        return scores
+
+    def _lay(self, sequences: list[list[int]], positions: Sequence[int]) -> list[SharedRow]:
+        """Some of the sequences in rows, the longest first: what does not fit into memory shows at once."""
+        if self.layout == "shared":
+            own = shared_rows(
+                [sequences[position] for position in positions], min(LONGEST_SHARED_ROW, self.budget.tokens)
+            )
+            rows = [replace(row, sequences=tuple(positions[member] for member in row.sequences)) for row in own]
+        else:
+            rows = [SharedRow((position,), 0, len(sequences[position])) for position in positions]
+        return sorted(rows, key=lambda row: -row.length)
+
+    def _num_rows(self, rows: list[SharedRow]) -> int:
+        """Number of rows, from long to short, that make the next batch: one at least."""
+        if not rows:
+            return 0
+        if self.layout != "packed":
+            return max(1, self.budget.tokens // rows[0].length)
+        ends = np.cumsum([row.length for row in rows])
+        return max(1, int(np.searchsorted(ends, self.budget.tokens, side="right")))
+
+    def _num_batches_of_all(self, rows: list[SharedRow]) -> int:
+        """How often the process with the most work calls the model, where all of them have to call it equally often."""
+        if not self.is_sharded:
+            return 0
+        assert self.accelerator is not None
+        self.budget.may_grow = False
+        number = 0
+        while rows:
+            rows, number = rows[self._num_rows(rows) :], number + 1
+        return max(gather_object([number]))
+
+    def _forward(self, sequences: list[list[int]], rows: list[SharedRow]) -> torch.Tensor:
+        """Scores of a batch whose sequences lie in these rows, one row behind the other."""
+        starts = np.cumsum([0, *(len(row.sequences) for row in rows)]).tolist()
+        own = [
+            replace(row, sequences=tuple(range(start, start + len(row.sequences))))
+            for start, row in zip(starts, rows, strict=False)
+        ]
+        ids = [torch.tensor(each) for each in sequences]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
+        mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+        if self.layout == "padded":
+            input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+        autocast = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
+        # FSDP can't gather weights in inference mode.
+        without_gradients = torch.no_grad() if self.is_sharded else torch.inference_mode()
+        with (
+            autocast,
+            without_gradients,
+            _float32_logits(self.model),
+            laid_out(self.model, self.layout, lambda _: own),
+        ):
+            logits = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        return logits.squeeze(-1).float()
 
 
-def _split(lengths: np.ndarray, tokens: int) -> Iterator[slice]:
-    """Cut sequences that are sorted from long to short into runs of at most `tokens` tokens with padding."""
-    start = 0
-    while start < len(lengths):
-        stop = min(start + max(1, tokens // max(1, int(lengths[start]))), len(lengths))
-        yield slice(start, stop)
-        start = stop
+def is_sharded(accelerator: Accelerator) -> bool:
+    """`bool`: whether no process holds all the weights of the model that it trains."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def _read(pairs: PairedSequences, positions: np.ndarray) -> list[list[int]]:
+    return pairs.sequences[positions]["input_ids"]
+
+
+def _work_order(pairs: PairedSequences, layout: str) -> np.ndarray:
+    """
+    Positions of the sequences, in the order in which they are scored: from long to short; sequences that are compared
+    with one another, so that they have their prompt in common, together.
+    """
+    first_of = np.arange(len(pairs.lengths))
+    if layout != "shared":
+        return first_of
+    # The first sequence that each is connected with, by whatever pairs.
+    while True:
+        before = first_of.copy()
+        lower = np.minimum(first_of[pairs.first], first_of[pairs.second])
+        np.minimum.at(first_of, pairs.first, lower)
+        np.minimum.at(first_of, pairs.second, lower)
+        first_of = first_of[first_of]
+        if (first_of == before).all():
+            return np.argsort(first_of, kind="stable")
+
+
+def _shards(lengths: np.ndarray) -> list[slice]:
+    """Cut sequences into runs of about [`SHARD_TOKENS`] tokens."""
+    number = (np.cumsum(lengths) - lengths) // SHARD_TOKENS
+    starts = np.flatnonzero(np.diff(number, prepend=-1)).tolist()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 @contextlib.contextmanager

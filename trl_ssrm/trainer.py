@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from .comparison import Comparison, tokenize_comparisons
 from .config import SSRMConfig
 from .data import RunData, by_name, prepare_run_data, report_too_long
 from .folds import Folds
+from .layout import choose_layout, laid_out, paired_rows
 from .pool import Pool
 from .preference import LOGITS_OF, orders_agree
 from .preparation import complete_args, load_tokenizer, prepare_pairwise
@@ -591,6 +593,24 @@ class SSRMTrainer(RewardTrainer):
         """[`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the model, without what a launcher wraps it in."""
         return self.accelerator.unwrap_model(self.model)
 
+    @functools.cached_property
+    def layout(self) -> str:
+        """`str`: how sequences lie before the model in scoring; see [`~trl_ssrm.layout.choose_layout`]."""
+        is_off = isinstance(self.args, SSRMConfig) and self.args.share_prompts is False
+        # The same in every process: rounding decides where a model is near the tolerance.
+        return broadcast_object_list(["padded" if is_off else choose_layout(self.unwrapped_model)])[0]
+
+    @functools.cached_property
+    def _training_layout(self) -> str:
+        """The same in training, where the halves of a batch are pairs, and where no pool means to do as the parent does."""
+        args = self.args
+        is_on = isinstance(args, SSRMConfig) and (self.has_pool if args.share_prompts is None else args.share_prompts)
+        has_pairs = self.comparison is None or args.comparison_orders == "both"
+        # A compiled model would be compiled anew for each length, one that is copied to several devices has no hooks, and
+        # dropout differs from sequence to sequence.
+        is_plain = not args.torch_compile and args.n_gpu <= 1 and args.disable_dropout
+        return self.layout if is_on and has_pairs and is_plain else "padded"
+
     def on_main_process(self, function: Callable[[], T]) -> T:
         """
         Run a function in the main process, and give its result to all of them.
@@ -643,6 +663,7 @@ class SSRMTrainer(RewardTrainer):
             pairs,
             pad_token_id=self.processing_class.pad_token_id,
             accelerator=self.accelerator,
+            layout=self.layout,
             batch_tokens=self.args.score_batch_tokens,
             name=name,
             disable_tqdm=bool(self.args.disable_tqdm),
@@ -654,6 +675,10 @@ class SSRMTrainer(RewardTrainer):
     # ---- What is different from `RewardTrainer` within a round ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with laid_out(self.unwrapped_model, self._training_layout, paired_rows):
+            return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(self, model, inputs, return_outputs, num_items_in_batch):
         if self.comparison is not None:
             return self._compute_comparison_loss(model, inputs, return_outputs)
         # The parent would hand them to the model.

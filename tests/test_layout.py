@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    GemmaConfig,
+    GemmaForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+    set_seed,
+)
+
+from trl_ssrm.backbone import freeze_backbone
+from trl_ssrm.layout import LONGEST_SHARED_ROW, choose_layout, common_prefix, laid_out, paired_rows, shared_rows
+from trl_ssrm.scoring import score_sequences
+
+
+FAMILIES = {
+    "llama": (LlamaForSequenceClassification, LlamaConfig),
+    "qwen3": (Qwen3ForSequenceClassification, Qwen3Config),
+    "gemma": (GemmaForSequenceClassification, GemmaConfig),
+    "mistral": (MistralForSequenceClassification, MistralConfig),
+}
+PAD = 0
+
+
+def make_model(family="llama", attention="sdpa", **settings):
+    set_seed(0)
+    model_class, config_class = FAMILIES[family]
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = config_class(vocab_size=200, num_labels=1, pad_token_id=PAD, num_key_value_heads=2, **sizes, **settings)
+    if family in ("qwen3", "gemma"):
+        config.head_dim = 16
+    config._attn_implementation = attention
+    return model_class(config).eval()
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[list[int]]:
+    """Several completions of several prompts, one of the prompts empty, one completion the start of another."""
+    draw, made = np.random.default_rng(0), []
+    for length in (0, 3, 20, 60):
+        prompt = draw.integers(1, 200, size=length).tolist()
+        made += [prompt + draw.integers(1, 200, size=draw.integers(1, 20)).tolist() for _ in range(4)]
+    return [*made, made[-1][:-1], made[-2] + [7, 7]]
+
+
+def one_by_one(model, sequences) -> np.ndarray:
+    with torch.inference_mode():
+        return np.array([model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_every_layout_gives_the_rewards_of_one_sequence_at_a_time(family, attention, sequences):
+    model = make_model(family, attention)
+    assert choose_layout(model) == "shared"
+    expected = one_by_one(model, sequences)
+    # Packed is what flash attention reads, but other kernels understand it.
+    for layout in ("padded", "shared", "packed"):
+        found = score_sequences(model, sequences, PAD, layout, batch_tokens=256)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=layout)
+
+
+def test_adapter_is_laid_out_too(sequences):
+    model = get_peft_model(make_model(), LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    assert choose_layout(model) == "shared"
+    np.testing.assert_allclose(
+        score_sequences(model, sequences, PAD, "shared"), one_by_one(model, sequences), atol=1e-5
+    )
+
+
+def test_tokens_behind_the_last_one_that_counts_change_nothing(sequences):
+    # Where the padding token also ends a text, transformers reads the score before it.
+    model = make_model()
+    ended = [[*ids, PAD, PAD] for ids in sequences]
+    np.testing.assert_allclose(score_sequences(model, ended, PAD, "shared"), one_by_one(model, ended), atol=1e-5)
+
+
+def test_shared_prompts_are_computed_once(sequences):
+    model, seen = make_model(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    score_sequences(model, sequences, PAD, "shared", batch_tokens=1 << 20)
+    num_tokens = sum(map(len, sequences))
+    rows = shared_rows(sequences)
+    assert sum(seen) == len(rows) * max(row.length for row in rows)
+    assert sum(row.length for row in rows) < 0.7 * num_tokens
+
+
+def test_gradients_are_those_of_padded_pairs(sequences):
+    pairs = [ids for ids in sequences if len(ids) > 40]
+    pairs = pairs[: len(pairs) // 2 * 2]
+    length = max(map(len, pairs))
+    input_ids = torch.tensor([ids + [PAD] * (length - len(ids)) for ids in pairs])
+    inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
+    gradients, num_tokens = {}, {}
+    for layout in ("padded", "shared", "packed"):
+        model = make_model().train()
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda module, args, layout=layout: num_tokens.update({layout: args[0].numel()})
+        )
+        with laid_out(model, layout, paired_rows):
+            logits = model(**inputs).logits
+        assert logits.shape == (len(pairs), 1)
+        chosen, rejected = logits.squeeze(-1).chunk(2)
+        torch.nn.functional.logsigmoid(chosen - rejected).mean().backward()
+        gradients[layout] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert num_tokens["shared"] < 0.7 * num_tokens["padded"]
+    for layout in ("shared", "packed"):
+        for name, gradient in gradients[layout].items():
+            torch.testing.assert_close(gradient, gradients["padded"][name], atol=1e-6, rtol=1e-4)
+
+
+def test_little_in_common_is_left_as_it_is():
+    draw = np.random.default_rng(1)
+    one, *others = ([5, 6, *draw.integers(7, 200, size=30)] for _ in range(4))
+    assert all(row.prefix == 0 for row in shared_rows([one, *others]))
+    model, shapes = make_model(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    with laid_out(model, "shared", paired_rows):
+        model(input_ids=torch.tensor([one, *others]), attention_mask=torch.ones(4, 32))
+    assert shapes == [(4, 32)]
+
+
+def test_rows_have_an_end():
+    prompt = [1] * 500
+    rows = shared_rows([[*prompt, *[2 + number] * 600] for number in range(20)])
+    assert len(rows) > 1
+    assert max(row.length for row in rows) <= LONGEST_SHARED_ROW
+    assert sorted(position for row in rows for position in row.sequences) == list(range(20))
+
+
+def test_common_prefix_leaves_each_sequence_a_token_of_its_own():
+    assert common_prefix([[1, 2, 3], [1, 2]]) == 1
+    assert common_prefix([[1, 2, 3], [1, 2, 3]]) == 2
+    assert common_prefix([[1], [2]]) == 0
+
+
+def test_models_that_would_read_it_wrongly_are_padded(bert):
+    assert choose_layout(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=1)) == "padded"
+    assert choose_layout(make_model("mistral")) == "padded"  # a sliding window
+    assert choose_layout(make_model("mistral", sliding_window=None)) == "shared"
+    frozen = make_model()
+    freeze_backbone(frozen)
+    assert choose_layout(frozen) == "padded"
+
+
+def test_model_that_ignores_positions_is_found_out(caplog):
+    model = make_model()
+    rotary = model.model.rotary_emb
+
+    def from_zero(module, args, kwargs):
+        positions = torch.arange(kwargs["position_ids"].shape[1])[None]
+        return args, {**kwargs, "position_ids": positions}
+
+    rotary.register_forward_pre_hook(from_zero, with_kwargs=True)
+    assert choose_layout(model) == "padded"
+    assert "does not read sequences laid out as 'shared'; they are padded" in caplog.text
