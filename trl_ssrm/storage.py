@@ -107,7 +107,8 @@ def write_table(path: Path, features: Features, parts: Iterable[Dataset], facts:
     """
     with written_aside(path) as aside:
         with pq.ParquetWriter(str(aside), features.arrow_schema) as writer:
-            for part in parts:
+            # Readers take the first group of rows for the size of all; one without rows stops them.
+            for part in filter(len, parts):
                 writer.write_table(_as_arrow(part))
         facts = {**facts, "sha256": _file_hash(aside)}
     write_json(path.with_suffix(".json"), facts)
