@@ -21,7 +21,15 @@ from trl_ssrm.sharding import whole_weights
 from trl_ssrm.storage import content_hash
 
 
-def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, lora: bool = False, **settings) -> None:
+def main(
+    model: str,
+    output_dir: str,
+    kill_at: str = "",
+    resume: bool = False,
+    lora: bool = False,
+    stream: bool = False,
+    **settings,
+) -> None:
     """`kill_at` is `training`, `scoring`, `selection`, or `measuring`, and `:` the round in which to be killed."""
     place, _, kill_round = kill_at.partition(":")
     # A few sequences a shard.
@@ -73,6 +81,7 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
             "confidence_threshold": 0.6,
             "num_folds": 0,
             "pool_per_round": "shard" if lora else "full",
+            "max_unlabeled_samples": 40 if stream else None,
             # After a resumption within a logging interval, `Trainer` logs the mean over the rest of it.
             "logging_steps": 1,
             "save_strategy": "steps",
@@ -89,7 +98,7 @@ def main(model: str, output_dir: str, kill_at: str = "", resume: bool = False, l
         args,
         train_dataset=labeled,
         eval_dataset=held_out,
-        unlabeled_dataset=pool,
+        unlabeled_dataset=pool.to_iterable_dataset() if stream else pool,
         peft_config=LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"]) if lora else None,
         callbacks=[Killer()],
     )

@@ -1,4 +1,5 @@
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -315,6 +316,32 @@ def test_length_bias_is_logged(kept_by):
     kept = pseudo_labels["pair"][:]
     assert facts["chosen_longer"] == pytest.approx(longer[kept].mean())
     assert facts["chosen_longer_in_pool"] == pytest.approx(longer.mean())
+
+
+def test_memory_of_labeling_a_pool_from_files_is_that_of_a_few_numbers_a_pair(llama, config, labeled, tmp_path):
+    def peak(num_rows: int) -> int:
+        path = str(tmp_path / f"{num_rows}.parquet")
+        Dataset.from_list(preference_rows(num_rows, seed=2)).to_parquet(path)
+        trainer = SSRMTrainer(
+            llama,
+            config(output_dir=str(tmp_path / str(num_rows)), num_rounds=1),
+            train_dataset=labeled,
+            unlabeled_dataset=Dataset.from_parquet(path, cache_dir=str(tmp_path)),
+            callbacks=[Fixed(np.linspace(1, 2, num_rows))],
+        )
+        trainer.round_history = [{"temperature": 1.0}]
+        tracemalloc.start()
+        try:
+            rows = trainer.pseudo_labeling_callback.on_round_end(
+                trainer.args, trainer.state, trainer.control, trainer=trainer, round=0
+            )
+            rows = trainer.data_collator.build_dataset(trainer.data.labeled, rows)
+            assert len(rows) == len(labeled) + num_rows
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(5000) - peak(2000) < 3000 * 250
 
 
 class Chance(PseudoLabelingCallback):

@@ -1,9 +1,13 @@
+import itertools
+import random
 import re
+import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import as_messages, preference_rows
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from trl_ssrm.checks import check_preference_dataset
 from trl_ssrm.pool import build_pool
@@ -92,17 +96,166 @@ def test_sequences_that_only_dropped_pairs_hold_are_not_scored():
     assert len(pool.pairs.sequences) == 2
 
 
-def test_stream_is_cut_at_the_cap():
+def random_rows(num_rows: int) -> list[dict]:
+    """Rows of two to five completions, many of them alike."""
+    draw = random.Random(0)
+
+    def text() -> str:
+        return "".join(draw.choices("ab", k=draw.randint(1, 5)))
+
+    return [
+        {"prompt": f"{draw.choice('pq')} ", "completions": [text() for _ in range(draw.randint(2, 5))]}
+        for _ in range(num_rows)
+    ]
+
+
+@pytest.mark.parametrize("max_length", [None, 6])
+def test_every_pair_of_completions_is_kept_once_or_counted_under_its_first_reason(max_length):
+    rows = random_rows(300)
+    labeled, held_out = (
+        {frozenset((prompt + "a", prompt + end)) for prompt in ("p ", "q ") for end in ends}
+        for ends in (("b", "ab"), ("b", "bb"))
+    )
+    expected, dropped, seen = [], Counter(), set()
+    for number, row in enumerate(rows):
+        for positions in itertools.combinations(range(len(row["completions"])), 2):
+            texts = [row["prompt"] + row["completions"][position] for position in positions]
+            key = frozenset(texts)
+            if len(key) == 1:
+                dropped["identical completions"] += 1
+            elif max_length is not None and max(map(len, texts)) > max_length:
+                dropped[f"longer than max_length={max_length}"] += 1
+            elif key in labeled:
+                dropped["overlap with the labeled pairs"] += 1
+            elif key in held_out:
+                dropped["overlap with eval"] += 1
+            elif key in seen:
+                dropped["duplicate"] += 1
+            else:
+                seen.add(key)
+                expected.append((number, set(positions)))
+    known = {
+        name: set(
+            PairedSequences.from_tokenized(
+                Dataset.from_list(
+                    [{"chosen_ids": list(one.encode()), "rejected_ids": list(other.encode())} for one, other in pairs]
+                )
+            ).pair_keys()
+        )
+        for name, pairs in (("the labeled pairs", labeled), ("eval", held_out))
+    }
+    pool = pool_of(rows, max_length=max_length, known_pairs=known)
+    assert pool.dropped == dropped
+    assert len(dropped) == (4 if max_length is None else 5)
+    made = zip(pool.rows.tolist(), map(set, pool.completions.tolist()), strict=True)
+    assert list(made) == expected
+    # The tokens are those of the completions.
+    ids = pool.pairs.sequences["input_ids"][:]
+    for row, positions, *sequences in zip(
+        pool.rows, pool.completions, pool.pairs.first, pool.pairs.second, strict=True
+    ):
+        for position, sequence in zip(positions, sequences, strict=True):
+            text = rows[row]["prompt"] + rows[row]["completions"][position]
+            assert bytes(ids[sequence]).decode() == text
+            assert pool.pairs.lengths[sequence] == len(text)
+
+
+def test_comparisons_make_the_same_pool_of_pairs_as_completions():
+    rows = random_rows(100)
+    one, other = pool_of(rows), pool_of(rows, by_pair=True)
+    assert one.rows.tolist() == other.rows.tolist()
+    assert one.completions.tolist() == other.completions.tolist()
+    assert one.pairs.fingerprint == other.pairs.fingerprint
+
+
+def test_share_of_a_pool_holds_its_own_sequences_alone():
+    pool = pool_of(random_rows(100))
+    share = np.arange(1, len(pool), 3)
+    part = pool.take(share)
+    ids, own = pool.pairs.sequences["input_ids"][:], part.pairs.sequences["input_ids"][:]
+    for name in ("first", "second"):
+        expected = [ids[position] for position in getattr(pool.pairs, name)[share]]
+        assert [own[position] for position in getattr(part.pairs, name)] == expected
+    assert len(own) == len({*part.pairs.first.tolist(), *part.pairs.second.tolist()}) < len(ids)
+    assert (np.diff(part.pairs.lengths) <= 0).all()
+    assert [part.texts(pair, True) for pair in range(3)] == [pool.texts(pair, True) for pair in share[:3]]
+    batches = part.iterate_texts(np.array([2, 0]), np.array([True, False]))
+    assert list(batches) == [[part.texts(2, True), part.texts(0, False)]]
+
+
+def test_memory_of_a_pool_from_files_is_that_of_a_few_numbers_a_pair(tmp_path):
+    def peak(num_rows: int) -> int:
+        path = str(tmp_path / f"{num_rows}.parquet")
+        Dataset.from_list(preference_rows(num_rows)).to_parquet(path)
+        dataset = Dataset.from_parquet(path, cache_dir=str(tmp_path))
+        tracemalloc.start()
+        try:
+            pool = pool_of(dataset, max_length=100)
+            assert len(pool) == num_rows
+            pool.pairs.fingerprint  # noqa: B018
+            pool.take(np.arange(len(pool)))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(9000) - peak(3000) < 6000 * 250
+
+
+def test_stream_is_cut_at_the_cap(tmp_path):
     stream = Dataset.from_list(preference_rows(9)).to_iterable_dataset()
-    assert len(pool_of(stream, max_samples=4)) == 4
+    assert len(pool_of(stream, max_samples=4, stream_dir=tmp_path)) == 4
     with pytest.raises(ValueError, match="set `max_unlabeled_samples`"):
         pool_of(stream)
+
+
+@pytest.mark.parametrize("is_conversational", [False, True])
+def test_stream_makes_the_pool_that_its_rows_make(tmp_path, is_conversational):
+    # Some rows, which are not the first ones, have what the others lack.
+    rows = [{**row, "source": "web" if number % 100 else None} for number, row in enumerate(preference_rows(2100))]
+    if is_conversational:
+        rows = [{**as_messages({name: row[name] for name in ("prompt", "chosen", "rejected")})} for row in rows]
+    dataset = Dataset.from_list(rows)
+    settings = {"is_conversational": is_conversational, "max_samples": 2050, "stream_dir": tmp_path}
+    streams = dataset.to_iterable_dataset(), IterableDataset.from_generator(lambda: iter(rows))
+    expected = pool_of(dataset, is_conversational=is_conversational, max_samples=2050)
+    for stream in streams:
+        pool = pool_of(stream, **settings)
+        assert pool.pairs.fingerprint == expected.pairs.fingerprint
+        assert pool.source.to_list() == expected.source.to_list()
+        assert pool.source.cache_files
+
+
+def test_rows_of_a_stream_are_on_disk_once_and_never_those_of_another(tmp_path):
+    def build(rows: list[dict]):
+        return pool_of(
+            IterableDataset.from_generator(lambda: iter(rows)), max_samples=9, stream_dir=tmp_path, with_gold=True
+        )
+
+    rows = preference_rows(5)
+    first = build(rows)
+    (written,) = tmp_path.glob("*/rows.arrow")
+    time = written.stat().st_mtime_ns
+    assert build(rows).pairs.fingerprint == first.pairs.fingerprint
+    assert written.stat().st_mtime_ns == time
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    assert (build(swapped).gold == ~first.gold).all()
+    assert len(list(tmp_path.glob("*/rows.arrow"))) == len(list(tmp_path.iterdir())) == 1
+    # It is still there for who holds it.
+    assert first.source[:]["chosen"] == [row["chosen"] for row in rows]
+
+
+def test_stream_whose_later_rows_have_more_than_the_first_is_refused(tmp_path):
+    rows = [*preference_rows(1000), {"prompt": "p", "chosen": "a", "rejected": "b", "tools": "[]"}]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(ValueError, match=re.escape("Rows 1000 to 1000 of the stream have columns, fields or types")):
+        pool_of(stream, max_samples=2000, stream_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_order_of_the_sequences_depends_on_their_content_alone():
     rows = preference_rows(20)
     one = pool_of(rows).pairs
-    assert one.digests == pool_of(rows[::-1]).pairs.digests
+    assert np.array_equal(one.digests, pool_of(rows[::-1]).pairs.digests)
     assert (np.diff(one.lengths) <= 0).all()
 
 

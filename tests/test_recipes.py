@@ -158,6 +158,19 @@ def test_benchmark_of_quality_makes_its_table_and_its_plot(run_recipe, bert, tmp
     assert again[again.index("| Arm") :].splitlines() == table and "{'dataset'" not in again
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="The kind of memory is told by Linux.")
+def test_benchmark_of_memory_tells_each_stage_and_leaves_nothing(capsys, monkeypatch, tmp_path):
+    command = [str(RECIPES / "benchmark" / "memory.py"), "--num_pairs", "60", "--max_steps", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--num_completions", "3", "--work_dir", str(tmp_path)])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    output = capsys.readouterr().out
+    memory = {name: float(value) for name, value in re.findall(r"^\| ([a-z 01]+) \| (\d+) \|$", output, re.M)[: 8 + 1]}
+    assert list(memory)[0] == "start" and list(memory)[-2:] == ["round 1", "whole run"]
+    assert min(memory.values()) > 100 and max(memory.values()) == memory["whole run"]
+    assert 0 < int(re.search(r"Pairs kept: (\d+)", output)[1]) <= 60
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- From a reward model to a policy ----
 
 

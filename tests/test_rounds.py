@@ -40,7 +40,8 @@ def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path, folds)
     # A last batch that is not full would be filled up in two processes, and trained on as it is in one.
     settings = {"model": llama, "dataloader_drop_last": True, **folds}
     one = run(**settings, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
-    two = run(*TWO_PROCESSES, **settings, output_dir=str(tmp_path / "two"), per_device_train_batch_size=4)
+    # The pool of the two is a stream, which one of them reads.
+    two = run(*TWO_PROCESSES, **settings, output_dir=str(tmp_path / "two"), per_device_train_batch_size=4, stream=True)
     assert len(one["kept"]) == 2 and all(one["kept"])
     assert two["kept"] == one["kept"]
     for mine, theirs in zip(one["confidence"], two["confidence"], strict=True):

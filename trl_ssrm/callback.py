@@ -1,11 +1,12 @@
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
@@ -13,6 +14,7 @@ from transformers.trainer_callback import CallbackHandler
 from .config import SSRMConfig
 from .data import prompt_groups
 from .layout import choose_layout
+from .pool import written_out
 from .pool_summary import summarize_labeling
 from .preference import mean_logits, orders_agree, pairwise_logits
 from .rounds import CHECKPOINT_MARKER
@@ -26,7 +28,7 @@ from .selection import (
     fraction_threshold,
     within_quota,
 )
-from .sequences import PairedSequences
+from .sequences import PairedSequences, column_of, group_numbers, iterate_rows, select_rows
 
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 # That of the paper's released code.
 DEFAULT_CONFIDENCE_THRESHOLD = 0.8
+
+# What is kept of a pair besides its texts.
+LABEL_FEATURES = Features({"confidence": Value("float64"), "pair": Value("int64"), "first_is_chosen": Value("bool")})
 
 # Groups of pairs by their difference in length, for `balance_by=["length"]`.
 NUM_LENGTH_GROUPS = 5
@@ -175,9 +180,9 @@ class PseudoLabelingCallback(TrainerCallback):
         Raises:
             NonFiniteScoreError: If the model gives a row of the pool a reward that is NaN or infinite.
         """
-        if trainer.on_main_process(lambda: trainer.run.read_pseudo_labels(round + 1) is None):
+        if not trainer.on_main_process(lambda: trainer.run.has_pseudo_labels(round + 1)):
             self._label_pool(args, trainer, round)
-        stored = trainer.run.read_pseudo_labels(round + 1)
+        stored = trainer.run.read_pseudo_labels(round + 1, list(LABEL_FEATURES))
         assert stored is not None
         pseudo_labels, facts = stored
         trainer.log(dict(facts))
@@ -190,9 +195,10 @@ class PseudoLabelingCallback(TrainerCallback):
                 "longer."
             )
             return None
-        previous = trainer.run.read_pseudo_labels(round) if round > 0 and args.pool_per_round == "full" else None
-        is_same_weight = self._weight(round) == self._weight(round + 1)
-        if previous is not None and is_same_weight and _same_labels(previous[0], pseudo_labels):
+        previous = None
+        if round > 0 and args.pool_per_round == "full" and self._weight(round) == self._weight(round + 1):
+            previous = trainer.run.read_pseudo_labels(round, list(LABEL_FEATURES))
+        if previous is not None and _same_labels(previous[0], pseudo_labels):
             self.termination_reason = "no_change"
             return None
         rows = self._training_rows(pseudo_labels, round + 1)
@@ -284,14 +290,15 @@ class PseudoLabelingCallback(TrainerCallback):
 
     @staticmethod
     def _ask_teacher(teacher: "PairwiseJudge", trainer: "SSRMTrainer", pool: "Pool", directory: Path) -> PairScores:
-        def tokenize(pair: int) -> dict[str, list[int]]:
-            texts = pool.texts(pair, first_is_chosen=True)
+        def tokenize(texts: dict[str, Any]) -> dict[str, list[int]]:
             ids = teacher.comparison.tokenize(
                 teacher.processing_class, texts["prompt"], texts["chosen"], texts["rejected"]
             )
             return dict(zip(("chosen_ids", "rejected_ids"), ids, strict=True))
 
-        pairs = PairedSequences.from_tokenized(Dataset.from_list([tokenize(pair) for pair in range(len(pool))]))
+        texts = pool.iterate_texts(np.arange(len(pool)), np.ones(len(pool), dtype=bool))
+        rows = (tokenize(each) for batch in texts for each in batch)
+        pairs = PairedSequences.from_tokenized(written_out(rows, directory / "pairs"))
         if getattr(teacher.model, "hf_device_map", None) is None:
             teacher.model.to(trainer.accelerator.device)
         scores = score_pairs(
@@ -354,17 +361,29 @@ class PseudoLabelingCallback(TrainerCallback):
         if trainer.accelerator.is_main_process:
             summary = summarize_labeling(pool, scores, mask, threshold, length_difference if is_scalar else None)
             trainer.run.write_labeling(round + 1, summary)
-            labels = self._labels(scores, share, kept).add_column("round", [round + 1] * len(kept))
-            texts = [pool.texts(pair, bool(first_is_chosen[pair])) for pair in kept.tolist()]
-            parts = [Dataset.from_list(texts)] if texts else []
-            trainer.run.write_pseudo_labels(round + 1, concatenate_datasets([*parts, labels], axis=1), facts)
+            labels = self._labels(scores, share, kept)
+            features = Features({**pool.text_features, **LABEL_FEATURES, "round": Value("int64")})
+            parts = self._with_texts(labels, round + 1, pool, kept, features)
+            trainer.run.write_pseudo_labels(round + 1, features, parts, facts)
         trainer.accelerator.wait_for_everyone()
+
+    @staticmethod
+    def _with_texts(
+        labels: Dataset, round: int, pool: "Pool", kept: np.ndarray, features: Features
+    ) -> Iterator[Dataset]:
+        """Pseudo-labels in parts, each pair with its texts and the round that it is for."""
+        start = 0
+        for texts in pool.iterate_texts(kept, column_of(labels, "first_is_chosen")):
+            columns = {name: [each[name] for each in texts] for name in pool.text_features}
+            columns |= {**labels[start : start + len(texts)], "round": [round] * len(texts)}
+            yield Dataset.from_dict(columns, features=features)
+            start += len(texts)
 
     @staticmethod
     def _labels(scores: PairScores, share: np.ndarray, kept: np.ndarray) -> Dataset:
         """The kept pairs by their place in the pool."""
         columns = {"confidence": scores.confidence, "pair": share, "first_is_chosen": scores.logits > 0}
-        return Dataset.from_dict({name: values[kept] for name, values in columns.items()})
+        return Dataset.from_dict({name: values[kept] for name, values in columns.items()}, features=LABEL_FEATURES)
 
     def _select_with_quotas(self, scores: PairScores, pool: "Pool") -> tuple[np.ndarray, float | None]:
         """Mask of the pairs to keep, after every condition and quota, and the threshold if there is one."""
@@ -399,7 +418,8 @@ class PseudoLabelingCallback(TrainerCallback):
             elif name == "prompt":
                 groups = prompt_groups(pool.source)[pool.rows]
             else:
-                groups = np.array([str(value) for value in pool.source[name]])[pool.rows]
+                values = (str(row[name]) for row in iterate_rows(pool.source, [name]))
+                groups = group_numbers(values)[pool.rows]
             mask = balanced(mask, scores.confidence, groups)
         return mask, threshold
 
@@ -422,8 +442,8 @@ class PseudoLabelingCallback(TrainerCallback):
         return concatenate_datasets([rows, own.cast(rows.features)]) if len(own) else rows
 
     def _training_rows(self, labels: Dataset, round: int) -> Dataset:
-        pool, pairs, confidence = self.trainer.data.pool, np.array(labels["pair"]), np.array(labels["confidence"])
-        columns = {"probability": np.where(labels["first_is_chosen"], confidence, 1 - confidence)}
+        pool, pairs, confidence = self.trainer.data.pool, column_of(labels, "pair"), column_of(labels, "confidence")
+        columns = {"probability": np.where(column_of(labels, "first_is_chosen"), confidence, 1 - confidence)}
         args, weight = self.trainer.args, self._weight(round)
         if args.debias_pseudo_labels:
             weight *= len(self.trainer.data.labeled) / len(self.trainer.share_of_pool(round))
@@ -431,10 +451,16 @@ class PseudoLabelingCallback(TrainerCallback):
         if args.debias_pseudo_labels or args.pseudo_label_warmup_rounds:
             columns["weight"] = np.full(len(pairs), weight)
         ids = {"chosen_ids": pool.pairs.first, "rejected_ids": pool.pairs.second}
-        tokens = [
-            pool.pairs.sequences.select(position[pairs]).rename_column("input_ids", name)
-            for name, position in ids.items()
-        ]
+        # What lies on disk is written to disk in its new order, once for all processes, and as Arrow, not as objects.
+        with self.trainer.accelerator.main_process_first():
+            tokens = [
+                select_rows(pool.pairs.sequences, position[pairs])
+                .rename_column("input_ids", name)
+                .with_format("arrow")
+                .flatten_indices()
+                .with_format(None)
+                for name, position in ids.items()
+            ]
         return concatenate_datasets([*tokens, Dataset.from_dict(columns)], axis=1)
 
 
@@ -445,7 +471,7 @@ def _length_difference(pool: "Pool", first_is_chosen: np.ndarray) -> np.ndarray:
 
 
 def _same_labels(before: Dataset, now: Dataset) -> bool:
-    return before["pair"][:] == now["pair"][:] and before["first_is_chosen"][:] == now["first_is_chosen"][:]
+    return all(np.array_equal(column_of(before, name), column_of(now, name)) for name in ("pair", "first_is_chosen"))
 
 
 class RoundCallbackHandler(CallbackHandler):

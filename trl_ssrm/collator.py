@@ -7,6 +7,8 @@ import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from .sequences import column_of, select_rows
+
 
 # Columns that a training row has for the collator, the last three being optional.
 TRAINING_COLUMNS = ("chosen_ids", "rejected_ids", "probability", "weight", "margin")
@@ -98,13 +100,13 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
         Returns:
             [`~datasets.Dataset`]: rows for this collator, with a `probability` of `None` for the labeled ones.
         """
-        probability = np.array(pseudo_labeled["probability"], dtype=np.float64)
-        kept = pseudo_labeled.select(np.flatnonzero(self._is_confident(probability)))
+        probability = column_of(pseudo_labeled, "probability").astype(np.float64)
+        kept = select_rows(pseudo_labeled, np.flatnonzero(self._is_confident(probability)))
         own = ("chosen_ids", "rejected_ids", "margin")
         labeled = labeled.select_columns([name for name in own if name in labeled.column_names])
         features = Features({**labeled.features, "probability": Value("float64")})
         if "margin" in features:
-            kept = kept.add_column("margin", [0.0] * len(kept))
+            kept = kept.add_column("margin", np.zeros(len(kept)))
         if "weight" in kept.column_names:
             features = Features({**features, "weight": Value("float64")})
             labeled = labeled.add_column("weight", [1.0] * len(labeled))

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from datasets import Dataset
 from trl import maybe_extract_prompt
 
 from .pool import Pool, build_pool, report_dropped
-from .sequences import PairedSequences
+from .rounds import RunDirectory
+from .sequences import PairedSequences, group_numbers, iterate_rows
 from .storage import content_hash
 
 
@@ -123,6 +125,7 @@ def prepare_run_data(
         with_gold=args.track_pseudo_label_accuracy,
         known_pairs=known_pairs,
         by_pair=trainer.comparison is not None,
+        stream_dir=RunDirectory(str(args.output_dir)).root / "pool",
     )
     margins = list(labeled["margin"]) if "margin" in labeled.column_names else None
     return RunData(labeled, labeled_pairs, margins, held_out, pool)
@@ -158,26 +161,25 @@ def prompt_groups(dataset: Dataset) -> np.ndarray:
     """
     columns = dataset.column_names
     if "prompt" in columns:
-        keys = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
+        keys: Iterator[str] = (json.dumps(row["prompt"], sort_keys=True) for row in iterate_rows(dataset, ["prompt"]))
     elif "chosen" in columns:
-        prompts = [maybe_extract_prompt(row)["prompt"] for row in dataset.select_columns(["chosen", "rejected"])]
+        prompts = [maybe_extract_prompt(row)["prompt"] for row in iterate_rows(dataset, ["chosen", "rejected"])]
         keys = _merged([each if isinstance(each, str) else json.dumps(each, sort_keys=True)[:-1] for each in prompts])
     else:
-        ids = dataset.select_columns(["chosen_ids", "rejected_ids"])
+        ids = iterate_rows(dataset, ["chosen_ids", "rejected_ids"])
         starts = [_common_start(row["chosen_ids"], row["rejected_ids"]) for row in ids]
         keys = _merged(["".join(f"{token}," for token in start) for start in starts])
-    number_of: dict[str, int] = {}
-    return np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
+    return group_numbers(keys)
 
 
-def _merged(starts: list[str]) -> list[str]:
+def _merged(starts: list[str]) -> Iterator[str]:
     """One key for starts of which one begins another: answers that begin alike lengthen what a pair has in common."""
     root, root_of = "", {}
     for start in sorted(set(starts)):
         root = root if root and start.startswith(root) else start
         root_of[start] = root
     # Two pairs that both have nothing in common have nothing to do with each other.
-    return [root_of[start] or f"row {row}" for row, start in enumerate(starts)]
+    return (root_of[start] or f"row {row}" for row, start in enumerate(starts))
 
 
 def _common_start(one: list[int], other: list[int]) -> list[int]:

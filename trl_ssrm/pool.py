@@ -4,17 +4,21 @@ import hashlib
 import itertools
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, IterableDataset
 from trl import maybe_extract_prompt
 
 from .checks import check_not_empty, check_row
-from .sequences import PairedSequences
+from .sequences import BATCH_ROWS, PairedSequences, index_type, is_everything, iterate_rows
+from .storage import write_rows
 
 
 logger = logging.getLogger(__name__)
@@ -35,9 +39,9 @@ class Pool:
     Args:
         source ([`~datasets.Dataset`]):
             The rows that the pairs come from.
-        rows (`np.ndarray` of shape `(num_pairs,)`, int64):
-            Row of `source` that each pair comes from.
-        completions (`np.ndarray` of shape `(num_pairs, 2)`, int64):
+        rows (`np.ndarray` of shape `(num_pairs,)`, int32, or int64 where the positions need it):
+            Row of `source` that each pair comes from, ascending.
+        completions (`np.ndarray` of shape `(num_pairs, 2)`, int32):
             Positions of the first and the second completion among those of the row.
         pairs ([`PairedSequences`]):
             Their token IDs, in the same order.
@@ -59,16 +63,52 @@ class Pool:
 
     def take(self, pairs: np.ndarray) -> "Pool":
         """Some of the pairs."""
+        if is_everything(pairs, len(self)):
+            return self
         gold = None if self.gold is None else self.gold[pairs]
         return Pool(self.source, self.rows[pairs], self.completions[pairs], self.pairs.take(pairs), gold, self.dropped)
 
     def texts(self, pair: int, first_is_chosen: bool) -> dict[str, Any]:
         """`dict` with the keys `prompt`, `chosen` and `rejected`: the text or messages of a pair, oriented."""
-        row = self.source[int(self.rows[pair])]
-        first, second = (completions_of(row)[position] for position in self.completions[pair].tolist())
-        chosen, rejected = (first, second) if first_is_chosen else (second, first)
-        prompt = {"prompt": row["prompt"]} if row.get("prompt") is not None else {}
-        return maybe_extract_prompt({**prompt, "chosen": chosen, "rejected": rejected})
+        (texts,) = next(self.iterate_texts(np.array([pair]), np.array([first_is_chosen])))
+        return texts
+
+    def iterate_texts(self, pairs: np.ndarray, first_is_chosen: np.ndarray) -> Iterator[list[dict[str, Any]]]:
+        """
+        The text or messages of some pairs, in batches that are all that is in memory.
+
+        Args:
+            pairs (`np.ndarray` of shape `(n,)`, int64):
+                Which of them.
+            first_is_chosen (`np.ndarray` of shape `(n,)`, bool):
+                Whether the first completion of each is the preferred one.
+
+        Yields:
+            `list[dict[str, Any]]` of length at most [`BATCH_ROWS`]: of each pair the keys `prompt`, `chosen` and
+            `rejected`.
+        """
+        source = self.source.select_columns(columns_of_pairs(self.source))
+        for start in range(0, len(pairs), BATCH_ROWS):
+            batch = pairs[start : start + BATCH_ROWS]
+            rows, place = np.unique(self.rows[batch], return_inverse=True)
+            columns = source[rows.tolist()]
+            texts = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            yield [
+                _oriented(texts[row], *(positions if is_first else reversed(positions)))
+                for row, positions, is_first in zip(
+                    place.tolist(),
+                    self.completions[batch].tolist(),
+                    first_is_chosen[start : start + BATCH_ROWS].tolist(),
+                    strict=True,
+                )
+            ]
+
+    @property
+    def text_features(self) -> Features:
+        """[`~datasets.Features`]: types of what `iterate_texts` yields."""
+        completion = completion_feature(self.source)
+        prompt = self.source.features.get("prompt", completion)
+        return Features({"prompt": prompt, "chosen": completion, "rejected": completion})
 
 
 def build_pool(
@@ -81,6 +121,7 @@ def build_pool(
     with_gold: bool = False,
     known_pairs: dict[str, set] | None = None,
     by_pair: bool = False,
+    stream_dir: Path | None = None,
 ) -> Pool:
     """
     Turn an unlabeled dataset into a [`Pool`]. A row with `n` completions gives `n * (n - 1) / 2` pairs.
@@ -105,6 +146,9 @@ def build_pool(
             Pair keys of other datasets by the name of each; pairs among them are dropped.
         by_pair (`bool`, *optional*, defaults to `False`):
             Whether a sequence depends on both completions of a pair, as those of a pairwise model do.
+        stream_dir (`Path`, *optional*):
+            Directory for the rows of an [`~datasets.IterableDataset`], the same for all processes; required for one.
+            They are written as they come, and only the last such rows are kept.
 
     Returns:
         [`Pool`]
@@ -117,7 +161,8 @@ def build_pool(
     if isinstance(dataset, IterableDataset):
         if max_samples is None:
             raise ValueError(f"`{name}` is an `IterableDataset`; set `max_unlabeled_samples` to the rows to take.")
-        dataset = Dataset.from_list(list(dataset.take(max_samples)), features=dataset.features)
+        assert stream_dir is not None
+        dataset = written_out(dataset.take(max_samples), stream_dir, dataset.features)
     elif max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     check_not_empty(dataset, name)
@@ -128,8 +173,8 @@ def build_pool(
             f"`track_pseudo_label_accuracy` needs gold labels, but `{name}` has no `chosen` and `rejected`; turn it off."
         )
     has_prompt = "prompt" in columns
-    num_completions = []
-    for number, row in enumerate(dataset):
+    num_completions = array("i")
+    for number, row in enumerate(iterate_rows(dataset, columns_of_pairs(dataset))):
         completions = completions_of(row)
         if is_conversational is None:
             is_conversational = isinstance(next(iter(completions), None), list)
@@ -140,59 +185,125 @@ def build_pool(
         num_completions.append(len(completions))
 
     tokenized = PairedSequences.from_tokenized(tokenize(_two_by_two(dataset, by_pair)))
-    digests = tokenized.digests
-    known_pairs, seen = known_pairs or {}, set()
-    dropped: Counter[str] = Counter()
-    rows, kept_completions, first, second = [], [], [], []
-    offset = 0
-    for row, count in enumerate(num_completions):
-        tokenized_pairs = _pairs_to_tokenize(count, by_pair)
-        sequences = {}
-        for pair in tokenized_pairs:
-            own = {pair[0]: int(tokenized.first[offset]), pair[1]: int(tokenized.second[offset])}
-            sequences.update({(pair, i) if by_pair else i: sequence for i, sequence in own.items()})
-            offset += 1
-        for pair in itertools.combinations(range(count), 2):
-            sequence_of = {i: sequences[(pair, i) if by_pair else i] for i in pair}
-            # The order is drawn from the seed, the row and the tokens, never from the order in the input, which may be
-            # the label.
-            i, j = sorted(pair, key=lambda i: _draw(seed, row, digests[sequence_of[i]]))
-            key = tuple(sorted((digests[sequence_of[i]], digests[sequence_of[j]])))
-            reason = next((f"overlap with {other}" for other, keys in known_pairs.items() if key in keys), None)
-            if key[0] == key[1]:
-                reason = "identical completions"
-            elif max_length is not None and max(tokenized.lengths[[sequence_of[i], sequence_of[j]]]) > max_length:
-                reason = f"longer than max_length={max_length}"
-            elif reason is None and key in seen:
-                reason = "duplicate"
-            if reason is not None:
-                dropped[reason] += 1
-                continue
-            seen.add(key)
-            rows.append(row)
-            kept_completions.append((i, j))
-            first.append(sequence_of[i])
-            second.append(sequence_of[j])
+    rows, positions, first, second = _all_pairs(tokenized, np.frombuffer(num_completions, dtype=np.int32), by_pair)
+    # The order is drawn from the seed, the row and the tokens, never from the order in the input, which may be the label.
+    is_turned = _is_turned(seed, rows, first, second, tokenized.digests)
+    first[is_turned], second[is_turned] = second[is_turned], first[is_turned]
+    positions[is_turned] = positions[is_turned, ::-1]
+    reason_of = _reasons(tokenized, first, second, max_length, known_pairs or {})
+    is_kept = np.ones(len(rows), dtype=bool)
+    dropped: dict[str, int] = {}
+    for reason, is_so in reason_of:
+        is_so &= is_kept
+        is_kept &= ~is_so
+        if is_so.any():
+            dropped[reason] = int(is_so.sum())
     report_dropped(name, dropped)
-    if not rows:
+    if not is_kept.any():
         raise ValueError(f"No pair of `{name}` is left ({in_words(dropped)}); give it other rows, or mend that.")
-    positions = np.array(kept_completions, dtype=np.int64)
-    pool = Pool(
+    if not is_kept.all():
+        rows, positions, first, second = rows[is_kept], positions[is_kept], first[is_kept], second[is_kept]
+    return Pool(
         source=dataset,
-        rows=np.array(rows, dtype=np.int64),
+        rows=rows,
         completions=positions,
-        pairs=PairedSequences(
-            tokenized.sequences,
-            tokenized.lengths,
-            digests,
-            np.array(first, dtype=np.int64),
-            np.array(second, dtype=np.int64),
-        ),
+        pairs=tokenized.pair_up(first, second),
         # The completions of a preference row are `chosen` and `rejected`, in that order.
         gold=positions[:, 0] == 0 if with_gold else None,
-        dropped=dict(dropped),
+        dropped=dropped,
     )
-    return pool.take(np.arange(len(pool)))
+
+
+def written_out(rows: Iterable[dict[str, Any]], directory: Path, features: Features | None = None) -> Dataset:
+    """
+    Rows on disk instead of in memory.
+
+    Args:
+        rows (`Iterable[dict[str, Any]]`):
+            The rows, of which the main process writes those that it has.
+        directory (`Path`):
+            Where, the same for all processes; only the last rows written there are kept.
+        features ([`~datasets.Features`], *optional*):
+            Their columns and types. If `None`, they are those of the first thousand rows.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows, memory-mapped, the same in every process.
+    """
+    path = write_rows(directory, rows, features) if PartialState().is_main_process else None
+    return Dataset.from_file(str(broadcast_object_list([path])[0]))
+
+
+def _all_pairs(
+    tokenized: PairedSequences, num_completions: np.ndarray, by_pair: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Row, positions of the two completions, and positions of their two sequences, of each pair of completions."""
+    num_pairs = num_completions * (num_completions - 1) // 2
+    rows = np.repeat(np.arange(len(num_completions), dtype=index_type(len(num_completions))), num_pairs)
+    # A table of the pairs of a row for each number of completions that there is, and where it starts.
+    numbers = np.unique(num_completions)
+    tables = [np.array(list(itertools.combinations(range(number), 2)), dtype=np.int32) for number in numbers.tolist()]
+    start_of = np.zeros(int(numbers[-1]) + 1, dtype=np.int64)
+    start_of[numbers] = np.cumsum([0, *map(len, tables)])[:-1]
+    # The place of a pair in the table, less its place among all pairs, is the same for the pairs of a row.
+    shift = start_of[num_completions] - (np.cumsum(num_pairs, dtype=np.int64) - num_pairs)
+    place = np.arange(len(rows)) + shift[rows]
+    positions = np.concatenate(tables)[place]
+    del place
+    if by_pair:
+        return rows, positions, tokenized.first.copy(), tokenized.second.copy()
+    sequences = np.stack([tokenized.first, tokenized.second], axis=1).ravel()
+    # A completion without a partner was tokenized twice.
+    ends = np.cumsum(num_completions + num_completions % 2, dtype=np.int64)
+    sequences = np.delete(sequences, ends[num_completions % 2 == 1] - 1)
+    start_of_row = np.cumsum(num_completions, dtype=np.int64) - num_completions
+    first, second = (sequences[start_of_row[rows] + positions[:, side]] for side in range(2))
+    return rows, positions, first, second
+
+
+def _is_turned(seed: int, rows: np.ndarray, first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """Whether the two completions of a pair change places."""
+    is_turned = np.empty(len(rows), dtype=bool)
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = slice(start, start + BATCH_ROWS)
+        own = [digests[sequences[batch]].tobytes() for sequences in (first, second)]
+        for number, row in enumerate(rows[batch].tolist()):
+            one, other = (_draw(seed, row, each[16 * number : 16 * number + 16]) for each in own)
+            is_turned[start + number] = other < one
+    return is_turned
+
+
+def _reasons(
+    tokenized: PairedSequences,
+    first: np.ndarray,
+    second: np.ndarray,
+    max_length: int | None,
+    known_pairs: dict[str, set],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Why pairs are left out, and which of them; of several reasons the first one counts."""
+    yield "identical completions", first == second
+    if max_length is not None:
+        yield f"longer than max_length={max_length}", tokenized.lengths[np.minimum(first, second)] > max_length
+    # What two pairs share if they hold the same sequences.
+    keys = np.minimum(first, second).astype(np.int64) * len(tokenized.lengths) + np.maximum(first, second)
+    position_of = _positions_of(
+        tokenized, {digest for known in known_pairs.values() for key in known for digest in key}
+    )
+    for name, known in known_pairs.items():
+        found = [(position_of[one], position_of[other]) for one, other in known if {one, other} <= position_of.keys()]
+        known_keys = [min(pair) * len(tokenized.lengths) + max(pair) for pair in found]
+        yield f"overlap with {name}", np.isin(keys, np.array(known_keys, dtype=np.int64))
+    is_first = np.zeros(len(keys), dtype=bool)
+    is_first[np.unique(keys, return_index=True)[1]] = True
+    yield "duplicate", ~is_first
+
+
+def _positions_of(tokenized: PairedSequences, digests: set[bytes]) -> dict[bytes, int]:
+    """Positions of the sequences with some hashes, where there are such."""
+    return {
+        digest: position
+        for position, digest in enumerate(map(np.ndarray.tobytes, tokenized.digests))
+        if digest in digests
+    }
 
 
 def report_dropped(name: str, dropped: dict[str, int]) -> None:
@@ -268,11 +379,23 @@ def named_completions(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in names}
 
 
+def columns_of_pairs(dataset: Dataset) -> list[str]:
+    """`list[str]`: the columns of a dataset of an accepted format that hold the text of its pairs."""
+    names = named_completions(dataset.features) if "completions" not in dataset.column_names else ["completions"]
+    return [*(name for name in ("prompt",) if name in dataset.column_names), *names]
+
+
 def completion_feature(dataset: Dataset) -> Any:
     """The feature type of one completion in a dataset of an accepted format."""
     if "completions" in dataset.features:
         return dataset.features["completions"].feature
     return completions_of(dataset.features)[0]
+
+
+def _oriented(row: dict[str, Any], chosen: int, rejected: int) -> dict[str, Any]:
+    completions = completions_of(row)
+    prompt = {"prompt": row["prompt"]} if row.get("prompt") is not None else {}
+    return maybe_extract_prompt({**prompt, "chosen": completions[chosen], "rejected": completions[rejected]})
 
 
 def _draw(seed: int, row: int, digest: bytes) -> bytes:

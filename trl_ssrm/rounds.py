@@ -5,6 +5,7 @@ What a run leaves on disk, and how it is resumed from it.
 output_dir/_rounds/
     run.json                   settings and data that the run was started with
     initial.safetensors        trainable weights before round 0
+    pool/                      rows of a pool that is a stream, and the cache of what was made of them
     round_1/
         scores/                rewards of the pool under the weights of round 0
         pseudo_labels.parquet  kept pairs: what round 1 trains on beside the labeled pairs
@@ -23,12 +24,13 @@ Every file is written aside and renamed, and files of numbers and pairs carry a 
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from safetensors import safe_open
 from torch import nn
 from transformers import TrainerState
@@ -40,6 +42,7 @@ from .sharding import fill, shape_of, trainable_parameters
 from .storage import (
     changed_facts,
     content_hash,
+    read_facts,
     read_table,
     read_tensors,
     write_json,
@@ -216,18 +219,35 @@ class RunDirectory:
         with written_aside(self.state_path(round)) as aside:
             state.save_to_json(str(aside))
 
-    def write_pseudo_labels(self, round: int, pseudo_labels: Dataset, facts: dict[str, Any]) -> None:
-        """Keep the pairs that a round will train on, and the facts of their selection."""
-        write_table(self.round_dir(round) / "pseudo_labels.parquet", pseudo_labels, facts)
+    def write_pseudo_labels(
+        self, round: int, features: Features, parts: Iterable[Dataset], facts: dict[str, Any]
+    ) -> None:
+        """Keep the pairs that a round will train on, part by part, and the facts of their selection."""
+        write_table(self._pseudo_labels_path(round), features, parts, facts)
 
-    def read_pseudo_labels(self, round: int) -> tuple[Dataset, dict[str, Any]] | None:
+    def has_pseudo_labels(self, round: int) -> bool:
+        """`bool`: whether the pairs that a round trains on are there and whole."""
+        return read_facts(self._pseudo_labels_path(round)) is not None
+
+    def read_pseudo_labels(
+        self, round: int, columns: list[str] | None = None
+    ) -> tuple[Dataset, dict[str, Any]] | None:
         """
         The pairs that a round trains on, and the facts of their selection.
+
+        Args:
+            round (`int`):
+                The round.
+            columns (`list[str]`, *optional*):
+                Columns to read into memory. If `None`, all of them, with the texts.
 
         Returns:
             `tuple[Dataset, dict]` or `None`: `None` if there are none yet or the file is damaged, which is logged.
         """
-        return read_table(self.round_dir(round) / "pseudo_labels.parquet")
+        return read_table(self._pseudo_labels_path(round), columns)
+
+    def _pseudo_labels_path(self, round: int) -> Path:
+        return self.round_dir(round) / "pseudo_labels.parquet"
 
     def last_checkpoint(self, round: int) -> str | None:
         """`str` or `None`: directory of the last checkpoint of a round that was written to its end."""

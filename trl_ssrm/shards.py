@@ -84,7 +84,7 @@ def map_in_shards(
                 made, dropped = function(list(rows), start)
                 # By columns, since a list without rows would have none.
                 table = Dataset.from_dict({name: [row[name] for row in made] for name in features}, features=features)
-                write_table(paths[number], table, {"num_rows": len(table), "dropped": dict(dropped)})
+                write_table(paths[number], features, [table], {"num_rows": len(table), "dropped": dict(dropped)})
             progress.update(len(rows))
     state.wait_for_everyone()
     num_rows, dropped = 0, Counter[str]()

@@ -1,18 +1,25 @@
 """Files that appear whole or not at all, and that say when they are damaged."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import logging
+import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .files import write_json, written_aside
+from .sequences import BATCH_ROWS
 
 
 logger = logging.getLogger(__name__)
@@ -67,20 +74,25 @@ def read_tensors(path: Path, key: str = "") -> dict[str, torch.Tensor] | None:
     return tensors if metadata.get("key") == key else None
 
 
-def write_table(path: Path, table: Dataset, facts: dict[str, Any]) -> None:
+def write_table(path: Path, features: Features, parts: Iterable[Dataset], facts: dict[str, Any]) -> None:
     """
-    Write a dataset as Parquet and facts about it as JSON beside it.
+    Write a dataset as Parquet, part by part, and facts about it as JSON beside it.
 
     Args:
         path (`Path`):
             File to write, with the suffix `.parquet`.
-        table ([`~datasets.Dataset`]):
-            Dataset to write.
+        features ([`~datasets.Features`]):
+            Columns of the dataset and their types.
+        parts (`Iterable[Dataset]`):
+            Its rows, with these features; one part is in memory at a time.
         facts (`dict[str, Any]`):
             JSON values. They are written last, so they are the sign that the table is there.
     """
     with written_aside(path) as aside:
-        table.to_parquet(str(aside))
+        with pq.ParquetWriter(str(aside), features.arrow_schema) as writer:
+            # Readers take the first group of rows for the size of all; one without rows stops them.
+            for part in filter(len, parts):
+                writer.write_table(_as_arrow(part))
         facts = {**facts, "sha256": _file_hash(aside)}
     write_json(path.with_suffix(".json"), facts)
 
@@ -105,15 +117,89 @@ def read_facts(path: Path) -> dict[str, Any] | None:
     return facts
 
 
-def read_table(path: Path) -> tuple[Dataset, dict[str, Any]] | None:
+def read_table(path: Path, columns: list[str] | None = None) -> tuple[Dataset, dict[str, Any]] | None:
     """
     Read what [`write_table`] wrote.
+
+    Args:
+        path (`Path`):
+            File to read.
+        columns (`list[str]`, *optional*):
+            Columns to read. If `None`, all of them.
 
     Returns:
         `tuple[Dataset, dict]` or `None`: the dataset, in memory, and the facts; `None` as in [`read_facts`].
     """
     facts = read_facts(path)
-    return None if facts is None else (Dataset(pq.read_table(path)), facts)
+    return None if facts is None else (Dataset(pq.read_table(path, columns=columns)), facts)
+
+
+def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Features | None = None) -> Path:
+    """
+    Write rows to disk as they come, for [`~datasets.Dataset.from_file`]. The file is named by its content, so that the
+    cache of what was made of other rows is not taken for that of these.
+
+    Args:
+        directory (`Path`):
+            Directory for the file, which is emptied of what other rows have left there.
+        rows (`Iterable[dict[str, Any]]`):
+            The rows.
+        features ([`~datasets.Features`], *optional*):
+            Their columns and types. If `None`, they are those of the first thousand rows.
+
+    Returns:
+        `Path`: the file, in Arrow's format of streams.
+
+    Raises:
+        ValueError: If `features` is `None` and later rows have something that the first ones have not.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = directory / f".rows.{os.getpid()}"
+    iterator, schema = iter(rows), None
+    try:
+        with contextlib.ExitStack() as stack:
+            for start in itertools.count(0, BATCH_ROWS):
+                chunk = list(itertools.islice(iterator, BATCH_ROWS))
+                if schema is not None and not chunk:
+                    break
+                part = Dataset.from_list(chunk, features=features)
+                if schema is None:
+                    schema = part.features.arrow_schema
+                    writer = stack.enter_context(pa.ipc.new_stream(str(aside), schema))
+                elif part.features.arrow_schema != schema:
+                    part = _with_schema(part, schema, start)
+                writer.write_table(_as_arrow(part))
+        path = directory / _file_hash(aside)[:16] / "rows.arrow"
+        # The cache of what was made of these rows lies beside them.
+        if not path.is_file():
+            path.parent.mkdir()
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    for other in directory.iterdir():
+        if other != path.parent:
+            shutil.rmtree(other)
+    return path
+
+
+def _with_schema(part: Dataset, schema: pa.Schema, first_row: int) -> Dataset:
+    """Rows without a value somewhere, in the types of others that have one; refuse those that have more."""
+    own = part.features.arrow_schema
+    try:
+        adds_nothing = pa.unify_schemas([schema, own], promote_options="permissive") == schema
+    except pa.ArrowTypeError:
+        adds_nothing = False
+    if not adds_nothing:
+        raise ValueError(
+            f"Rows {first_row} to {first_row + len(part) - 1} of the stream have columns, fields or types that the first "
+            f"{BATCH_ROWS} rows have not; make the stream with `features`."
+        )
+    features, columns = Features.from_arrow_schema(schema), part.to_dict()
+    return Dataset.from_dict({name: columns.get(name, [None] * len(part)) for name in features}, features=features)
+
+
+def _as_arrow(dataset: Dataset) -> pa.Table:
+    return dataset.with_format("arrow")[:]
 
 
 def changed_facts(path: Path, facts: dict[str, Any]) -> str:
