@@ -1,9 +1,13 @@
 """Where rows come from: the hub, a folder, or a file of JSON lines, CSV or Parquet."""
 
+import contextlib
 import csv
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets.utils import logging
 
 
 # What `load_dataset` calls the format of a file, by its extension.
@@ -70,42 +74,53 @@ def load_splits(name_or_path: str, config: str | None = None) -> dict[str, Datas
 def _load_file(path: Path) -> dict[str, Dataset]:
     if path.suffix not in _FORMATS:
         raise ValueError(f"{path} ends with {path.suffix!r}; a data file ends with one of {_EXTENSIONS}.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; give it rows.")
-    kwargs: dict = {}
-    if _FORMATS[path.suffix] == "csv":
-        separator = "\t" if path.suffix == ".tsv" else ","
-        # An answer may be "42", "NA" or "", which pandas would take for a number and for nothing.
-        kwargs = {"sep": separator, "keep_default_na": False, "encoding": "utf-8-sig"}
-        kwargs["features"] = _csv_features(path, separator)
-    try:
-        return dict(load_dataset(_FORMATS[path.suffix], data_files={"train": str(path)}, **kwargs))
-    except Exception as error:
-        # What is wrong with a file is in the cause of the `DatasetGenerationError` that `datasets` raises.
-        raise ValueError(f"{path} can't be read: {_first_line(error.__cause__ or error)}") from error
-
-
-def _csv_features(path: Path, separator: str) -> Features:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            columns = next(csv.reader(file, delimiter=separator), [])
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} can't be read: {error}") from error
-    return Features({name: Value("float64" if name == "margin" else "string") for name in columns})
+    with _readable(path):
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")
+        format, files = _FORMATS[path.suffix], {"train": str(path)}
+        return dict(load_dataset(format, data_files=files, **_options([path])))
 
 
 def _load_folder(path: Path) -> dict[str, Dataset]:
-    try:
+    with _readable(path):
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = load_from_disk(str(path))
             return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-        if not any(file.suffix in _FORMATS for file in path.rglob("*")):
-            raise ValueError(f"{path} holds no data; a data file ends with one of {_EXTENSIONS}.")
-        return dict(load_dataset(str(path)))
-    except ValueError:
-        raise
+        # Hidden ones are no data, as for `load_dataset`.
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in _FORMATS and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        if not files:
+            raise ValueError(f"none of its files ends with one of {_EXTENSIONS}")
+        return dict(load_dataset(str(path), **_options(files)))
+
+
+def _options(files: list[Path]) -> dict[str, Any]:
+    """How to read CSV files: an answer may be "42", "NA" or "", which pandas would take for a number and for nothing."""
+    if any(_FORMATS[file.suffix] != "csv" for file in files):
+        return {}
+    separator = "\t" if files[0].suffix == ".tsv" else ","
+    with open(files[0], encoding="utf-8-sig", newline="") as file:
+        columns = next(csv.reader(file, delimiter=separator), [])
+    features = Features({name: Value("float64" if name == "margin" else "string") for name in columns})
+    return {"sep": separator, "keep_default_na": False, "encoding": "utf-8-sig", "features": features}
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises into one sentence."""
+    verbosity = logging.get_verbosity()
+    # It would log the same again.
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
     except Exception as error:
-        raise ValueError(f"{path} can't be read: {_first_line(error.__cause__ or error)}") from error
+        # What is wrong with a file is in the cause of the `DatasetGenerationError` that `datasets` raises.
+        raise ValueError(f"{path} can't be read, or has no rows: {_first_line(error.__cause__ or error)}.") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _load_from_hub(name: str, config: str | None) -> dict[str, Dataset]:
@@ -115,9 +130,9 @@ def _load_from_hub(name: str, config: str | None) -> dict[str, Dataset]:
         return dict(load_dataset(name, name=config))
     except Exception as error:
         raise ValueError(
-            f"{name} is no file or folder here, and the hub gave no dataset of that name: {_first_line(error)}"
+            f"{name} is no file or folder here, and the hub gave no dataset of that name: {_first_line(error)}."
         ) from error
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0].rstrip(".!") or type(error).__name__

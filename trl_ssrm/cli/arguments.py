@@ -1,7 +1,6 @@
 """The parser of the commands that train: TRL's, whose arguments come from dataclasses and a YAML file."""
 
 import argparse
-from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -19,14 +18,16 @@ class TrainingParser(OneLineParser, TrlParser):
     TRL's parser, with `--config` in its help and one line for an error.
 
     Args:
-        dataclass_types (iterable of dataclasses):
-            What is to be parsed.
+        dataclass_types (`tuple[type, ...]`):
+            Dataclasses to be parsed.
         kwargs:
             As for [`~argparse.ArgumentParser`].
     """
 
-    def __init__(self, dataclass_types: Iterable[type], **kwargs: Any):
-        super().__init__(dataclass_types, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+    def __init__(self, dataclass_types: tuple[type, ...], **kwargs: Any):
+        # The names of all arguments, with which a usage begins, fill a screen.
+        usage = "%(prog)s [--config FILE] [ARGUMENT VALUE ...]"
+        super().__init__(dataclass_types, usage=usage, formatter_class=_Formatter, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
         self.add_argument("--config", help="YAML file with arguments; those of the command line win")
 
     def parse(self, argv: list[str]) -> tuple[list[Any], list[str]]:

@@ -24,8 +24,8 @@ def label(args: Namespace) -> None:
     labeled = label_preferences(
         model,
         dataset,
-        # What starts with "_" is not pushed to the hub.
-        os.path.join(args.output_dir, "_labels"),
+        # Hidden, so that `load_dataset` takes `train.parquet` alone for the data of the folder.
+        os.path.join(args.output_dir, ".labels"),
         pairing=args.pairing,
         min_confidence=args.min_confidence,
         temperature=args.temperature,

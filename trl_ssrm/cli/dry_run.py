@@ -96,7 +96,7 @@ def round_costs(trainer: "SSRMTrainer") -> list[RoundCost]:
             training += kept.times(1 + num_folds)
             # The pseudo-labels of the labeled pairs, which are subtracted; the models of the folds go without.
             training += labeled if args.debias_pseudo_labels else Work()
-        num_epochs = args.num_train_epochs
+        num_epochs: float | None = args.num_train_epochs
         if round > 0 and args.round_num_train_epochs is not None:
             num_epochs = args.round_num_train_epochs
         elif args.max_steps > 0:

@@ -11,6 +11,7 @@ from .errors import ERROR, OneLineParser, exit_status, sentence, tell
 
 
 SHELLS = ("bash", "zsh")
+DEBUG_HELP = "show the traceback of an error"
 
 EPILOG = """\
 examples:
@@ -71,22 +72,24 @@ def make_parser(whole: bool = False) -> OneLineParser:
     Returns:
         [`~argparse.ArgumentParser`]
     """
-    own = functools.partial(OneLineParser, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = own(
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(
         prog="trl-ssrm",
         description="Semi-supervised reward modeling for TRL: train, evaluate and use a reward model from few labels.",
         epilog=EPILOG,
+        formatter_class=formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"trl-ssrm {_version()}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=own)
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, words: str, **kwargs) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".", **kwargs)
+        kwargs = {"description": f"{words[0].upper()}{words[1:]}.", "formatter_class": formatter, **kwargs}
+        command = commands.add_parser(name, help=words, **kwargs)
         if not kwargs.keys() & {"add_help", "parents"}:
-            debug = {"action": "store_true", "default": argparse.SUPPRESS, "help": "show the traceback of an error"}
-            command.add_argument("--debug", **debug)
+            # Unset unless it is there, so that one before the command stays.
+            command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG_HELP)
         return command
 
     if whole:
@@ -225,10 +228,10 @@ def _train(argv: list[str], debug: bool) -> int | None:
     return launch(argv, debug)
 
 
-def _quickstart(argv: list[str], debug: bool) -> int | None:
+def _quickstart(argv: list[str], debug: bool) -> None:
     from .quickstart import main as run
 
-    return run(argv)
+    run(argv)
 
 
 def take_debug(argv: list[str]) -> tuple[bool, list[str]]:

@@ -180,7 +180,7 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
         model=model,
         args=replace(
             training_args,
-            output_dir=os.path.join(training_args.output_dir, "all_labels"),
+            output_dir=os.path.join(str(training_args.output_dir), "all_labels"),
             num_train_epochs=script_args.all_labels_num_train_epochs,
         ),
         train_dataset=dataset.select(range(len(labeled) + len(unlabeled))),
@@ -191,7 +191,7 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
     pairs = PairedSequences.from_tokenized(reference.eval_dataset)
     all_labels = preference_metrics(reference.score_pairs(pairs, "held-out pairs").logits)
 
-    plot = os.path.join(training_args.output_dir, "rounds.png")
+    plot = os.path.join(str(training_args.output_dir), "rounds.png")
     plot_rounds(trainer.round_history, plot, references={"all labels": all_labels})
     history = [(f"SSRM, round {facts['round']}", facts) for facts in trainer.round_history]
     history[0] = ("labeled only", trainer.round_history[0])

@@ -133,11 +133,13 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
     for name, words in (("model_name_or_path", "the model to start from"), ("dataset_name", "the labeled pairs")):
         if getattr(model_args if name == "model_name_or_path" else train_args, name) is None:
             raise ValueError(f"Pass `--{name}`, {words}.")
+    # Text on the command line, a dictionary by now.
+    given = training_args.model_init_kwargs
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **(given if isinstance(given, dict) else {}),
     }
     data = load_pairs(train_args, training_args.seed)
     tokenizer = None
@@ -153,7 +155,7 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
             )
         tokenizer.pad_token = train_args.padding_token
     return SSRMTrainer(
-        model=model_args.model_name_or_path,
+        model=str(model_args.model_name_or_path),
         args=training_args,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
@@ -192,13 +194,12 @@ def load_pairs(args: TrainArguments, seed: int) -> dict[str, Dataset]:
         )
     if num_labeled < len(rows):
         rows = rows.shuffle(seed=seed)
-    ends = (0, num_labeled, num_labeled + args.num_calibration, len(rows))
-    labeled, calibration, rest = (rows.select(range(*part)) for part in zip(ends[:-1], ends[1:], strict=True))
-    data = {"train_dataset": labeled}
+    num_known = num_labeled + args.num_calibration
+    data = {"train_dataset": rows.select(range(num_labeled))}
     if args.unlabeled_dataset_name is not None:
         data["unlabeled_dataset"] = load_data(args.unlabeled_dataset_name)
-    elif len(rest):
-        data["unlabeled_dataset"] = rest
+    elif num_known < len(rows):
+        data["unlabeled_dataset"] = rows.select(range(num_known, len(rows)))
     else:
         raise ValueError(
             f"All {len(rows)} rows of {args.dataset_name} are labeled ones, and none is left for the pool; pass "
@@ -206,8 +207,8 @@ def load_pairs(args: TrainArguments, seed: int) -> dict[str, Dataset]:
         )
     if args.calibration_dataset_name is not None:
         data["calibration_dataset"] = load_data(args.calibration_dataset_name)
-    elif len(calibration):
-        data["calibration_dataset"] = calibration
+    elif args.num_calibration:
+        data["calibration_dataset"] = rows.select(range(num_labeled, num_known))
     if args.eval_dataset_name is not None:
         data["eval_dataset"] = load_data(args.eval_dataset_name)
     elif args.dataset_test_split in splits:
