@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "Comparison": "comparison",
     "ConfidenceFilteredDataCollator": "collator",
+    "Evaluation": "evaluation",
     "NonFiniteScoreError": "scoring",
     "PairScores": "selection",
     "PairwiseJudge": "judge",
@@ -16,6 +17,8 @@ _HOME_OF = {
     "SSRMRewardFunction": "alignment",
     "SSRMTrainer": "trainer",
     "best_of_n": "labeling",
+    "evaluate": "evaluation",
+    "evaluation_table": "evaluation",
     "generate_completions": "generation",
     "label_preferences": "labeling",
     "load_labels": "annotation",
@@ -28,6 +31,7 @@ _HOME_OF = {
 __all__ = [
     "Comparison",
     "ConfidenceFilteredDataCollator",
+    "Evaluation",
     "NonFiniteScoreError",
     "PairScores",
     "PairwiseJudge",
@@ -36,6 +40,8 @@ __all__ = [
     "SSRMRewardFunction",
     "SSRMTrainer",
     "best_of_n",
+    "evaluate",
+    "evaluation_table",
     "generate_completions",
     "label_preferences",
     "load_labels",
@@ -52,6 +58,9 @@ if TYPE_CHECKING:
     from .collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
     from .comparison import Comparison as Comparison
     from .config import SSRMConfig as SSRMConfig
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
+    from .evaluation import evaluation_table as evaluation_table
     from .generation import generate_completions as generate_completions
     from .judge import PairwiseJudge as PairwiseJudge
     from .labeling import best_of_n as best_of_n
