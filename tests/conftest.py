@@ -170,6 +170,13 @@ def as_messages(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     return {name: [{"role": roles[name], "content": text}] for name, text in row.items()}
 
 
+@pytest.fixture(autouse=True)
+def without_report(request, monkeypatch):
+    """A report takes about a second: the runs of the suite have none but where it is what is tested."""
+    if request.module.__name__ != "test_report":
+        monkeypatch.setattr("trl_ssrm.trainer.report_run", lambda output_dir, trackers, step: None)
+
+
 @pytest.fixture
 def labeled() -> Dataset:
     return Dataset.from_list(preference_rows(16, seed=1))

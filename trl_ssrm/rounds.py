@@ -8,17 +8,21 @@ output_dir/_rounds/
     round_1/
         scores/                rewards of the pool under the weights of round 0
         pseudo_labels.parquet  kept pairs: what round 1 trains on beside the labeled pairs
+        labeling.json          histograms of how the pool was labeled and a few pairs, for the report
         fold_0/                what the model without the first part of the labels says, and its weights
         checkpoint-*/          as of any trainer
         weights.safetensors    trainable weights after round 1
         trainer_state.json     written after the weights: the round is trained
         round.json             facts of the round and logs up to here, written last: the round is over
+    end.json                   why the rounds ended and which of them is kept: the run is over
 ```
 
 Every file is written aside and renamed, and files of numbers and pairs carry a checksum.
 """
 
+import importlib.metadata
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import __version__
 from .config import SSRMConfig
 from .storage import (
     changed_facts,
@@ -47,6 +52,8 @@ from .storage import (
 # half a checkpoint.
 CHECKPOINT_MARKER = "checkpoint_complete"
 
+# Told in the report, whatever they were when the round ended.
+_REPORTED_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft")
 
 # Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
 _DECISIVE_SETTINGS = (
@@ -181,7 +188,9 @@ class RunDirectory:
         self, round: int, facts: dict[str, Any], log_history: list[dict[str, float]], reliability: dict[str, Any]
     ) -> None:
         """End a round with its facts, the logs up to here and its reliability curves, all in one file or none."""
-        parts = {"facts": facts, "log_history": log_history, "reliability": reliability}
+        versions = {package: importlib.metadata.version(package) for package in _REPORTED_PACKAGES}
+        versions = {"python": platform.python_version(), "trl_ssrm": __version__, **versions}
+        parts = {"facts": facts, "log_history": log_history, "reliability": reliability, "versions": versions}
         write_json(self.round_dir(round) / "round.json", parts)
 
     def read_round(self, round: int) -> dict[str, Any]:
@@ -190,6 +199,14 @@ class RunDirectory:
         `before` and `after` the temperature for each held-out dataset, as `reliability`.
         """
         return json.loads((self.round_dir(round) / "round.json").read_text(encoding="utf-8"))
+
+    def write_labeling(self, round: int, summary: dict[str, Any]) -> None:
+        """Keep what the report tells of how the pool was labeled for a round; see [`summarize_labeling`]."""
+        write_json(self.round_dir(round) / "labeling.json", summary)
+
+    def write_end(self, termination_reason: str | None, kept_round: int) -> None:
+        """Say that the run is over, why, and which round the model is of."""
+        write_json(self.root / "end.json", {"termination_reason": termination_reason, "kept_round": kept_round})
 
     def state_path(self, round: int) -> Path:
         """`Path`: state of the trainer at the end of a round, there once the round was trained."""

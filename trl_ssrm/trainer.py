@@ -33,6 +33,7 @@ from .comparison import Comparison, tokenize_comparisons
 from .config import SSRMConfig
 from .data import RunData, by_name, prepare_run_data, report_too_long
 from .folds import Folds
+from .plots import saved_plots
 from .pool import Pool
 from .preference import LOGITS_OF, orders_agree
 from .preparation import complete_args, load_tokenizer, prepare_pairwise
@@ -41,6 +42,7 @@ from .report import round_table
 from .rounds import RunDirectory, run_identity
 from .scoring import PairedSequences, score_pairs
 from .selection import PairScores, precision_threshold
+from .trackers import report_run
 
 
 if TYPE_CHECKING:
@@ -475,6 +477,9 @@ class SSRMTrainer(RewardTrainer):
         kept = self.best_round if self._keeps_best_round else last["round"]
         if kept != last["round"]:
             self.run.read_weights(self.run.weights_path(kept), self.unwrapped_model)
+        if self.accelerator.is_main_process:
+            self.run.write_end(self.termination_reason, kept)
+            report_run(str(self.args.output_dir), self.callback_handler.open_trackers, last["global_step"])
         self.create_model_card(model_name=self.run.output_dir.name)
         self.control = self.callback_handler.end_trackers(self.args, self.state, self.control)
         self.accelerator.print(
@@ -739,6 +744,9 @@ class SSRMTrainer(RewardTrainer):
         target = Path(output_dir or self.run.output_dir) / "README.md"
         if card.is_file() and target.resolve() != card.resolve():
             shutil.copyfile(card, target)
+            for plot in saved_plots(card.parent / "plots").values():
+                target.with_name("plots").mkdir(exist_ok=True)
+                shutil.copyfile(plot, target.parent / "plots" / plot.name)
 
     def merge_and_save(self, output_dir: str) -> None:
         """
@@ -771,7 +779,9 @@ class SSRMTrainer(RewardTrainer):
         if self.has_pool and self.is_world_process_zero():
             card = self.run.output_dir / "README.md"
             text, heading = card.read_text(encoding="utf-8"), "### Framework versions"
-            section = f"### Rounds\n\n{round_table(self.round_history)}\n\n"
+            plots = saved_plots(card.parent / "plots")
+            images = "".join(f"![{title}](plots/{path.name})\n\n" for title, path in plots.items())
+            section = f"### Rounds\n\n{round_table(self.round_history)}\n\n{images}"
             card.write_text(text.replace(heading, section + heading, 1), encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from trl import ModelConfig, get_peft_config
 
 from .. import SSRMConfig, SSRMTrainer
 from ..calibration import preference_metrics
-from ..report import plot_rounds
+from ..plots import plot_rounds
 from ..scoring import PairedSequences
 from ..sources import load_data
 from .arguments import TrainingParser
