@@ -15,10 +15,11 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForSequenceClassification
 
 import trl_ssrm
-from trl_ssrm import Comparison, SSRMConfig, SSRMTrainer
+from trl_ssrm import Comparison, SSRMConfig, SSRMTrainer, benchmarks, evaluate, evaluation_table, labeling
 from trl_ssrm.cli.dry_run import round_costs
-from trl_ssrm.cli.main import main, make_parser
-from trl_ssrm.cli.train import TrainArguments, _main
+from trl_ssrm.cli.main import BENCHMARKS, PAIRINGS, main, make_parser
+from trl_ssrm.cli.train import TrainArguments, _main, train
+from trl_ssrm.cli.train import make_parser as make_train_parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -382,20 +383,64 @@ def test_dry_run_says_what_each_round_costs_and_trains_nothing(run_settings, dat
     assert not list(Path(settings["output_dir"]).rglob("*.safetensors"))
 
 
-def test_dry_run_knows_the_run_in_the_output_directory(run_settings, capsys, monkeypatch):
-    settings = {**run_settings, "num_labeled": 8, "num_calibration": 4, "dataset_name": run_settings["dataset_name"]}
-    settings |= {"unlabeled_dataset_name": settings["dataset_name"], "padding_token": "<|pad|>", "num_rounds": 0}
-    monkeypatch.setattr(sys, "argv", ["train", *flags(settings)])
-    assert _main() == 0
-    assert main(["train", "--dry_run", *flags(settings)]) == 0
+@pytest.fixture(scope="module")
+def finished(data, llama, tmp_path_factory) -> dict:
+    """Settings of a run that is over: one file, whose labels beyond some are hidden."""
+    settings = {
+        "model_name_or_path": llama,
+        "dataset_name": data / "labels.csv",
+        "num_labeled": 8,
+        "num_calibration": 3,
+        "padding_token": "<|pad|>",
+        "output_dir": tmp_path_factory.mktemp("finished") / "run",
+        "disable_tqdm": True,
+        **SETTINGS,
+    }
+    parsed, rest = make_train_parser().parse(flags(settings))
+    assert not rest
+    train(*parsed)
+    return settings
+
+
+def test_dry_run_knows_the_run_in_the_output_directory(finished, capsys):
+    assert main(["train", "--dry_run", *flags(finished)]) == 0
     printed = capsys.readouterr().out
-    assert "8 labeled, 4 in the pool" in printed and "4 calibration" in printed
-    assert "holds this run, with 1 rounds over" in printed
-    assert main(["train", "--dry_run", *flags({**settings, "seed": 7})]) == 2
+    assert "8 labeled, 5 in the pool, 3 calibration\n" in printed
+    assert "holds this run, with 2 rounds over" in printed
+    assert main(["train", "--dry_run", *flags({**finished, "seed": 7})]) == 2
     assert "was started with other settings or data" in told(capsys)
 
 
 # ---- With a finished model ----
+
+
+def test_report_of_a_run(finished, tmp_path, capsys):
+    path = tmp_path / "report.html"
+    assert main(["report", str(finished["output_dir"]), "--path", str(path)]) == 0
+    assert capsys.readouterr().out == f"Report: {path}\n"
+    assert "<!DOCTYPE html>" in path.read_text(encoding="utf-8")
+    assert main(["report", str(tmp_path)]) == 2
+    assert told(capsys).startswith("trl-ssrm report: error: ")
+
+
+def test_evaluation_of_two_models(finished, llama, data, tmp_path, capsys):
+    rows = load_dataset("json", data_files=str(data / "test.jsonl"), split="train")
+    rows = rows.add_column("kind", ["even", "odd"] * 10)
+    rows.to_json(tmp_path / "rows.jsonl")
+    run, table = str(finished["output_dir"]), tmp_path / "table.md"
+    argv = ["evaluate", "--model_name_or_path", llama, run, "--dataset_name", str(tmp_path / "rows.jsonl")]
+    argv += ["--subset_column", "kind", "--output_file", str(table), "--disable_tqdm", "--batch_tokens", "512"]
+    assert main([*argv, "--max_length", "512", "--benchmark", "preferences"]) == 0
+    printed = capsys.readouterr().out
+    assert table.read_text(encoding="utf-8") == printed
+    models = [evaluate(model, rows, subset_column="kind", disable_tqdm=True) for model in (llama, run)]
+    assert printed == f"{evaluation_table(models)}\n" and "even" in printed
+    assert main([*argv, "--benchmark", "rm_bench"]) == 2
+    assert told(capsys).startswith("trl-ssrm evaluate: error: ")
+
+
+def test_choices_are_those_of_the_functions():
+    assert (PAIRINGS, BENCHMARKS) == (labeling.PAIRINGS, benchmarks.BENCHMARKS)
 
 
 def test_label_writes_what_dpo_reads(llama, tmp_path, capsys):

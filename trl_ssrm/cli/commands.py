@@ -48,7 +48,15 @@ def evaluate(args: Namespace) -> None:
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     evaluations = [
-        measure(model, dataset, args.benchmark, args.subset_column, args.batch_tokens, args.disable_tqdm)
+        measure(
+            model,
+            dataset,
+            benchmark=args.benchmark,
+            subset_column=args.subset_column,
+            batch_tokens=args.batch_tokens,
+            disable_tqdm=args.disable_tqdm,
+            max_length=args.max_length,
+        )
         for model in args.model_name_or_path
     ]
     table = evaluation_table(evaluations)

@@ -10,7 +10,7 @@ from typing import NoReturn
 ERROR, INTERRUPTED = 2, 130
 
 # Raised for what a person can mend; other errors are named, since they may be ours.
-_EXPECTED = (ValueError, TypeError, OSError)
+_EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
 
 class OneLineParser(ArgumentParser):

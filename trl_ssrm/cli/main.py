@@ -11,6 +11,9 @@ from .errors import ERROR, OneLineParser, exit_status, sentence, tell
 
 
 SHELLS = ("bash", "zsh")
+# Those of `label_preferences` and of `evaluate`, which import torch.
+PAIRINGS = ("best_vs_worst", "best_vs_random", "all")
+BENCHMARKS = ("preferences", "rewardbench", "rm_bench", "best_of_n")
 DEBUG_HELP = "show the traceback of an error"
 
 EPILOG = """\
@@ -41,6 +44,10 @@ examples:
   trl-ssrm evaluate --model_name_or_path reward-model --dataset_name test.csv
   trl-ssrm evaluate --model_name_or_path baseline reward-model --dataset_name test.jsonl --subset_column domain \\
       --output_file comparison.md
+  trl-ssrm evaluate --model_name_or_path reward-model --dataset_name allenai/reward-bench --dataset_split filtered \\
+      --benchmark rewardbench
+
+Of several models, the table has paired tests between them.
 """
 
 REPORT_EPILOG = """\
@@ -108,8 +115,7 @@ def make_parser(whole: bool = False) -> OneLineParser:
     label.add_argument("--model_name_or_path", required=True, help="reward model, adapter or pairwise model")
     _add_data(label)
     label.add_argument("--output_dir", required=True, help="folder for train.parquet, which `trl dpo` reads")
-    pairings = ("best_vs_worst", "best_vs_random", "all")
-    label.add_argument("--pairing", choices=pairings, default=pairings[0], help="pairs of a prompt (%(default)s)")
+    label.add_argument("--pairing", choices=PAIRINGS, default=PAIRINGS[0], help="pairs of a prompt (%(default)s)")
     label.add_argument(
         "--min_confidence", type=float, default=0.5, help="least confidence of a pair, in [0.5, 1) (%(default)s)"
     )
@@ -119,7 +125,7 @@ def make_parser(whole: bool = False) -> OneLineParser:
         default=1.0,
         help="divisor of the margin that calibrates the confidence, such as that of the last round (%(default)s)",
     )
-    label.add_argument("--max_length", type=int, help="longest sequence in tokens; longer ones are left out")
+    label.add_argument("--max_length", type=int, help="longest sequence in tokens; longer completions are left out")
     label.add_argument("--seed", type=int, default=42, help="seed of `best_vs_random` (%(default)s)")
     label.add_argument("--dtype", default="float32", help="precision to load the model in (%(default)s)")
     label.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
@@ -133,11 +139,15 @@ def make_parser(whole: bool = False) -> OneLineParser:
     )
     evaluate.add_argument("--model_name_or_path", nargs="+", required=True, help="reward models, the reference first")
     _add_data(evaluate)
-    evaluate.add_argument("--benchmark", default="preferences", help="what the data is (%(default)s)")
+    evaluate.add_argument(
+        "--benchmark", choices=BENCHMARKS, default=BENCHMARKS[0], help="what the rows are (%(default)s)"
+    )
     evaluate.add_argument("--subset_column", help="column whose values are measured one by one")
     evaluate.add_argument(
-        "--output_file", help="Markdown file for the table, besides the screen"
-    ).complete = shtab.FILE  # type: ignore[attr-defined]
+        "--max_length", type=int, help="longest sequence in tokens; a comparison with a longer one counts as a tie"
+    )
+    table = evaluate.add_argument("--output_file", help="Markdown file for the table, besides the screen")
+    table.complete = shtab.FILE  # type: ignore[attr-defined]
     _add_scoring(evaluate)
 
     report = add("report", "write report.html of a run, one file for a browser", epilog=REPORT_EPILOG)
