@@ -147,6 +147,7 @@ def test_completion_in_bash(tmp_path, capsys):
     assert complete("tr") == ["train"] and complete("e") == ["evaluate", "env"]
     assert "--confidence_threshold" in complete("train", "--confid")
     assert "--num_unlabeled" in complete("quickstart", "--num_un")
+    assert complete("train", "--unlabeled_dataset_name", "comp") == ["completion.bash"]
     assert complete("label", "--pairing", "best") == ["best_vs_worst", "best_vs_random"]
 
 
@@ -267,8 +268,8 @@ def test_process_that_trains_tells_its_error_in_one_line(run_settings, capsys, m
 
 
 def test_interrupted_training_is_gone_on_with_by_the_same_command(run_settings, data, tmp_path):
-    settings = {**run_settings, "calibration_dataset_name": data / "calibration.parquet", "num_rounds": 3}
-    settings |= {"disable_tqdm": True, "round_num_train_epochs": 200}
+    settings = {**run_settings, "calibration_dataset_name": data / "calibration.parquet", "num_rounds": 2}
+    settings |= {"disable_tqdm": True, "round_num_train_epochs": 40}
     (tmp_path / "train.yaml").write_text(json.dumps({name: str(value) for name, value in settings.items()}))
     command = ["train", "--config", str(tmp_path / "train.yaml"), "--output_dir", str(tmp_path / "run")]
     process = start(*command)
@@ -281,10 +282,10 @@ def test_interrupted_training_is_gone_on_with_by_the_same_command(run_settings, 
     assert process.returncode == 130, errors[-3000:]
     line = "trl-ssrm train: interrupted. The same command goes on from where it was."
     assert errors.replace("\r", "").splitlines()[-1] == line and "Traceback" not in errors
-    process = start(*command, "--num_rounds", "3", "--num_processes", "1", "--debug")
+    process = start(*command, "--num_processes", "1", "--debug")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors[-3000:]
-    assert f"Resuming the run in {tmp_path / 'run'} after round 0." in output and "Round 3, kept" in output
+    assert f"Resuming the run in {tmp_path / 'run'} after round 0." in output and "Round 2, kept" in output
     assert f"Model: {tmp_path / 'run'}" in output
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=1)
 

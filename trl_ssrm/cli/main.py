@@ -63,6 +63,11 @@ zsh, for good, with `fpath+=(~/.zfunc)` before `compinit` in ~/.zshrc:
   trl-ssrm completion zsh > ~/.zfunc/_trl-ssrm
 """
 
+# Arguments that a shell completes with the names of files, or of folders.
+_PATHS = dict.fromkeys(("config", "dataset_name", "model_name_or_path", "output_file", "path"), shtab.FILE)
+_PATHS |= dict.fromkeys((f"{name}_dataset_name" for name in ("unlabeled", "eval", "calibration")), shtab.FILE)
+_PATHS |= {"output_dir": shtab.DIRECTORY}
+
 # What `train` and `quickstart` say on the first screen of their help, and here, where their own parser is not made.
 TRAIN_HELP = "train a reward model on few labeled pairs and a pool without labels"
 QUICKSTART_HELP = "see it work in minutes: a real model, real text, no hub, no GPU"
@@ -146,14 +151,12 @@ def make_parser(whole: bool = False) -> OneLineParser:
     evaluate.add_argument(
         "--max_length", type=int, help="longest sequence in tokens; a comparison with a longer one counts as a tie"
     )
-    table = evaluate.add_argument("--output_file", help="Markdown file for the table, besides the screen")
-    table.complete = shtab.FILE  # type: ignore[attr-defined]
+    evaluate.add_argument("--output_file", help="Markdown file for the table, besides the screen")
     _add_scoring(evaluate)
 
     report = add("report", "write report.html of a run, one file for a browser", epilog=REPORT_EPILOG)
-    directory = report.add_argument("output_dir", help="output directory of a run")
-    directory.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    report.add_argument("--path", help="file to write (report.html in it)").complete = shtab.FILE  # type: ignore[attr-defined]
+    report.add_argument("output_dir", help="output directory of a run")
+    report.add_argument("--path", help="file to write (report.html in it)")
 
     if whole:
         add("quickstart", QUICKSTART_HELP, parents=[quickstart.make_parser(add_help=False)])
@@ -162,14 +165,17 @@ def make_parser(whole: bool = False) -> OneLineParser:
     add("env", "print versions and hardware, for an issue report")
     completion = add("completion", "print a script that completes this command in a shell", epilog=COMPLETION_EPILOG)
     completion.add_argument("shell", choices=SHELLS)
+    for command in commands.choices.values():
+        for action in command._actions:
+            if action.dest in _PATHS:
+                action.complete = _PATHS[action.dest]  # type: ignore[attr-defined]
     return parser
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:
-    data = command.add_argument(
+    command.add_argument(
         "--dataset_name", required=True, help="hub ID, folder, or file (JSON lines, CSV, TSV, Parquet)"
     )
-    data.complete = shtab.FILE  # type: ignore[attr-defined]
     command.add_argument("--dataset_config", help="configuration of a dataset of the hub")
     command.add_argument("--dataset_split", help="split (train, or the only one)")
 
