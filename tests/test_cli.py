@@ -268,26 +268,25 @@ def test_process_that_trains_tells_its_error_in_one_line(run_settings, capsys, m
 # ---- Training ----
 
 
-def test_interrupted_training_is_gone_on_with_by_the_same_command(run_settings, data, tmp_path):
-    settings = {**run_settings, "calibration_dataset_name": data / "calibration.parquet", "num_rounds": 2}
-    settings |= {"disable_tqdm": True, "round_num_train_epochs": 40}
+def test_interrupted_training_is_gone_on_with(run_settings, data, tmp_path, capsys):
+    settings = {**run_settings, "calibration_dataset_name": data / "calibration.parquet"}
+    settings |= {"disable_tqdm": True, "round_num_train_epochs": 20}
     (tmp_path / "train.yaml").write_text(json.dumps({name: str(value) for name, value in settings.items()}))
-    command = ["train", "--config", str(tmp_path / "train.yaml"), "--output_dir", str(tmp_path / "run")]
-    process = start(*command)
-    # The first round is over, and the second one is long.
-    for line in process.stdout:
-        if line.startswith("Round 0, eval_accuracy"):
-            break
+    arguments = ["--config", str(tmp_path / "train.yaml"), "--seed", "3"]
+    process = start("train", *arguments, "--num_processes", "1")
+    # Round 0 is over, and the pool is labeled for the next one.
+    next(line for line in process.stdout if "'pool_size'" in line)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors[-3000:]
     line = "trl-ssrm train: interrupted. The same command goes on from where it was."
     assert errors.replace("\r", "").splitlines()[-1] == line and "Traceback" not in errors
-    process = start(*command, "--num_processes", "1", "--debug")
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-3000:]
-    assert f"Resuming the run in {tmp_path / 'run'} after round 0." in output and "Round 2, kept" in output
-    assert f"Model: {tmp_path / 'run'}" in output
+    # What the launcher would start again.
+    parsed, _ = make_train_parser().parse(arguments)
+    train(*parsed)
+    printed = capsys.readouterr().out
+    assert f"Resuming the run in {tmp_path / 'run'} after round 0." in printed and "Round 1, kept" in printed
+    assert printed.endswith(f"Model: {tmp_path / 'run'}\n")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=1)
 
 
@@ -340,11 +339,9 @@ class Counting(SSRMTrainer):
     "settings",
     [
         {"num_folds": 2},
-        {"second_opinion": "first_round", "require_agreement": False},
         {"second_opinion": "first_round", "require_agreement": False, "pool_per_round": "shard"},
         {"num_folds": 2, "debias_pseudo_labels": True, "round_num_train_epochs": 1},
-        {"selected_fraction": 0.25},
-        {"max_steps": 5},
+        {"max_steps": 5, "second_opinion": "first_round", "selected_fraction": 0.25},
         {**PAIRWISE, "comparison_orders": "both"},
         {**PAIRWISE, "num_folds": 2, "comparison_add_generation_prompt": False},
     ],
@@ -356,7 +353,17 @@ def test_costs_are_what_a_run_reads(settings, llama, policy, config, labeled, un
     if is_pairwise:
         sizes = {"train_dataset": 16, "eval_dataset": 12, "unlabeled_dataset": 24}
         given = {name: Dataset.from_list(letter_rows(size, seed=size)) for name, size in sizes.items()}
-    trainer = Counting(policy if is_pairwise else llama, config(**{"confidence_threshold": 0.5, **settings}), **given)
+    trainer = Counting(
+        policy if is_pairwise else llama,
+        config(
+            **{
+                **({} if "selected_fraction" in settings else {"confidence_threshold": 0.5}),
+                "num_train_epochs": 2,
+                **settings,
+            }
+        ),
+        **given,
+    )
     costs = round_costs(trainer)
     trainer.train()
     assert len(trainer.round_history) > 1
