@@ -355,13 +355,7 @@ def test_costs_are_what_a_run_reads(settings, llama, policy, config, labeled, un
         given = {name: Dataset.from_list(letter_rows(size, seed=size)) for name, size in sizes.items()}
     trainer = Counting(
         policy if is_pairwise else llama,
-        config(
-            **{
-                **({} if "selected_fraction" in settings else {"confidence_threshold": 0.5}),
-                "num_train_epochs": 2,
-                **settings,
-            }
-        ),
+        config(**{"confidence_threshold": 0.5, "num_train_epochs": 2, **settings}),
         **given,
     )
     costs = round_costs(trainer)
