@@ -39,7 +39,8 @@ from .plots import saved_plots
 from .pool import Pool
 from .preference import LOGITS_OF, orders_agree
 from .preparation import complete_args, load_tokenizer, prepare_pairwise
-from .report import round_line, round_table
+from .progress import RoundProgress
+from .report import round_table
 from .rounds import RunDirectory, run_identity
 from .scoring import score_pairs
 from .selection import PairScores, precision_threshold
@@ -166,6 +167,7 @@ class SSRMTrainer(RewardTrainer):
     round_history: list[dict[str, Any]]
     labeling_facts: dict[str, Any]
     termination_reason: str | None
+    progress: RoundProgress
 
     def __init__(
         self,
@@ -326,6 +328,7 @@ class SSRMTrainer(RewardTrainer):
                 "Hyperparameter search does not support `unlabeled_dataset`; search on the labeled pairs."
             )
 
+        self.progress = RoundProgress(self.accelerator, bool(self.args.disable_tqdm))
         # A run that was interrupted in this process has left the pairs of its round.
         self.train_dataset = self.data.labeled
         self._open_run(resume_from_checkpoint)
@@ -485,7 +488,7 @@ class SSRMTrainer(RewardTrainer):
         # What the pool gave to this round. Round 0 had nothing from it.
         facts |= {name: value for name, value in self.labeling_facts.items() if name not in facts}
         self.round_history.append(facts)
-        self.accelerator.print(round_line(facts))
+        self.progress.end_round(self.round_history)
         reliability = {
             name: {
                 "before": reliability_curve(logits),
