@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..rounds import run_identity
-from ..scoring import PairedSequences
+from ..sequences import PairedSequences
 
 
 if TYPE_CHECKING:
