@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardTrainer
@@ -161,6 +162,26 @@ class PairTrainer(RewardTrainer):
         super()._set_signature_columns_if_needed()
         if "probability" not in self._signature_columns:
             self._signature_columns += ["probability", "weight"]
+
+    # Both are private in `Trainer`: the only place that sees the dataset before its columns are left out.
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(self._with_lengths(train_dataset or self.train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(self._with_lengths(eval_dataset))
+
+    def _with_lengths(self, dataset):
+        """With the lengths that `train_sampling_strategy` asks for, which the parent can't tell of pairs."""
+        by_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        name = self.args.length_column_name
+        if not by_length or not isinstance(dataset, Dataset) or name in dataset.column_names:
+            return dataset
+
+        def measure(*columns: list[list[int]]) -> dict[str, list[int]]:
+            return {name: [max(map(len, pair)) for pair in zip(*columns, strict=True)]}
+
+        columns = ["chosen_ids", "rejected_ids"]
+        return dataset.map(measure, batched=True, input_columns=columns, desc="Measuring lengths")
 
     # ---- Launchers ----
 
