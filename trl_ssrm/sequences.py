@@ -22,13 +22,13 @@ class PairedSequences:
     """
     Pairs of tokenized sequences, each distinct sequence stored once, in an order that depends on the content alone.
 
-    The tokens stay where the dataset has them, which is on disk for one that was loaded from files. In memory are 24
-    bytes for each sequence, 8 for where it lies, and 8 for each pair.
+    The tokens stay where the dataset has them, which is on disk for one that was loaded from files. In memory are 28
+    bytes for each sequence and 8 for each pair.
 
     Args:
         sequences ([`~datasets.Dataset`]):
             Column `input_ids`: the distinct sequences, longest first.
-        lengths (`np.ndarray` of shape `(num_sequences,)`, int64):
+        lengths (`np.ndarray` of shape `(num_sequences,)`, int32):
             Their lengths in tokens.
         digests (`np.ndarray` of shape `(num_sequences, 16)`, uint8):
             Their hashes.
@@ -62,11 +62,14 @@ class PairedSequences:
         index[order] = _ranks(is_first)
         unique = order[is_first]
         del order, is_first
+        # One after the other, since together these arrays are the most that a pool takes at any time.
+        lengths = lengths[unique]
         digests = np.empty((len(unique), 2), dtype=">u8")
-        digests[:, 1] = halves.pop()[unique]
-        digests[:, 0] = halves.pop()[unique]
+        for side in (1, 0):
+            half = halves.pop()
+            for start in range(0, len(unique), BATCH_ROWS):
+                digests[start : start + BATCH_ROWS, side] = half[unique[start : start + BATCH_ROWS]]
         first, second = np.split(index, 2)
-        lengths = lengths[unique].astype(np.int64)
         return cls(select_rows(stacked, unique), lengths, digests.view(np.uint8), first, second)
 
     @functools.cached_property
@@ -133,12 +136,13 @@ def select_rows(dataset: Dataset, rows: np.ndarray) -> Dataset:
     if len(rows) == 0 or (int(rows[-1]) - int(rows[0]) == len(rows) - 1 and (np.diff(rows) == 1).all()):
         start = int(rows[0]) if len(rows) else 0
         return dataset.select(range(start, start + len(rows)))
-    indices = pa.chunked_array([rows.astype(np.uint64)])
+    rows = np.ascontiguousarray(rows, dtype=np.int64)
+    indices = pa.chunked_array([rows.view(np.uint64)])
     # Private in `Dataset`: where the rows of a selection lie, and what names its content.
     if dataset._indices is not None:
         indices = dataset._indices.column(0).take(indices)
     fingerprint = hashlib.blake2b(dataset._fingerprint.encode(), digest_size=8)
-    fingerprint.update(np.ascontiguousarray(rows, dtype=np.int64).data)
+    fingerprint.update(rows.data)
     return Dataset(
         dataset.data,
         info=dataset.info.copy(),
