@@ -202,12 +202,16 @@ def build_pool(
     if not is_kept.any():
         raise ValueError(f"No pair of `{name}` is left ({in_words(dropped)}); give it other rows, or mend that.")
     if not is_kept.all():
-        rows, positions, first, second = rows[is_kept], positions[is_kept], first[is_kept], second[is_kept]
+        # One after the other, since all of them together are large.
+        rows = rows[is_kept]
+        positions = positions[is_kept]
+        first = first[is_kept]
+        second = second[is_kept]
     return Pool(
         source=dataset,
         rows=rows,
         completions=positions,
-        pairs=tokenized.pair_up(first, second),
+        pairs=tokenized.pair_up(first, second, in_place=True),
         # The completions of a preference row are `chosen` and `rejected`, in that order.
         gold=positions[:, 0] == 0 if with_gold else None,
         dropped=dropped,

@@ -97,17 +97,27 @@ class PairedSequences:
         """Some of the pairs, without the sequences that only the others hold."""
         return self if is_everything(pairs, len(self.first)) else self.pair_up(self.first[pairs], self.second[pairs])
 
-    def pair_up(self, first: np.ndarray, second: np.ndarray) -> "PairedSequences":
-        """Other pairs of the same sequences, without the sequences that none of them holds."""
+    def pair_up(self, first: np.ndarray, second: np.ndarray, in_place: bool = False) -> "PairedSequences":
+        """
+        Other pairs of the same sequences, without the sequences that none of them holds.
+
+        Args:
+            first, second (`np.ndarray` of shape `(num_pairs,)`, integer):
+                Positions of their sequences.
+            in_place (`bool`, *optional*, defaults to `False`):
+                Whether this object may be overwritten, so that a large one is not in memory twice.
+
+        Returns:
+            [`PairedSequences`]
+        """
         is_used = np.zeros(len(self.lengths), dtype=bool)
         is_used[first] = is_used[second] = True
         if is_used.all():
             return PairedSequences(self.sequences, self.lengths, self.digests, first, second)
         used = np.flatnonzero(is_used)
+        lengths, digests = (_taken(each, used, in_place) for each in (self.lengths, self.digests))
         index = _ranks(is_used)
-        return PairedSequences(
-            select_rows(self.sequences, used), self.lengths[used], self.digests[used], index[first], index[second]
-        )
+        return PairedSequences(select_rows(self.sequences, used), lengths, digests, index[first], index[second])
 
 
 def index_type(length: int) -> type[np.integer]:
@@ -187,6 +197,17 @@ def group_numbers(keys: Iterable[str]) -> np.ndarray:
     groups = np.empty(len(order), dtype=np.int64)
     groups[order] = number[_ranks(is_first)]
     return groups
+
+
+def _taken(values: np.ndarray, rows: np.ndarray, in_place: bool) -> np.ndarray:
+    """Ascending rows of an array, which may be overwritten."""
+    if not in_place:
+        return values[rows]
+    for start in range(0, len(rows), BATCH_ROWS):
+        # None of them is moved to behind its place, so what is overwritten was read.
+        batch = slice(start, start + BATCH_ROWS)
+        values[batch][: len(rows) - start] = values[rows[batch]]
+    return values[: len(rows)]
 
 
 def _ranks(is_first: np.ndarray) -> np.ndarray:
