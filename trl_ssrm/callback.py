@@ -15,6 +15,7 @@ from .config import SSRMConfig
 from .data import prompt_groups
 from .layout import choose_layout
 from .pool import written_out
+from .pool_summary import summarize_labeling
 from .preference import mean_logits, orders_agree, pairwise_logits
 from .rounds import CHECKPOINT_MARKER
 from .scoring import score_pairs
@@ -333,7 +334,8 @@ class PseudoLabelingCallback(TrainerCallback):
         first_is_chosen = scores.logits > 0
         # The two sequences of a comparison are its two orders.
         is_scalar = trainer.comparison is None
-        chosen_is_longer = _length_difference(pool, first_is_chosen) > 0
+        length_difference = _length_difference(pool, first_is_chosen)
+        chosen_is_longer = length_difference > 0
         facts: dict[str, Any] = {
             "round": round + 1,
             "pool_size": len(pool),
@@ -357,6 +359,8 @@ class PseudoLabelingCallback(TrainerCallback):
             facts["pseudo_label_accuracy"] = float((first_is_chosen == pool.gold)[kept].mean())
         facts = {name: value for name, value in facts.items() if value is not None}
         if trainer.accelerator.is_main_process:
+            summary = summarize_labeling(pool, scores, mask, threshold, length_difference if is_scalar else None)
+            trainer.run.write_labeling(round + 1, summary)
             labels = self._labels(scores, share, kept)
             features = Features({**pool.text_features, **LABEL_FEATURES, "round": Value("int64")})
             parts = self._with_texts(labels, round + 1, pool, kept, features)
@@ -491,7 +495,12 @@ class RoundCallbackHandler(CallbackHandler):
 
     def end_trackers(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
         """Close the trackers, after the last round."""
-        return self._end([c for c in self.callbacks if isinstance(c, self.trackers)], args, state, control)
+        return self._end(self.open_trackers, args, state, control)
+
+    @property
+    def open_trackers(self) -> list[TrainerCallback]:
+        """list of [`~transformers.TrainerCallback`]: the trackers, which are at work until the last round is over."""
+        return [callback for callback in self.callbacks if isinstance(callback, self.trackers)]
 
     def _end(self, callbacks: list[TrainerCallback], args, state, control) -> TrainerControl:
         everyone, self.callbacks = self.callbacks, callbacks

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
-from transformers import DefaultFlowCallback
+from transformers import DefaultFlowCallback, ProgressCallback
 
 from .data import prompt_groups
 from .selection import PairScores
@@ -86,7 +86,7 @@ class Folds:
                 As in [`~transformers.Trainer.train`].
         """
         trainer, run = self.trainer, self.trainer.run
-        train_dataset, model = trainer.train_dataset, trainer.unwrapped_model
+        train_dataset = trainer.train_dataset
         for fold in range(self.num_folds):
             if self._is_trained(round, fold):
                 continue
@@ -95,15 +95,14 @@ class Folds:
             is_fresh = round == 0 or trainer.args.round_init == "base"
             weights = run.fold_weights_path(round, fold)
             if trainer.on_main_process(weights.is_file):
-                run.read_weights(weights, model)
+                run.read_weights(weights, trainer.unwrapped_model)
             else:
                 trainer.train_dataset = self._training_data(train_dataset, round, fold)
-                run.read_weights(run.weights_path(-1) if is_fresh else run.fold_weights_path(round - 1, fold), model)
+                before = run.weights_path(-1) if is_fresh else run.fold_weights_path(round - 1, fold)
+                run.read_weights(before, trainer.unwrapped_model)
                 with self._in_silence():
                     trainer.train_once(None, ignore_keys_for_eval)
-                if trainer.accelerator.is_main_process:
-                    run.write_weights(weights, model)
-                trainer.accelerator.wait_for_everyone()
+                trainer.write_weights(weights)
             pairs = trainer.data.labeled_pairs.take(left_out)
             logits = {"labeled": trainer.score_pairs(pairs, "train_dataset", rows=left_out).logits}
             if round < trainer.args.num_rounds and not trainer.pseudo_labeling_callback.has_own_scores:
@@ -120,7 +119,7 @@ class Folds:
             trainer.accelerator.wait_for_everyone()
         trainer.train_dataset = train_dataset
         if self.num_folds:
-            run.read_weights(run.weights_path(round - 1), model)
+            run.read_weights(run.weights_path(round - 1), trainer.unwrapped_model)
 
     def _training_data(self, train_dataset: Dataset, round: int, fold: int) -> Dataset:
         """The labeled pairs but for a part, and what the model without that part keeps of the pool."""
@@ -170,12 +169,12 @@ class Folds:
 
     @contextlib.contextmanager
     def _in_silence(self) -> Iterator[None]:
-        """Without evaluations, checkpoints, logs and the callbacks of the user, which are the round's."""
+        """With a bar, but without evaluations, checkpoints, logs and callbacks of the user, which are the round's."""
         args, handler = self.trainer.args, self.trainer.callback_handler
         silent = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
         before = {name: getattr(args, name) for name in silent}
         callbacks = handler.callbacks
-        handler.callbacks = [each for each in callbacks if isinstance(each, DefaultFlowCallback)]
+        handler.callbacks = [each for each in callbacks if isinstance(each, DefaultFlowCallback | ProgressCallback)]
         self._set(silent)
         self.is_training = True
         try:

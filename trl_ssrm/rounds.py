@@ -9,17 +9,21 @@ output_dir/_rounds/
     round_1/
         scores/                rewards of the pool under the weights of round 0
         pseudo_labels.parquet  kept pairs: what round 1 trains on beside the labeled pairs
+        labeling.json          histograms of how the pool was labeled and a few pairs, for the report
         fold_0/                what the model without the first part of the labels says, and its weights
         checkpoint-*/          as of any trainer
         weights.safetensors    trainable weights after round 1
         trainer_state.json     written after the weights: the round is trained
         round.json             facts of the round and logs up to here, written last: the round is over
+    end.json                   why the rounds ended and which of them is kept: the run is over
 ```
 
 Every file is written aside and renamed, and files of numbers and pairs carry a checksum.
 """
 
+import importlib.metadata
 import json
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,9 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import __version__
 from .config import SSRMConfig
+from .sharding import fill, shape_of, trainable_parameters
 from .storage import (
     changed_facts,
     content_hash,
@@ -50,6 +56,8 @@ from .storage import (
 # half a checkpoint.
 CHECKPOINT_MARKER = "checkpoint_complete"
 
+# Told in the report, whatever they were when the round ended.
+_REPORTED_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft")
 
 # Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
 _DECISIVE_SETTINGS = (
@@ -81,7 +89,7 @@ def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> di
         `dict[str, Any]`: JSON values by the names of what they stand for.
     """
     settings = args.to_dict()
-    shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+    shapes = sorted((name, shape_of(parameter)) for name, parameter in model.named_parameters())
     return {
         **{name: settings[name] for name in _DECISIVE_SETTINGS},
         "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -153,27 +161,25 @@ class RunDirectory:
                 "it was started with, or choose another `output_dir`."
             )
 
-    def write_weights(self, path: Path, model: nn.Module) -> None:
-        """Keep the trainable weights of a model."""
-        write_tensors(path, trainable_weights(model))
+    def write_weights(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Keep the trainable weights of a model, as [`~trl_ssrm.sharding.whole_weights`] gives them."""
+        write_tensors(path, weights)
 
     def read_weights(self, path: Path, model: nn.Module) -> None:
         """
-        Put the trainable weights of a model back.
+        Put the trainable weights of a model back, in every process at the same time.
 
         Raises:
             ValueError: If the file is missing, damaged, or holds the weights of another model.
         """
-        stored, current = read_tensors(path), trainable_weights(model)
+        stored, current = read_tensors(path), trainable_parameters(model)
         if stored is None:
             raise ValueError(f"{path} is missing or damaged, so the run can't go on; start it anew elsewhere.")
-        if {name: tensor.shape for name, tensor in stored.items()} != {
-            name: tensor.shape for name, tensor in current.items()
+        if {name: list(tensor.shape) for name, tensor in stored.items()} != {
+            name: shape_of(parameter) for name, parameter in current.items()
         }:
             raise ValueError(f"{path} holds the weights of another model; resume with the model of that run.")
-        with torch.no_grad():
-            for name, tensor in current.items():
-                tensor.copy_(stored[name])
+        fill(model, stored)
 
     def weights_hash(self, path: Path) -> str:
         """`str`: hash of the weights in a file, which names them."""
@@ -184,7 +190,9 @@ class RunDirectory:
         self, round: int, facts: dict[str, Any], log_history: list[dict[str, float]], reliability: dict[str, Any]
     ) -> None:
         """End a round with its facts, the logs up to here and its reliability curves, all in one file or none."""
-        parts = {"facts": facts, "log_history": log_history, "reliability": reliability}
+        versions = {package: importlib.metadata.version(package) for package in _REPORTED_PACKAGES}
+        versions = {"python": platform.python_version(), "trl_ssrm": __version__, **versions}
+        parts = {"facts": facts, "log_history": log_history, "reliability": reliability, "versions": versions}
         write_json(self.round_dir(round) / "round.json", parts)
 
     def read_round(self, round: int) -> dict[str, Any]:
@@ -193,6 +201,14 @@ class RunDirectory:
         `before` and `after` the temperature for each held-out dataset, as `reliability`.
         """
         return json.loads((self.round_dir(round) / "round.json").read_text(encoding="utf-8"))
+
+    def write_labeling(self, round: int, summary: dict[str, Any]) -> None:
+        """Keep what the report tells of how the pool was labeled for a round; see [`summarize_labeling`]."""
+        write_json(self.round_dir(round) / "labeling.json", summary)
+
+    def write_end(self, termination_reason: str | None, kept_round: int) -> None:
+        """Say that the run is over, why, and which round the model is of."""
+        write_json(self.root / "end.json", {"termination_reason": termination_reason, "kept_round": kept_round})
 
     def state_path(self, round: int) -> Path:
         """`Path`: state of the trainer at the end of a round, there once the round was trained."""
@@ -265,8 +281,3 @@ class RunDirectory:
             for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
                 if round < self.num_finished - 1:
                     weights.unlink()
-
-
-def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """`dict[str, torch.Tensor]`: the parameters that training changes, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .layout import LONGEST_SHARED_ROW, SharedRow, laid_out, shared_rows
 from .sequences import PairedSequences
+from .sharding import is_sharded, whole
 from .storage import read_tensors, write_tensors
 
 
@@ -365,13 +366,6 @@ class Scorer:
         return logits.squeeze(-1).float()
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """`bool`: whether no process holds all the weights of the model that it trains."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.deepspeed_plugin.zero_stage == 3
-    return accelerator.distributed_type == DistributedType.FSDP
-
-
 def _read(pairs: PairedSequences, positions: np.ndarray) -> list[list[int]]:
     return pairs.sequences[positions]["input_ids"]
 
@@ -409,7 +403,9 @@ def _float32_logits(model: nn.Module) -> Iterator[None]:
     """
 
     def in_float32(head: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(output.device.type, enabled=False):
+        if output.dtype == torch.float32:
+            return output
+        with torch.autocast(output.device.type, enabled=False), whole([head.weight]):
             return nn.functional.linear(
                 args[0].float(), head.weight.float(), None if head.bias is None else head.bias.float()
             )

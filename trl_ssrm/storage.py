@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,11 @@ from datasets import Dataset, Features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files import write_json, written_aside
 from .sequences import BATCH_ROWS
 
 
 logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and move it there once it was written without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that appears whole or not at all."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:

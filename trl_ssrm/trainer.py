@@ -35,14 +35,18 @@ from .config import SSRMConfig
 from .data import RunData, by_name, prepare_run_data, report_too_long
 from .folds import Folds
 from .layout import choose_layout, laid_out, paired_rows
+from .plots import saved_plots
 from .pool import Pool
 from .preference import LOGITS_OF, orders_agree
 from .preparation import complete_args, load_tokenizer, prepare_pairwise
-from .report import round_line, round_table
+from .progress import RoundProgress
+from .report import round_table
 from .rounds import RunDirectory, run_identity
 from .scoring import score_pairs
 from .selection import PairScores, precision_threshold
 from .sequences import PairedSequences
+from .sharding import check_sharding, is_sharded, spread, whole_weights
+from .trackers import report_run
 
 
 if TYPE_CHECKING:
@@ -163,6 +167,7 @@ class SSRMTrainer(RewardTrainer):
     round_history: list[dict[str, Any]]
     labeling_facts: dict[str, Any]
     termination_reason: str | None
+    progress: RoundProgress
 
     def __init__(
         self,
@@ -259,11 +264,7 @@ class SSRMTrainer(RewardTrainer):
                         report_too_long(name, len(data), len(made[name]), self.args.max_length)
             return
 
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"`unlabeled_dataset` needs the whole model in every process, but this run is launched with "
-                f"{self.accelerator.distributed_type.value}; launch it with DDP (`--multi_gpu`)."
-            )
+        check_sharding(self.accelerator, self.args.freeze_backbone)
         self.data = prepare_run_data(
             self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
         )
@@ -327,6 +328,7 @@ class SSRMTrainer(RewardTrainer):
                 "Hyperparameter search does not support `unlabeled_dataset`; search on the labeled pairs."
             )
 
+        self.progress = RoundProgress(self.accelerator, bool(self.args.disable_tqdm))
         # A run that was interrupted in this process has left the pairs of its round.
         self.train_dataset = self.data.labeled
         self._open_run(resume_from_checkpoint)
@@ -370,8 +372,6 @@ class SSRMTrainer(RewardTrainer):
         def start() -> str | None:
             try:
                 run.start(identity, resume=bool(resume_from_checkpoint))
-                if run.num_finished == 0 and not run.weights_path(-1).is_file():
-                    run.write_weights(run.weights_path(-1), model)
             except (ValueError, OSError) as error:
                 return str(error)
             return None
@@ -380,12 +380,16 @@ class SSRMTrainer(RewardTrainer):
         if (error := self.on_main_process(start)) is not None:
             raise ValueError(error)
         num_finished = self.on_main_process(lambda: run.num_finished)
+        if num_finished == 0 and not self.on_main_process(run.weights_path(-1).is_file):
+            self.write_weights(run.weights_path(-1))
         self.round = max(num_finished - 1, 0)
         rounds = [run.read_round(round) for round in range(num_finished)]
         self.round_history = [round["facts"] for round in rounds]
         self.labeling_facts = {}
         self.pseudo_labeling_callback.log_history = rounds[-1]["log_history"] if rounds else []
         run.read_weights(run.weights_path(num_finished - 1), model)
+        if num_finished > 0:
+            self._shard()
         if self.args.freeze_backbone:
             # In batches that depend on the content alone, so that a resumed run has the same features to the bit.
             for name, pairs in self.data.all_pairs.items():
@@ -405,8 +409,8 @@ class SSRMTrainer(RewardTrainer):
         if round > 0 and self.args.round_init == "base":
             run.read_weights(run.weights_path(-1), self.unwrapped_model)
         self.train_once(self.on_main_process(lambda: run.last_checkpoint(round)), ignore_keys_for_eval)
+        self.write_weights(run.weights_path(round))
         if self.accelerator.is_main_process:
-            run.write_weights(run.weights_path(round), self.unwrapped_model)
             run.write_state(round, self.state)
         self.accelerator.wait_for_everyone()
 
@@ -416,8 +420,40 @@ class SSRMTrainer(RewardTrainer):
         # from the seed that `RewardTrainer` starts from.
         set_seed(self.args.seed + self.round)
         self.optimizer = None
+        self._leave_engine()
+        spread(self.unwrapped_model)
         with self._round_length():
             super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def _leave_engine(self) -> None:
+        """Take the model out of the DeepSpeed engine of the round before: an engine has one optimizer and one schedule."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.model_wrapped is not self.model:
+            engine: Any = self.model_wrapped
+            engine.destroy()
+            self.accelerator.free_memory()
+            self.model_wrapped, self.deepspeed = self.model, None
+
+    def _shard(self) -> None:
+        """Spread a model that is not trained first, after a resumption, over the processes as for training."""
+        if is_sharded(self.accelerator) and self.model_wrapped is self.model and not self.accelerator._models:
+            set_seed(self.args.seed)
+            with self._round_length():
+                # Private in `Trainer`: the only place that knows how each launcher wants its model.
+                self._prepare_for_training(1, None, None)
+            self.optimizer = self.lr_scheduler = None
+
+    def write_weights(self, path: Path) -> None:
+        """
+        Keep the trainable weights of the model, in every process at the same time.
+
+        Args:
+            path (`Path`):
+                File to write.
+        """
+        weights = whole_weights(self.unwrapped_model)
+        if self.accelerator.is_main_process:
+            self.run.write_weights(path, weights)
+        self.accelerator.wait_for_everyone()
 
     def _end_round(self) -> None:
         """Measure the model of a round on the held-out pairs, fit the temperature, and log and keep the facts."""
@@ -452,7 +488,7 @@ class SSRMTrainer(RewardTrainer):
         # What the pool gave to this round. Round 0 had nothing from it.
         facts |= {name: value for name, value in self.labeling_facts.items() if name not in facts}
         self.round_history.append(facts)
-        self.accelerator.print(round_line(facts))
+        self.progress.end_round(self.round_history)
         reliability = {
             name: {
                 "before": reliability_curve(logits),
@@ -475,6 +511,9 @@ class SSRMTrainer(RewardTrainer):
         kept = self.best_round if self._keeps_best_round else last["round"]
         if kept != last["round"]:
             self.run.read_weights(self.run.weights_path(kept), self.unwrapped_model)
+        if self.accelerator.is_main_process:
+            self.run.write_end(self.termination_reason, kept)
+            report_run(str(self.args.output_dir), self.callback_handler.open_trackers, last["global_step"])
         self.create_model_card(model_name=self.run.output_dir.name)
         self.control = self.callback_handler.end_trackers(self.args, self.state, self.control)
         self.accelerator.print(
@@ -762,6 +801,9 @@ class SSRMTrainer(RewardTrainer):
         target = Path(output_dir or self.run.output_dir) / "README.md"
         if card.is_file() and target.resolve() != card.resolve():
             shutil.copyfile(card, target)
+            for plot in saved_plots(card.parent / "plots").values():
+                target.with_name("plots").mkdir(exist_ok=True)
+                shutil.copyfile(plot, target.parent / "plots" / plot.name)
 
     def merge_and_save(self, output_dir: str) -> None:
         """
@@ -794,7 +836,9 @@ class SSRMTrainer(RewardTrainer):
         if self.has_pool and self.is_world_process_zero():
             card = self.run.output_dir / "README.md"
             text, heading = card.read_text(encoding="utf-8"), "### Framework versions"
-            section = f"### Rounds\n\n{round_table(self.round_history)}\n\n"
+            plots = saved_plots(card.parent / "plots")
+            images = "".join(f"![{title}](plots/{path.name})\n\n" for title, path in plots.items())
+            section = f"### Rounds\n\n{round_table(self.round_history)}\n\n{images}"
             card.write_text(text.replace(heading, section + heading, 1), encoding="utf-8")
 
 

