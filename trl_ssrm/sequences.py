@@ -205,8 +205,8 @@ def _taken(values: np.ndarray, rows: np.ndarray, in_place: bool) -> np.ndarray:
         return values[rows]
     for start in range(0, len(rows), BATCH_ROWS):
         # None of them is moved to behind its place, so what is overwritten was read.
-        batch = slice(start, start + BATCH_ROWS)
-        values[batch][: len(rows) - start] = values[rows[batch]]
+        part = values[rows[start : start + BATCH_ROWS]]
+        values[start : start + len(part)] = part
     return values[: len(rows)]
 
 
