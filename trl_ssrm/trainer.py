@@ -415,7 +415,15 @@ class SSRMTrainer(RewardTrainer):
         self.accelerator.wait_for_everyone()
 
     def train_once(self, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> None:
-        """Train on `train_dataset` as [`~trl.RewardTrainer`] does, from the weights in the model, for one round."""
+        """
+        Train on `train_dataset` as [`~trl.RewardTrainer`] does, from the weights in the model, for one round.
+
+        Args:
+            checkpoint (`str` or `None`):
+                Directory of a checkpoint of this round to go on from.
+            ignore_keys_for_eval (`list[str]` or `None`):
+                As in [`~transformers.Trainer.train`].
+        """
         # A round depends on its data, its initial weights and this seed alone, so that it can be resumed. Round 0 starts
         # from the seed that `RewardTrainer` starts from.
         set_seed(self.args.seed + self.round)
@@ -591,7 +599,18 @@ class SSRMTrainer(RewardTrainer):
         return [scores.logits * temperature / self.round_history[0]["temperature"]]
 
     def scores_key(self, round: int, pool: Pool) -> str:
-        """`str`: name of the scores of a pool under the weights of a round."""
+        """
+        Name of the scores of a pool under the weights of a round.
+
+        Args:
+            round (`int`):
+                The round.
+            pool ([`Pool`]):
+                What was scored.
+
+        Returns:
+            `str`
+        """
         return f"{self.run.weights_hash(self.run.weights_path(round))} {pool.pairs.fingerprint}"
 
     def export_for_labeling(self, path: str, num_pairs: int) -> None:
@@ -688,7 +707,7 @@ class SSRMTrainer(RewardTrainer):
                 What to score.
             name (`str`):
                 What the pairs are called on the progress bar and in an error.
-            kwargs:
+            kwargs (`dict[str, Any]`):
                 `rows`, `directory` and `key` of [`~trl_ssrm.scoring.score_pairs`].
 
         Returns:
