@@ -100,7 +100,7 @@ class SSRMTrainer(RewardTrainer):
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Labeled pairs, in any of the preference formats of [`~trl.RewardTrainer`]. With `unlabeled_dataset` it has
             to be a [`~datasets.Dataset`].
-        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`):
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`, *optional*):
             Held-out labeled pairs. Besides the evaluation of [`~trl.RewardTrainer`], accuracy, log-loss, ECE and Brier
             score on them are logged at the end of each round.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
