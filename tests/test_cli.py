@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 import trl_ssrm
 from trl_ssrm import Comparison, SSRMConfig, SSRMTrainer, benchmarks, evaluate, evaluation_table, labeling
 from trl_ssrm.cli.dry_run import round_costs
-from trl_ssrm.cli.main import BENCHMARKS, PAIRINGS, main, make_parser
+from trl_ssrm.cli.main import BENCHMARKS, PAIRINGS, main, make_parser, take_debug
 from trl_ssrm.cli.train import TrainArguments, _main, train
 from trl_ssrm.cli.train import make_parser as make_train_parser
 from trl_ssrm.storage import read_tensors
@@ -253,6 +253,14 @@ def test_debug_lets_an_error_through(place):
     argv.insert(place, "--debug")
     with pytest.raises(ValueError, match="Pass `--model_name_or_path`"):
         main(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "left"),
+    [([], None), (["--debug"], []), (["--debug", "--seed", "1"], ["--seed", "1"]), (["--debug", "underflow"], None)],
+)
+def test_debug_is_taken_out_unless_it_has_a_value(argv, left):
+    assert take_debug(argv) == ((False, argv) if left is None else (True, left))
 
 
 def test_process_that_trains_tells_its_error_in_one_line(run_settings, capsys, monkeypatch):

@@ -405,7 +405,7 @@ class SSRMConfig(RewardConfig):
         as they are, and goes on from its weights.
 
         Args:
-            args, kwargs:
+            args, kwargs (`Any`):
                 As for [`SSRMConfig`]; what is given here wins.
 
         Returns:

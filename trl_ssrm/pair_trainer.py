@@ -85,7 +85,7 @@ class PairTrainer(RewardTrainer):
                 What to score.
             name (`str`):
                 What the pairs are called on the progress bar and in an error.
-            kwargs:
+            kwargs (`dict[str, Any]`):
                 `rows`, `directory` and `key` of [`~trl_ssrm.scoring.score_pairs`].
 
         Returns:

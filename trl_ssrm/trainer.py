@@ -92,7 +92,7 @@ class SSRMTrainer(PairTrainer):
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Labeled pairs, in any of the preference formats of [`~trl.RewardTrainer`]. With `unlabeled_dataset` it has
             to be a [`~datasets.Dataset`].
-        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`):
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`, *optional*):
             Held-out labeled pairs. Besides the evaluation of [`~trl.RewardTrainer`], accuracy, log-loss, ECE and Brier
             score on them are logged at the end of each round.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -402,7 +402,15 @@ class SSRMTrainer(PairTrainer):
         self.accelerator.wait_for_everyone()
 
     def train_once(self, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> None:
-        """Train on `train_dataset` as [`~trl.RewardTrainer`] does, from the weights in the model, for one round."""
+        """
+        Train on `train_dataset` as [`~trl.RewardTrainer`] does, from the weights in the model, for one round.
+
+        Args:
+            checkpoint (`str` or `None`):
+                Directory of a checkpoint of this round to go on from.
+            ignore_keys_for_eval (`list[str]` or `None`):
+                As in [`~transformers.Trainer.train`].
+        """
         # A round depends on its data, its initial weights and this seed alone, so that it can be resumed. Round 0 starts
         # from the seed that `RewardTrainer` starts from.
         set_seed(self.args.seed + self.round)
@@ -561,7 +569,18 @@ class SSRMTrainer(PairTrainer):
         return [scores.logits * temperature / self.round_history[0]["temperature"]]
 
     def scores_key(self, round: int, pool: Pool) -> str:
-        """`str`: name of the scores of a pool under the weights of a round."""
+        """
+        Name of the scores of a pool under the weights of a round.
+
+        Args:
+            round (`int`):
+                The round.
+            pool ([`Pool`]):
+                What was scored.
+
+        Returns:
+            `str`
+        """
         return f"{self.run.weights_hash(self.run.weights_path(round))} {pool.pairs.fingerprint}"
 
     def export_for_labeling(self, path: str, num_pairs: int) -> None:

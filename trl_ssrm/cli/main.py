@@ -262,8 +262,8 @@ def take_debug(argv: list[str]) -> tuple[bool, list[str]]:
         `tuple[bool, list[str]]`: whether it was there, and the others.
     """
     is_ours = [
-        argument == "--debug" and (following is None or following.startswith("-"))
-        for argument, following in zip(argv, [*argv[1:], None], strict=True)
+        argument == "--debug" and all(following.startswith("-") for following in argv[place : place + 1])
+        for place, argument in enumerate(argv, start=1)
     ]
     return any(is_ours), [argument for argument, ours in zip(argv, is_ours, strict=True) if not ours]
 
