@@ -78,7 +78,12 @@ def make_pool(kind: str, path: str, num_pairs: int, fits: Callable[[str], bool])
         {name: text_of(row[name]) for name in ("prompt", "chosen", "rejected")} for row in Dataset.from_parquet(path)
     ]
     if kind == "pairs":
-        rows = [{**row, "prompt": row["prompt"] + "\n"} for row in rows]
+        # All pairs of a prompt together: in the order of the file the first ones would hardly have an answer in common.
+        prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+        place = {prompt: number for number, prompt in enumerate(prompts)}
+        rows = sorted(
+            ({**row, "prompt": row["prompt"] + "\n"} for row in rows), key=lambda row: place[row["prompt"][:-1]]
+        )
         return [row for row in rows if fits(row["prompt"] + row["chosen"]) and fits(row["prompt"] + row["rejected"])][
             :num_pairs
         ]
