@@ -28,7 +28,7 @@ from .selection import (
     fraction_threshold,
     within_quota,
 )
-from .sequences import PairedSequences, column_of, group_numbers, in_memory, iterate_rows, select_rows
+from .sequences import PairedSequences, group_numbers, in_memory, iterate_rows, select_rows
 
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class PseudoLabelingCallback(TrainerCallback):
         """
         if not trainer.on_main_process(lambda: trainer.run.has_pseudo_labels(round + 1)):
             self._label_pool(args, trainer, round)
-        stored = trainer.run.read_pseudo_labels(round + 1, list(LABEL_FEATURES))
+        stored = trainer.run.read_numbers_of_pseudo_labels(round + 1, list(LABEL_FEATURES))
         assert stored is not None
         pseudo_labels, facts = stored
         trainer.log(dict(facts))
@@ -197,7 +197,7 @@ class PseudoLabelingCallback(TrainerCallback):
             return None
         previous = None
         if round > 0 and args.pool_per_round == "full" and self._weight(round) == self._weight(round + 1):
-            previous = trainer.run.read_pseudo_labels(round, list(LABEL_FEATURES))
+            previous = trainer.run.read_numbers_of_pseudo_labels(round, list(LABEL_FEATURES))
         if previous is not None and _same_labels(previous[0], pseudo_labels):
             self.termination_reason = "no_change"
             return None
@@ -369,21 +369,24 @@ class PseudoLabelingCallback(TrainerCallback):
 
     @staticmethod
     def _with_texts(
-        labels: Dataset, round: int, pool: "Pool", kept: np.ndarray, features: Features
+        labels: dict[str, np.ndarray], round: int, pool: "Pool", kept: np.ndarray, features: Features
     ) -> Iterator[Dataset]:
         """Pseudo-labels in parts, each pair with its texts and the round that it is for."""
         start = 0
-        for texts in pool.iterate_texts(kept, column_of(labels, "first_is_chosen")):
+        for texts in pool.iterate_texts(kept, labels["first_is_chosen"]):
             columns = {name: [each[name] for each in texts] for name in pool.text_features}
-            columns |= {**labels[start : start + len(texts)], "round": [round] * len(texts)}
-            yield Dataset.from_dict(columns, features=features)
+            columns |= {name: values[start : start + len(texts)].tolist() for name, values in labels.items()}
+            yield Dataset.from_dict({**columns, "round": [round] * len(texts)}, features=features)
             start += len(texts)
 
     @staticmethod
-    def _labels(scores: PairScores, share: np.ndarray, kept: np.ndarray) -> Dataset:
-        """The kept pairs by their place in the pool."""
-        columns = {"confidence": scores.confidence, "pair": share, "first_is_chosen": scores.logits > 0}
-        return in_memory({name: values[kept] for name, values in columns.items()})
+    def _labels(scores: PairScores, share: np.ndarray, kept: np.ndarray) -> dict[str, np.ndarray]:
+        """The kept pairs by their place in the pool: the columns of `LABEL_FEATURES`."""
+        return {
+            "confidence": scores.confidence[kept],
+            "pair": share[kept],
+            "first_is_chosen": (scores.logits > 0)[kept],
+        }
 
     def _select_with_quotas(self, scores: PairScores, pool: "Pool") -> tuple[np.ndarray, float | None]:
         """Mask of the pairs to keep, after every condition and quota, and the threshold if there is one."""
@@ -441,9 +444,9 @@ class PseudoLabelingCallback(TrainerCallback):
         own = own.add_column("weight", [-self._weight(facts["round"])] * len(own))
         return concatenate_datasets([rows, own.cast(rows.features)]) if len(own) else rows
 
-    def _training_rows(self, labels: Dataset, round: int) -> Dataset:
-        pool, pairs, confidence = self.trainer.data.pool, column_of(labels, "pair"), column_of(labels, "confidence")
-        columns = {"probability": np.where(column_of(labels, "first_is_chosen"), confidence, 1 - confidence)}
+    def _training_rows(self, labels: dict[str, np.ndarray], round: int) -> Dataset:
+        pool, pairs, confidence = self.trainer.data.pool, labels["pair"], labels["confidence"]
+        columns = {"probability": np.where(labels["first_is_chosen"], confidence, 1 - confidence)}
         args, weight = self.trainer.args, self._weight(round)
         if args.debias_pseudo_labels:
             weight *= len(self.trainer.data.labeled) / len(self.trainer.share_of_pool(round))
@@ -470,8 +473,8 @@ def _length_difference(pool: "Pool", first_is_chosen: np.ndarray) -> np.ndarray:
     return np.where(first_is_chosen, difference, -difference)
 
 
-def _same_labels(before: Dataset, now: Dataset) -> bool:
-    return all(np.array_equal(column_of(before, name), column_of(now, name)) for name in ("pair", "first_is_chosen"))
+def _same_labels(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(before[name], now[name]) for name in ("pair", "first_is_chosen"))
 
 
 class RoundCallbackHandler(CallbackHandler):

@@ -41,7 +41,7 @@ class Pool:
             The rows that the pairs come from.
         rows (`np.ndarray` of shape `(num_pairs,)`, int32, or int64 where the positions need it):
             Row of `source` that each pair comes from, ascending.
-        completions (`np.ndarray` of shape `(num_pairs, 2)`, int32):
+        completions (`np.ndarray` of shape `(num_pairs, 2)`, of the smallest unsigned type that holds them):
             Positions of the first and the second completion among those of the row.
         pairs ([`PairedSequences`]):
             Their token IDs, in the same order.
@@ -243,11 +243,11 @@ def _all_pairs(
     """Row, positions of the two completions, and positions of their two sequences, of each pair of completions."""
     num_pairs = num_completions * (num_completions - 1) // 2
     rows = np.repeat(np.arange(len(num_completions), dtype=index_type(len(num_completions))), num_pairs)
-    positions = np.empty((len(rows), 2), dtype=np.int32)
     positions_of = {
-        number: np.array(list(itertools.combinations(range(number), 2)), dtype=np.int32)
+        number: np.array(list(itertools.combinations(range(number), 2)), dtype=np.int64)
         for number in np.unique(num_completions).tolist()
     }
+    positions = np.empty((len(rows), 2), dtype=np.min_scalar_type(max(positions_of)))
     sequences = np.empty((2, len(rows)), dtype=tokenized.first.dtype)
     start = start_tokenized = 0
     for begin in range(0, len(num_completions), BATCH_ROWS):

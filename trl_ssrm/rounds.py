@@ -43,6 +43,7 @@ from .storage import (
     changed_facts,
     content_hash,
     read_facts,
+    read_numbers,
     read_table,
     read_tensors,
     write_json,
@@ -229,22 +230,20 @@ class RunDirectory:
         """`bool`: whether the pairs that a round trains on are there and whole."""
         return read_facts(self._pseudo_labels_path(round)) is not None
 
-    def read_pseudo_labels(
-        self, round: int, columns: list[str] | None = None
-    ) -> tuple[Dataset, dict[str, Any]] | None:
+    def read_pseudo_labels(self, round: int) -> tuple[Dataset, dict[str, Any]] | None:
         """
-        The pairs that a round trains on, and the facts of their selection.
-
-        Args:
-            round (`int`):
-                The round.
-            columns (`list[str]`, *optional*):
-                Columns to read into memory. If `None`, all of them, with the texts.
+        The pairs that a round trains on, with their texts, and the facts of their selection.
 
         Returns:
             `tuple[Dataset, dict]` or `None`: `None` if there are none yet or the file is damaged, which is logged.
         """
-        return read_table(self._pseudo_labels_path(round), columns)
+        return read_table(self._pseudo_labels_path(round))
+
+    def read_numbers_of_pseudo_labels(
+        self, round: int, columns: list[str]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The same without the texts; see [`~trl_ssrm.storage.read_numbers`]."""
+        return read_numbers(self._pseudo_labels_path(round), columns)
 
     def _pseudo_labels_path(self, round: int) -> Path:
         return self.round_dir(round) / "pseudo_labels.parquet"

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -104,45 +105,56 @@ def read_facts(path: Path) -> dict[str, Any] | None:
     Returns:
         `dict[str, Any]` or `None`: `None` if the table is not there yet, or if it is damaged, which is logged.
     """
-    facts = _facts_and_hash(path)
-    return None if facts is None else facts[0]
-
-
-def _facts_and_hash(path: Path) -> tuple[dict[str, Any], str] | None:
     if not path.with_suffix(".json").is_file():
         return None
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        content = facts.pop("sha256")
-        is_whole = content == _file_hash(path)
+        is_whole = facts.pop("sha256") == _file_hash(path)
     except (ValueError, KeyError, OSError):
         is_whole = False
     if not is_whole:
         logger.warning(f"{path} is damaged and is made again.")
         return None
-    return facts, content
+    return facts
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> tuple[Dataset, dict[str, Any]] | None:
+def read_table(path: Path) -> tuple[Dataset, dict[str, Any]] | None:
     """
     Read what [`write_table`] wrote.
-
-    Args:
-        path (`Path`):
-            File to read.
-        columns (`list[str]`, *optional*):
-            Columns to read. If `None`, all of them.
 
     Returns:
         `tuple[Dataset, dict]` or `None`: the dataset, in memory, and the facts; `None` as in [`read_facts`].
     """
-    stored = _facts_and_hash(path)
-    if stored is None:
+    facts = read_facts(path)
+    return None if facts is None else (Dataset(pq.read_table(path)), facts)
+
+
+def read_numbers(path: Path, columns: list[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """
+    Read columns of numbers of what [`write_table`] wrote, and nothing else into memory.
+
+    Args:
+        path (`Path`):
+            File to read.
+        columns (`list[str]`):
+            Names of the columns.
+
+    Returns:
+        `tuple[dict[str, np.ndarray], dict]` or `None`: the columns, each of shape `(num_rows,)`, by their names, and the
+        facts; `None` as in [`read_facts`].
+    """
+    facts = read_facts(path)
+    if facts is None:
         return None
-    facts, content = stored
-    # Named by what is known of it: by itself a dataset would make a pickle of the table to hash it.
-    name = content_hash(content, columns)
-    return Dataset(pq.read_table(path, columns=columns), fingerprint=name), facts
+    with pq.ParquetFile(path) as file:
+        types = {name: file.schema_arrow.field(name).type.to_pandas_dtype() for name in columns}
+        numbers = {name: np.empty(file.metadata.num_rows, dtype=dtype) for name, dtype in types.items()}
+        start = 0
+        for batch in file.iter_batches(columns=columns):
+            for name in columns:
+                numbers[name][start : start + len(batch)] = batch.column(name).to_numpy(zero_copy_only=False)
+            start += len(batch)
+    return numbers, facts
 
 
 def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Features | None = None) -> Path:
