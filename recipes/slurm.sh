@@ -16,7 +16,8 @@
 set -euo pipefail
 
 export GPUS_PER_NODE=8
-MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not `head`, which ends before it has read all the names: with `pipefail` that would be an error.
+MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MAIN_NODE
 
 # In single quotes, since each machine has its own SLURM_NODEID. If one of them ends, so do all.
