@@ -162,7 +162,7 @@ def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Featur
                 chunk = list(itertools.islice(iterator, BATCH_ROWS))
                 if schema is not None and not chunk:
                     break
-                part = Dataset.from_list(chunk, features=features)
+                part = _as_dataset(chunk, features, start)
                 if schema is None:
                     schema = part.features.arrow_schema
                     writer = stack.enter_context(pa.ipc.new_stream(str(aside), schema))
@@ -180,6 +180,23 @@ def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Featur
         if other != path.parent:
             shutil.rmtree(other)
     return path
+
+
+def _as_dataset(rows: list[dict[str, Any]], features: Features | None, first_row: int) -> Dataset:
+    """Rows that come as Python objects; refuse those that are of no one form."""
+    for number, row in enumerate(rows, first_row):
+        # `Dataset.from_list` takes the columns of the first row and leaves out what others have besides.
+        if not isinstance(row, dict) or (features is None and row.keys() != rows[0].keys()):
+            raise ValueError(
+                f"Row {number} of the stream has not the columns of row {first_row}; give all rows the same."
+            )
+    try:
+        return Dataset.from_list(rows, features=features)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"Rows {first_row} to {first_row + len(rows) - 1} of the stream can't be written ({error}); give each column "
+            "values of one type, and text without halves of surrogate pairs."
+        ) from error
 
 
 def _with_schema(part: Dataset, schema: pa.Schema, first_row: int) -> Dataset:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, is_peft_model
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import (
@@ -38,10 +39,16 @@ from .layout import choose_layout, laid_out, paired_rows
 from .plots import saved_plots
 from .pool import Pool
 from .preference import LOGITS_OF, orders_agree
-from .preparation import complete_args, load_tokenizer, prepare_pairwise
+from .preparation import (
+    complete_args,
+    load_tokenizer,
+    prepare_pairwise,
+    tokenized_or_refused,
+    with_literal_messages,
+)
 from .report import round_line, round_table
 from .rounds import RunDirectory, run_identity
-from .scoring import score_pairs
+from .scoring import NonFiniteWeightError, score_pairs
 from .selection import PairScores, precision_threshold
 from .sequences import PairedSequences
 from .sharding import check_sharding, is_sharded, spread, whole_weights
@@ -318,6 +325,8 @@ class SSRMTrainer(RewardTrainer):
         Raises:
             ValueError: If `output_dir` holds another run, or holds a run that is not to be resumed.
             NonFiniteScoreError: If the model gives a NaN or infinite reward.
+            NonFiniteWeightError: If training makes a weight NaN or infinite.
+            torch.OutOfMemoryError: If a batch does not fit into memory in training; the message says what to change.
         """
         if not self.has_pool:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -420,7 +429,16 @@ class SSRMTrainer(RewardTrainer):
         self._leave_engine()
         spread(self.unwrapped_model)
         with self._round_length():
-            super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+            try:
+                super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                raise torch.OutOfMemoryError(
+                    f"Round {self.round} does not fit into memory with batches of {self.args.per_device_train_batch_size} "
+                    "pairs; lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` as much, set "
+                    "`gradient_checkpointing=True`, lower `max_length`, or train an adapter (`peft_config`)."
+                ) from error
 
     def _leave_engine(self) -> None:
         """Take the model out of the DeepSpeed engine of the round before: an engine has one optimizer and one schedule."""
@@ -446,8 +464,13 @@ class SSRMTrainer(RewardTrainer):
         Args:
             path (`Path`):
                 File to write.
+
+        Raises:
+            NonFiniteWeightError: If one of them is NaN or infinite.
         """
         weights = whole_weights(self.unwrapped_model)
+        if broken := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+            raise NonFiniteWeightError(self.round, broken)
         if self.accelerator.is_main_process:
             self.run.write_weights(path, weights)
         self.accelerator.wait_for_everyone()
@@ -755,7 +778,16 @@ class SSRMTrainer(RewardTrainer):
             dataset = tokenize_comparisons(
                 dataset, processing_class, self.comparison, args.max_length, args.dataset_num_proc
             )
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not self.has_pool:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        is_one = dataset_name in ("train", "eval", "calibration", "unlabeled")
+        name = f"{dataset_name}_dataset" if is_one else f"eval_dataset_{dataset_name}"
+        prepare = super()._prepare_dataset
+        return tokenized_or_refused(
+            lambda rows: prepare(rows, processing_class, args, dataset_name),
+            with_literal_messages(dataset, processing_class, name),
+            name,
+        )
 
     def _set_signature_columns_if_needed(self):
         # Private in `Trainer`: the only place that says which columns reach the collator.
