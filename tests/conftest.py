@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -36,8 +36,9 @@ disable_progress_bars()
 
 # The same examples in every run of the suite, so that it fails for a change alone; `--hypothesis-profile=long` looks for
 # others.
-settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True, database=None)
-settings.register_profile("long", max_examples=1000, deadline=None)
+of_any_kind = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("suite", max_examples=25, derandomize=True, database=None, **of_any_kind)
+settings.register_profile("long", max_examples=1000, **of_any_kind)
 settings.load_profile("suite")
 
 CHAT_TEMPLATE = (

@@ -395,7 +395,8 @@ class PseudoLabelingCallback(TrainerCallback):
 
     def _select_with_quotas(self, scores: PairScores, pool: "Pool") -> tuple[np.ndarray, float | None]:
         """Mask of the pairs to keep, after every condition and quota, and the threshold if there is one."""
-        args, is_candidate = self.trainer.args, ~scores.is_tie
+        # Rewards so close that the confidence is one half are a tie too: the collator trains on none of them.
+        args, is_candidate = self.trainer.args, scores.confidence > 0.5
         if args.require_order_agreement:
             assert scores.orders_agree is not None
             is_candidate &= scores.orders_agree

@@ -1,9 +1,11 @@
 """What is refused before any work is done: one sentence each, which names the place and the mend."""
 
+import contextlib
 import math
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,10 +220,13 @@ def _check_messages(messages: list, where: str) -> None:
         if not message.get("content") and not message.get("tool_calls"):
             raise ValueError(f"{where} has a message without `content`; fill it in or drop the row.")
         role, content = message["role"], message.get("content")
-        if not isinstance(role, str) or not isinstance(content, str | list | None):
+        # A template may write a special token around it.
+        if not isinstance(role, str) or not re.fullmatch(r"[\w -]+", role):
+            raise ValueError(f"{where} has a message with the role {role!r:.50}; make it a word, such as 'user'.")
+        are_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+        if not (are_parts or isinstance(content, str | None)):
             raise ValueError(
-                f"{where} has a message whose `role` is {role!r:.50} and whose `content` is {content!r:.50}; make the role "
-                "text, and the content text or a list of its parts."
+                f"{where} has a message with the content {content!r:.50}; give it text, or a list of parts that say their type."
             )
 
 
@@ -235,6 +240,26 @@ def check_characters(value: Any, where: str) -> None:
                 f"{where} holds half of a surrogate pair ({text[error.start]!r}), which is no character; mend its encoding "
                 "or drop the row."
             ) from error
+
+
+@contextlib.contextmanager
+def tokenizing(where: str) -> Iterator[None]:
+    """
+    Name what can't be tokenized, whatever the error is: chat templates are programs of their own, and rows may set their
+    arguments.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise not_tokenized(where, error) from error
+
+
+def not_tokenized(where: str, error: Exception) -> ValueError:
+    """`ValueError`: that something can't be tokenized, and why, in one line."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"{where} can't be tokenized ({reason:.300}); mend it, or drop it.")
 
 
 def _are_tokens(ids: Any) -> bool:

@@ -12,11 +12,11 @@ _ZERO_WIDTH_SPACE = "\u200b"
 
 
 def strings_of(value: Any) -> Iterator[str]:
-    """The strings in JSON values, but for the keys."""
+    """The strings in JSON values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from strings_of(part)
 
 
@@ -57,5 +57,5 @@ def as_literal(value: Any, special_tokens: re.Pattern[str]) -> Any:
             value = special_tokens.sub(lambda found: f"{found[0][0]}{_ZERO_WIDTH_SPACE}{found[0][1:]}", value)
         return value
     if isinstance(value, dict):
-        return {name: as_literal(part, special_tokens) for name, part in value.items()}
+        return {as_literal(name, special_tokens): as_literal(part, special_tokens) for name, part in value.items()}
     return [as_literal(part, special_tokens) for part in value] if isinstance(value, list) else value

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig
 
+from .checks import not_tokenized
 from .comparison import DEFAULT_TEMPLATE, Comparison
 from .config import SSRMConfig
 from .loading import check_answers_behind, load_pairwise_model
@@ -128,6 +129,8 @@ def with_literal_messages(
     if not isinstance(dataset, Dataset):
         return dataset.map(make_literal)
     columns = [column for column in _TEXT_COLUMNS if column in dataset.column_names]
+    if special_tokens.search(str({column: dataset.features[column] for column in columns})):
+        raise ValueError(f"A field in `{name}` is named like a special token of the tokenizer; rename it.")
     if "chosen" not in columns or not isinstance(dataset[0]["chosen"], list):
         return dataset
     concerned = [number for number, row in enumerate(iterate_rows(dataset, columns)) if is_concerned(row)]
@@ -162,29 +165,25 @@ def tokenized_or_refused(
         ValueError: If there is a row that can't be tokenized.
     """
 
-    def error_of(start: int, stop: int) -> Exception | None:
+    def is_refused(start: int, stop: int) -> bool:
         try:
             tokenize(dataset.select(range(start, stop)))
-        # Whatever it is: chat templates are programs of their own, and rows may set their arguments.
-        except Exception as error:
-            return error
-        return None
+        except Exception:
+            return True
+        return False
 
     try:
         return tokenize(dataset)
-    except Exception as whole_error:
-        if not isinstance(dataset, Dataset) or isinstance(whole_error, OSError):
+    except Exception as error:
+        if not isinstance(dataset, Dataset) or isinstance(error, OSError):
             raise
         start, stop = 0, len(dataset)
         while stop - start > 1:
             middle = (start + stop) // 2
-            start, stop = (start, middle) if error_of(start, middle) is not None else (middle, stop)
-        if (error := error_of(start, stop)) is None:
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"Row {start} of `{name}` can't be tokenized ({reason:.300}); mend it, or drop it."
-        ) from error
+            start, stop = (start, middle) if is_refused(start, middle) else (middle, stop)
+        # Each row alone may be one that can be.
+        is_row = is_refused(start, stop)
+        raise not_tokenized(f"Row {start} of `{name}`" if is_row else f"`{name}`", error) from error
 
 
 def _model_id(model: Any) -> str:
