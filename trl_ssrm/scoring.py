@@ -63,7 +63,7 @@ class NonFiniteWeightError(ValueError):
     def __init__(self, round: int, names: list[str]):
         super().__init__(
             f"The weights of round {round} are NaN or infinite ({names[0]}, {len(names)} in all); lower `learning_rate`, "
-            "or train in another precision."
+            "or train or load the model in another precision."
         )
 
 
