@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -81,7 +80,8 @@ class Comparison:
         try:
             template = environment.from_string(self.template)
             return template.render(messages=messages, responses=[first, second], labels=self.labels)
-        except TemplateError as error:
+        # Templates are programs, so whatever it is.
+        except Exception as error:
             raise ValueError(f"The template of the comparison can't be rendered: {error}; mend it.") from error
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, messages: list, first: str, second: str) -> list[int]:

@@ -18,7 +18,7 @@ from trl import maybe_extract_prompt
 
 from .checks import check_is_dataset, check_not_empty, check_row
 from .sequences import BATCH_ROWS, PairedSequences, index_type, is_everything, iterate_rows
-from .storage import write_rows
+from .storage import storable, write_rows
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,8 @@ class Pool:
         """[`~datasets.Features`]: types of what `iterate_texts` yields."""
         completion = completion_feature(self.source)
         prompt = self.source.features.get("prompt", completion)
-        return Features({"prompt": prompt, "chosen": completion, "rejected": completion})
+        features = {"prompt": prompt, "chosen": completion, "rejected": completion}
+        return Features({name: storable(feature) for name, feature in features.items()})
 
 
 def build_pool(

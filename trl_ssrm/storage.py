@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Json, List
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -95,6 +95,23 @@ def write_table(path: Path, features: Features, parts: Iterable[Dataset], facts:
                 writer.write_table(_as_arrow(part))
         facts = {**facts, "sha256": _file_hash(aside)}
     write_json(path.with_suffix(".json"), facts)
+
+
+def storable(feature: Any) -> Any:
+    """
+    A feature type that Parquet takes. It has none for objects without fields, such as the arguments of tools that have
+    none, so they are kept as JSON.
+
+    Args:
+        feature (`Any`):
+            Feature type of a column, such as a [`~datasets.Value`], a list or a dictionary of them.
+
+    Returns:
+        `Any`: the same type, in which each object without fields is a [`~datasets.Json`].
+    """
+    if isinstance(feature, dict):
+        return {name: storable(part) for name, part in feature.items()} or Json()
+    return List(storable(feature.feature), feature.length) if isinstance(feature, List) else feature
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from trl_ssrm import (
 )
 from trl_ssrm.checks import check_preference_dataset, check_prompts
 from trl_ssrm.markup import as_literal, special_tokens_of, strings_of
-from trl_ssrm.pool import build_pool, completions_of, named_completions
+from trl_ssrm.pool import build_pool, check_format, completions_of, named_completions
 
 
 # A check alone takes no time.
@@ -134,7 +134,12 @@ def test_preference_data_is_checked_in_one_sentence(rows, with_json):
 @given(rows=PROMPTS, with_json=st.booleans())
 def test_prompts_are_checked_in_one_sentence(rows, with_json):
     dataset = as_dataset(rows, with_json)
-    result_or_refusal(lambda: check_prompts(dataset, "dataset", named_completions))
+
+    def check() -> None:
+        check_format(dataset, "dataset")
+        check_prompts(dataset, "dataset", named_completions)
+
+    result_or_refusal(check)
 
 
 def tokenize(dataset: Dataset) -> Dataset:
@@ -342,7 +347,8 @@ def test_labeler_labels_or_refuses(request, tmp_path_factory, work, rows, with_j
     made = result_or_refusal(lambda: work(model, dataset, directory, disable_tqdm=True))
     if not isinstance(made, str):
         texts = list(strings_of(list(dataset)))
-        assert all(text in texts for row in made for text in strings_of(row))
+        names = [name for name in ("prompt", "chosen", "rejected", "completion") if name in made.column_names]
+        assert all(text in texts for row in made for name in names for text in strings_of(row[name]))
 
 
 BENCHMARK_ROWS = {
@@ -383,6 +389,34 @@ def test_prompt_of_100_000_characters_is_counted_and_left_out(llama, config, mak
     trainer = SSRMTrainer(llama, config(), train_dataset=Dataset.from_list([*rows, *long]), unlabeled_dataset=pool)
     assert len(trainer.data.labeled) == 4 and len(trainer.data.pool) == 3
     assert trainer.data.pool.dropped == {"longer than max_length=1024": 2}
+
+
+CALL_WITHOUT_ARGUMENTS = [
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+]
+
+
+def test_tool_that_takes_nothing_is_kept_as_it_is(llama, config, tmp_path):
+    """Parquet has no type for an object without fields, which would show after round 0 alone."""
+    rows = [as_messages(row) for row in preference_rows(12)]
+    pool = Dataset.from_list([{**row, "rejected": CALL_WITHOUT_ARGUMENTS} for row in rows[8:]])
+    pool = pool.map(
+        lambda row: {"chosen": CALL_WITHOUT_ARGUMENTS, "rejected": [{**CALL_WITHOUT_ARGUMENTS[0], "content": "b"}]}
+    )
+    trainer = SSRMTrainer(
+        llama,
+        config(num_rounds=1, confidence_threshold=0.5, num_train_epochs=1),
+        train_dataset=Dataset.from_list(rows[:8]),
+        unlabeled_dataset=pool,
+    )
+    trainer.train()
+    pseudo_labels, _ = trainer.run.read_pseudo_labels(1)
+    assert len(pseudo_labels) == 4
+    labels = label_preferences(SSRMRewardFunction(llama), pool, str(tmp_path / "labels"), disable_tqdm=True)
+    for made in (pseudo_labels, labels):
+        for row in made:
+            for name in ("chosen", "rejected"):
+                assert row[name][0]["tool_calls"] == CALL_WITHOUT_ARGUMENTS[0]["tool_calls"]
 
 
 @pytest.mark.parametrize("tools", ["[", 5])
