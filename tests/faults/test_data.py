@@ -13,9 +13,9 @@ from conftest import as_messages, preference_rows
 from datasets import Dataset, IterableDataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from outcomes import refusal_of, result_or_refusal
 from transformers import AutoTokenizer
 
+from faults.outcomes import refusal_of, result_or_refusal
 from trl_ssrm import (
     Comparison,
     PairwiseJudge,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import preference_rows
 from datasets import Dataset
-from outcomes import refusal_of
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
+from faults.outcomes import refusal_of
 from trl_ssrm import NonFiniteScoreError, PseudoLabelingCallback, SSRMTrainer
 from trl_ssrm.calibration import fit_temperature, preference_metrics, reliability_curve
 from trl_ssrm.preference import mean_logits, mean_win_probability, pairwise_logits

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import preference_rows
 from datasets import Dataset
-from outcomes import refusal_of
 from transformers import AutoTokenizer
 from trl import TrlParser
 
 import trl_ssrm
+from faults.outcomes import refusal_of
 from trl_ssrm import (
     Comparison,
     PairwiseJudge,
