@@ -247,7 +247,8 @@ TWO_PROCESSES = (
 def run_script(name: str, *command: str, **settings) -> dict | None:
     """What the main process of a script of this directory printed last, or `None` if it was killed."""
     script = Path(__file__).parent / name
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parent.parent)])}
+    paths = [str(script.parent), str(script.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [*(command or [sys.executable]), str(script), json.dumps(settings)],
         env=environment,

@@ -28,6 +28,7 @@ _HOME_OF = {
     "load_ppo_models": "alignment",
     "load_reward_model": "loading",
     "ssrm_reward": "alignment",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "load_pairwise_model",
     "load_ppo_models",
     "load_reward_model",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from .labeling import label_preferences as label_preferences
     from .loading import load_pairwise_model as load_pairwise_model
     from .loading import load_reward_model as load_reward_model
+    from .report import write_report as write_report
     from .scoring import NonFiniteScoreError as NonFiniteScoreError
     from .scoring import NonFiniteWeightError as NonFiniteWeightError
     from .selection import PairScores as PairScores

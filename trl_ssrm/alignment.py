@@ -201,7 +201,16 @@ class SSRMRewardFunction:
         )
 
     def score_tokenized(self, sequences: list[list[int]]) -> np.ndarray:
-        """`np.ndarray` of shape `(num_sequences,)`, float64: rewards of what [`SSRMRewardFunction.tokenize`] gives."""
+        """
+        Rewards of tokenized sequences, neither shifted nor clipped.
+
+        Args:
+            sequences (`list[list[int]]` of length `num_sequences`):
+                What [`SSRMRewardFunction.tokenize`] gives.
+
+        Returns:
+            `np.ndarray` of shape `(num_sequences,)`, float64.
+        """
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(self.device or PartialState().device)
         rewards = score_sequences(

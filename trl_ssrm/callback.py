@@ -28,7 +28,7 @@ from .selection import (
     fraction_threshold,
     within_quota,
 )
-from .sequences import PairedSequences, column_of, group_numbers, iterate_rows, select_rows
+from .sequences import PairedSequences, column_of, group_numbers, in_memory, iterate_rows, select_rows
 
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ class PseudoLabelingCallback(TrainerCallback):
     def _labels(scores: PairScores, share: np.ndarray, kept: np.ndarray) -> Dataset:
         """The kept pairs by their place in the pool."""
         columns = {"confidence": scores.confidence, "pair": share, "first_is_chosen": scores.logits > 0}
-        return Dataset.from_dict({name: values[kept] for name, values in columns.items()}, features=LABEL_FEATURES)
+        return in_memory({name: values[kept] for name, values in columns.items()})
 
     def _select_with_quotas(self, scores: PairScores, pool: "Pool") -> tuple[np.ndarray, float | None]:
         """Mask of the pairs to keep, after every condition and quota, and the threshold if there is one."""
@@ -470,7 +470,7 @@ class PseudoLabelingCallback(TrainerCallback):
                 .with_format(None)
                 for name, position in ids.items()
             ]
-        return concatenate_datasets([*tokens, Dataset.from_dict(columns)], axis=1)
+        return concatenate_datasets([*tokens, in_memory(columns)], axis=1)
 
 
 def _length_difference(pool: "Pool", first_is_chosen: np.ndarray) -> np.ndarray:

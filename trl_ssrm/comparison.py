@@ -55,12 +55,29 @@ class Comparison:
     max_length: int | None = None
 
     def save_pretrained(self, directory: str) -> None:
-        """Write the comparison beside a model."""
+        """
+        Write the comparison beside a model.
+
+        Args:
+            directory (`str`):
+                Directory of the model.
+        """
         write_json(Path(directory) / FILE_NAME, asdict(self))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, revision: str | None = None) -> "Comparison | None":
-        """`Comparison` or `None`: the comparison that a model was trained on, `None` if it was saved with none."""
+        """
+        The comparison that a model was trained on.
+
+        Args:
+            name_or_path (`str`):
+                Directory or model ID.
+            revision (`str`, *optional*):
+                Revision of a model of the hub.
+
+        Returns:
+            [`Comparison`] or `None`: `None` if the model was saved with none.
+        """
         path = cached_file(name_or_path, FILE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         if path is None:
             return None
@@ -74,7 +91,23 @@ class Comparison:
             raise ValueError(f"{path} is no comparison ({error}); mend it, or load another model.") from error
 
     def render(self, messages: list[dict[str, Any]], first: str, second: str) -> str:
-        """`str`: the text that shows two answers to a prompt."""
+        """
+        The text that shows two answers to a prompt.
+
+        Args:
+            messages (`list[dict[str, Any]]`):
+                The prompt.
+            first (`str`):
+                The answer shown first.
+            second (`str`):
+                The other one.
+
+        Returns:
+            `str`
+
+        Raises:
+            ValueError: If the template can't be rendered.
+        """
         # The template comes with the checkpoint, so it must not run code.
         environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
         try:
@@ -85,7 +118,22 @@ class Comparison:
             raise ValueError(f"The template of the comparison can't be rendered: {error}; mend it.") from error
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, messages: list, first: str, second: str) -> list[int]:
-        """`list[int]`: token IDs of one comparison, however long."""
+        """
+        One comparison, however long.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the model.
+            messages (`list[dict[str, Any]]`):
+                The prompt.
+            first (`str`):
+                The answer shown first.
+            second (`str`):
+                The other one.
+
+        Returns:
+            `list[int]`: token IDs.
+        """
         return tokenizer(self._prompt(tokenizer, messages, first, second), **self._special_tokens(tokenizer))[
             "input_ids"
         ]

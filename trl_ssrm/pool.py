@@ -204,12 +204,16 @@ def build_pool(
     if not is_kept.any():
         raise ValueError(f"No pair of `{name}` is left ({in_words(dropped)}); give it other rows, or mend that.")
     if not is_kept.all():
-        rows, positions, first, second = rows[is_kept], positions[is_kept], first[is_kept], second[is_kept]
+        # One after the other, since all of them together are large.
+        rows = rows[is_kept]
+        positions = positions[is_kept]
+        first = first[is_kept]
+        second = second[is_kept]
     return Pool(
         source=dataset,
         rows=rows,
         completions=positions,
-        pairs=tokenized.pair_up(first, second),
+        pairs=tokenized.pair_up(first, second, in_place=True),
         # The completions of a preference row are `chosen` and `rejected`, in that order.
         gold=positions[:, 0] == 0 if with_gold else None,
         dropped=dropped,
@@ -241,25 +245,29 @@ def _all_pairs(
     """Row, positions of the two completions, and positions of their two sequences, of each pair of completions."""
     num_pairs = num_completions * (num_completions - 1) // 2
     rows = np.repeat(np.arange(len(num_completions), dtype=index_type(len(num_completions))), num_pairs)
-    # A table of the pairs of a row for each number of completions that there is, and where it starts.
-    numbers = np.unique(num_completions)
-    tables = [np.array(list(itertools.combinations(range(number), 2)), dtype=np.int32) for number in numbers.tolist()]
-    start_of = np.zeros(int(numbers[-1]) + 1, dtype=np.int64)
-    start_of[numbers] = np.cumsum([0, *map(len, tables)])[:-1]
-    # The place of a pair in the table, less its place among all pairs, is the same for the pairs of a row.
-    shift = start_of[num_completions] - (np.cumsum(num_pairs, dtype=np.int64) - num_pairs)
-    place = np.arange(len(rows)) + shift[rows]
-    positions = np.concatenate(tables)[place]
-    del place
+    positions = np.empty((len(rows), 2), dtype=np.int32)
+    positions_of = {
+        number: np.array(list(itertools.combinations(range(number), 2)), dtype=np.int32)
+        for number in np.unique(num_completions).tolist()
+    }
+    sequences = np.empty((2, len(rows)), dtype=tokenized.first.dtype)
+    start = start_tokenized = 0
+    for begin in range(0, len(num_completions), BATCH_ROWS):
+        numbers = num_completions[begin : begin + BATCH_ROWS]
+        own = np.concatenate([positions_of[number] for number in numbers.tolist()])
+        pairs = slice(start, start := start + len(own))
+        positions[pairs] = own
+        if by_pair:
+            continue
+        both = slice(start_tokenized, start_tokenized := start_tokenized + int(((numbers + 1) // 2).sum()))
+        of_completion = np.stack([tokenized.first[both], tokenized.second[both]], axis=1).ravel()
+        # A completion without a partner was tokenized twice.
+        of_completion = np.delete(of_completion, np.cumsum(numbers + numbers % 2)[numbers % 2 == 1] - 1)
+        starts = np.repeat(np.cumsum(numbers) - numbers, num_pairs[begin : begin + BATCH_ROWS])
+        sequences[:, pairs] = of_completion[starts + own.T]
     if by_pair:
-        return rows, positions, tokenized.first.copy(), tokenized.second.copy()
-    sequences = np.stack([tokenized.first, tokenized.second], axis=1).ravel()
-    # A completion without a partner was tokenized twice.
-    ends = np.cumsum(num_completions + num_completions % 2, dtype=np.int64)
-    sequences = np.delete(sequences, ends[num_completions % 2 == 1] - 1)
-    start_of_row = np.cumsum(num_completions, dtype=np.int64) - num_completions
-    first, second = (sequences[start_of_row[rows] + positions[:, side]] for side in range(2))
-    return rows, positions, first, second
+        sequences[0], sequences[1] = tokenized.first, tokenized.second
+    return rows, positions, sequences[0], sequences[1]
 
 
 def _is_turned(seed: int, rows: np.ndarray, first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -286,7 +294,9 @@ def _reasons(
     if max_length is not None:
         yield f"longer than max_length={max_length}", tokenized.lengths[np.minimum(first, second)] > max_length
     # What two pairs share if they hold the same sequences.
-    keys = np.minimum(first, second).astype(np.int64) * len(tokenized.lengths) + np.maximum(first, second)
+    keys = np.minimum(first, second).astype(np.int64)
+    keys *= len(tokenized.lengths)
+    keys += np.maximum(first, second)
     position_of = _positions_of(
         tokenized, {digest for known in known_pairs.values() for key in known for digest in key}
     )
@@ -294,9 +304,11 @@ def _reasons(
         found = [(position_of[one], position_of[other]) for one, other in known if {one, other} <= position_of.keys()]
         known_keys = [min(pair) * len(tokenized.lengths) + max(pair) for pair in found]
         yield f"overlap with {name}", np.isin(keys, np.array(known_keys, dtype=np.int64))
-    is_first = np.zeros(len(keys), dtype=bool)
-    is_first[np.unique(keys, return_index=True)[1]] = True
-    yield "duplicate", ~is_first
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    is_duplicate = np.zeros(len(keys), dtype=bool)
+    is_duplicate[order[1:][keys[1:] == keys[:-1]]] = True
+    yield "duplicate", is_duplicate
 
 
 def _positions_of(tokenized: PairedSequences, digests: set[bytes]) -> dict[bytes, int]:

@@ -121,17 +121,23 @@ def read_facts(path: Path) -> dict[str, Any] | None:
     Returns:
         `dict[str, Any]` or `None`: `None` if the table is not there yet, or if it is damaged, which is logged.
     """
+    facts = _facts_and_hash(path)
+    return None if facts is None else facts[0]
+
+
+def _facts_and_hash(path: Path) -> tuple[dict[str, Any], str] | None:
     if not path.with_suffix(".json").is_file():
         return None
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        is_whole = facts.pop("sha256") == _file_hash(path)
+        content = facts.pop("sha256")
+        is_whole = content == _file_hash(path)
     except (ValueError, KeyError, OSError):
         is_whole = False
     if not is_whole:
         logger.warning(f"{path} is damaged and is made again.")
         return None
-    return facts
+    return facts, content
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> tuple[Dataset, dict[str, Any]] | None:
@@ -147,8 +153,13 @@ def read_table(path: Path, columns: list[str] | None = None) -> tuple[Dataset, d
     Returns:
         `tuple[Dataset, dict]` or `None`: the dataset, in memory, and the facts; `None` as in [`read_facts`].
     """
-    facts = read_facts(path)
-    return None if facts is None else (Dataset(pq.read_table(path, columns=columns)), facts)
+    stored = _facts_and_hash(path)
+    if stored is None:
+        return None
+    facts, content = stored
+    # Named by what is known of it: by itself a dataset would make a pickle of the table to hash it.
+    name = content_hash(content, columns)
+    return Dataset(pq.read_table(path, columns=columns), fingerprint=name), facts
 
 
 def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Features | None = None) -> Path:
