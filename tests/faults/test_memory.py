@@ -65,8 +65,8 @@ def test_other_errors_of_training_stay_what_they_are(train_with):
 
 
 def test_many_rounds_leave_neither_memory_nor_open_files(llama, config, labeled):
-    """Twelve rounds; fifty where `SSRM_LONG_FAULTS` is set."""
-    num_rounds = 50 if os.environ.get("SSRM_LONG_FAULTS") else 12
+    """Eight rounds; fifty where `SSRM_LONG_FAULTS` is set."""
+    num_rounds = 50 if os.environ.get("SSRM_LONG_FAULTS") else 8
     measured = {}
 
     class Measure(PseudoLabelingCallback):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import preference_rows
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from faults.outcomes import refusal_of
 from trl_ssrm import NonFiniteScoreError, PseudoLabelingCallback, SSRMTrainer
@@ -19,18 +19,22 @@ from trl_ssrm.scoring import NonFiniteWeightError
 from trl_ssrm.selection import PairScores, adaptive_threshold, fraction_threshold, precision_threshold
 
 
+def pairs(num_rows: int, seed: int) -> Dataset:
+    return Dataset.from_list(preference_rows(num_rows, seed))
+
+
 @pytest.fixture
-def run(llama, config, labeled, unlabeled):
-    """A run of two short rounds, all of it changeable."""
+def run(llama, config):
+    """A short run of one round after round 0, all of it changeable."""
 
     def make(model=llama, callbacks=(), **settings) -> SSRMTrainer:
         names = ("train_dataset", "unlabeled_dataset", "eval_dataset", "calibration_dataset")
         data = {name: settings.pop(name) for name in names if name in settings}
         trainer = SSRMTrainer(
             model,
-            config(**{"num_train_epochs": 1, **settings}),
+            config(**{"num_train_epochs": 1, "num_rounds": 1, **settings}),
             callbacks=list(callbacks),
-            **{"train_dataset": labeled, "unlabeled_dataset": unlabeled.select(range(12)), **data},
+            **{"train_dataset": pairs(6, seed=1), "unlabeled_dataset": pairs(12, seed=2), **data},
         )
         trainer.train()
         return trainer
@@ -53,13 +57,13 @@ def facts_are_finite(trainer: SSRMTrainer) -> None:
 
 
 class Spoil(TrainerCallback):
-    """Makes the model give NaN at the end of training, in one round."""
+    """Makes the weights of one round what no number is."""
 
-    def __init__(self, round: int, value: float):
-        self.round, self.value = round, value
+    def __init__(self, own: PseudoLabelingCallback, round: int, value: float):
+        self.own, self.round, self.value = own, round, value
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.trainer.round == self.round:
+        if self.own.trainer.round == self.round:
             with torch.no_grad():
                 model.score.weight.fill_(self.value)
 
@@ -67,18 +71,10 @@ class Spoil(TrainerCallback):
 @pytest.mark.parametrize("round", [0, 1])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_end_the_run(run, round, value):
-    callback = Spoil(round, value)
-    callback_handler = []
-
-    class Begin(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            callback.trainer = own.trainer
-
     own = PseudoLabelingCallback()
-    callback_handler += [own, Begin(), callback]
     # The last round, behind which nothing is scored any more.
     with pytest.raises(NonFiniteWeightError, match=f"weights of round {round} are NaN or infinite") as raised:
-        run(callbacks=callback_handler, num_rounds=round)
+        run(callbacks=[own, Spoil(own, round, value)], num_rounds=round)
     refusal_of(raised.value)
 
 
@@ -97,8 +93,6 @@ def test_rewards_that_overflow_are_named_with_their_rows(run, llama, held_out, n
     def overflow(module, args, output):
         # The token is in this row alone.
         return output.masked_fill((args[0] == poison)[..., None], math.inf)
-
-    from transformers import AutoTokenizer
 
     (poison,) = AutoTokenizer.from_pretrained(llama)("~")["input_ids"]
     model.get_input_embeddings().register_forward_hook(overflow)
@@ -161,7 +155,7 @@ def test_equal_rewards_are_ties_and_nothing_is_kept(run, llama, folds, settings)
         {"preference_model": "pairwise"},
     ],
 )
-@pytest.mark.parametrize(("num_labeled", "num_unlabeled"), [(1, 12), (16, 1), (1, 1)])
+@pytest.mark.parametrize(("num_labeled", "num_unlabeled"), [(1, 3), (3, 1)])
 def test_one_labeled_pair_and_a_pool_of_one(request, run, settings, num_labeled, num_unlabeled):
     model = request.getfixturevalue("policy" if settings.get("preference_model") == "pairwise" else "llama")
     if settings.get("preference_model") == "pairwise":
@@ -169,8 +163,8 @@ def test_one_labeled_pair_and_a_pool_of_one(request, run, settings, num_labeled,
     try:
         trainer = run(
             model=model,
-            train_dataset=Dataset.from_list(preference_rows(num_labeled, seed=1)),
-            unlabeled_dataset=Dataset.from_list(preference_rows(num_unlabeled, seed=2)),
+            train_dataset=pairs(num_labeled, seed=1),
+            unlabeled_dataset=pairs(num_unlabeled, seed=2),
             **settings,
         )
     except (ValueError, TypeError) as error:
@@ -193,7 +187,7 @@ def test_one_labeled_pair_and_a_pool_of_one(request, run, settings, num_labeled,
     ],
 )
 def test_pool_of_one_in_other_ways(run, settings):
-    trainer = run(unlabeled_dataset=Dataset.from_list(preference_rows(1, seed=2)), **settings)
+    trainer = run(unlabeled_dataset=pairs(1, seed=2), **settings)
     facts_are_finite(trainer)
     assert trainer.termination_reason
 
@@ -209,7 +203,7 @@ def test_pair_whose_confidence_is_one_half_is_not_kept(run, llama):
 
 def test_pool_too_small_for_its_shares_is_refused(run):
     with pytest.raises(ValueError, match="`pool_per_round='shard'`") as raised:
-        run(unlabeled_dataset=Dataset.from_list(preference_rows(1, seed=2)), pool_per_round="shard")
+        run(unlabeled_dataset=pairs(1, seed=2), pool_per_round="shard", num_rounds=2)
     refusal_of(raised.value)
 
 
