@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -32,6 +33,13 @@ from trl_ssrm import SSRMConfig
 
 
 disable_progress_bars()
+
+# The same examples in every run of the suite, so that it fails for a change alone; `--hypothesis-profile=long` looks for
+# others.
+of_any_kind = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("suite", max_examples=25, derandomize=True, database=None, **of_any_kind)
+settings.register_profile("long", max_examples=1000, **of_any_kind)
+settings.load_profile("suite")
 
 CHAT_TEMPLATE = (
     "{% if tools %}<|tools|>{{ tools | tojson }}{% endif %}"

@@ -10,6 +10,7 @@ _HOME_OF = {
     "ConfidenceFilteredDataCollator": "collator",
     "Evaluation": "evaluation",
     "NonFiniteScoreError": "scoring",
+    "NonFiniteWeightError": "scoring",
     "PairScores": "selection",
     "PairwiseJudge": "judge",
     "PseudoLabelingCallback": "callback",
@@ -35,6 +36,7 @@ __all__ = [
     "ConfidenceFilteredDataCollator",
     "Evaluation",
     "NonFiniteScoreError",
+    "NonFiniteWeightError",
     "PairScores",
     "PairwiseJudge",
     "PseudoLabelingCallback",
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from .loading import load_reward_model as load_reward_model
     from .report import write_report as write_report
     from .scoring import NonFiniteScoreError as NonFiniteScoreError
+    from .scoring import NonFiniteWeightError as NonFiniteWeightError
     from .selection import PairScores as PairScores
     from .trainer import SSRMTrainer as SSRMTrainer
 

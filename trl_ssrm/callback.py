@@ -18,7 +18,7 @@ from .pool import written_out
 from .pool_summary import summarize_labeling
 from .preference import mean_logits, orders_agree, pairwise_logits
 from .rounds import CHECKPOINT_MARKER
-from .scoring import score_pairs
+from .scoring import NonFiniteScoreError, score_pairs
 from .selection import (
     PairScores,
     SelectionPolicy,
@@ -115,6 +115,12 @@ class PseudoLabelingCallback(TrainerCallback):
         Raises:
             ValueError: If `balance_by` names no column of the pool.
         """
+        shares = range(1, args.num_rounds + 1) if args.pool_per_round == "shard" else []
+        if empty := [round for round in shares if not len(self.trainer.share_of_pool(round))]:
+            raise ValueError(
+                f"`pool_per_round='shard'` leaves no pair of the {len(pool)} in the pool to round {empty[0]}; lower "
+                "`num_rounds`, or give a larger pool."
+            )
         for name in args.balance_by or []:
             if name not in ("length", "prompt") and name not in pool.source.column_names:
                 raise ValueError(
@@ -329,6 +335,8 @@ class PseudoLabelingCallback(TrainerCallback):
         start = time.perf_counter()
         scores = self.score(trainer, pool, round)
         seconds = time.perf_counter() - start
+        if not (is_finite := np.isfinite(scores.logits)).all():
+            raise NonFiniteScoreError("unlabeled_dataset", np.unique(pool.rows[~is_finite]).tolist())
         mask, threshold = self._select_with_quotas(scores, pool)
         kept = np.flatnonzero(mask)
         first_is_chosen = scores.logits > 0
@@ -390,7 +398,8 @@ class PseudoLabelingCallback(TrainerCallback):
 
     def _select_with_quotas(self, scores: PairScores, pool: "Pool") -> tuple[np.ndarray, float | None]:
         """Mask of the pairs to keep, after every condition and quota, and the threshold if there is one."""
-        args, is_candidate = self.trainer.args, ~scores.is_tie
+        # Rewards so close that the confidence is one half are a tie too: the collator trains on none of them.
+        args, is_candidate = self.trainer.args, scores.confidence > 0.5
         if args.require_order_agreement:
             assert scores.orders_agree is not None
             is_candidate &= scores.orders_agree

@@ -8,12 +8,12 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from trl import maybe_extract_prompt
 
+from .markup import as_literal, special_tokens_of
 from .storage import write_json
 
 
@@ -79,7 +79,16 @@ class Comparison:
             [`Comparison`] or `None`: `None` if the model was saved with none.
         """
         path = cached_file(name_or_path, FILE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return None if path is None else cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        if path is None:
+            return None
+        try:
+            stored = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            are_labels = isinstance(stored.labels, list) and [type(label) for label in stored.labels] == [str, str]
+            if not are_labels or not isinstance(stored.template, str) or not isinstance(stored.max_length, int | None):
+                raise TypeError("a field is of the wrong type")
+            return stored
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no comparison ({error}); mend it, or load another model.") from error
 
     def render(self, messages: list[dict[str, Any]], first: str, second: str) -> str:
         """
@@ -104,7 +113,8 @@ class Comparison:
         try:
             template = environment.from_string(self.template)
             return template.render(messages=messages, responses=[first, second], labels=self.labels)
-        except TemplateError as error:
+        # Templates are programs, so whatever it is.
+        except Exception as error:
             raise ValueError(f"The template of the comparison can't be rendered: {error}; mend it.") from error
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, messages: list, first: str, second: str) -> list[int]:
@@ -151,6 +161,8 @@ class Comparison:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         answers = [answer if isinstance(answer, str) else _text(answer) for answer in (first, second)]
         _text(messages)
+        # Neither a prompt nor an answer ends the turn that the comparison is.
+        messages, answers = as_literal([messages, answers], special_tokens_of(tokenizer))
         while True:
             one = self.encode(tokenizer, messages, answers[0], answers[1])
             other = self.encode(tokenizer, messages, answers[1], answers[0])

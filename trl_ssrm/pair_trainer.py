@@ -16,6 +16,7 @@ from .comparison import Comparison, tokenize_comparisons
 from .config import SSRMConfig
 from .layout import choose_layout, laid_out, paired_rows
 from .preference import LOGITS_OF, orders_agree
+from .preparation import tokenized_or_refused, with_literal_messages
 from .scoring import score_pairs
 from .selection import PairScores
 from .sequences import PairedSequences
@@ -155,7 +156,16 @@ class PairTrainer(RewardTrainer):
             dataset = tokenize_comparisons(
                 dataset, processing_class, self.comparison, args.max_length, args.dataset_num_proc
             )
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not self.has_pool:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        is_one = dataset_name in ("train", "eval", "calibration", "unlabeled")
+        name = f"{dataset_name}_dataset" if is_one else f"eval_dataset_{dataset_name}"
+        prepare = super()._prepare_dataset
+        return tokenized_or_refused(
+            lambda rows: prepare(rows, processing_class, args, dataset_name),
+            with_literal_messages(dataset, processing_class, name),
+            name,
+        )
 
     def _set_signature_columns_if_needed(self):
         # Private in `Trainer`: the only place that says which columns reach the collator.

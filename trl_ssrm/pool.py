@@ -16,9 +16,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, IterableDataset
 from trl import maybe_extract_prompt
 
-from .checks import check_not_empty, check_row
+from .checks import check_is_dataset, check_not_empty, check_row
 from .sequences import BATCH_ROWS, PairedSequences, index_type, is_everything, iterate_rows
-from .storage import write_rows
+from .storage import storable, write_rows
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,8 @@ class Pool:
         """[`~datasets.Features`]: types of what `iterate_texts` yields."""
         completion = completion_feature(self.source)
         prompt = self.source.features.get("prompt", completion)
-        return Features({"prompt": prompt, "chosen": completion, "rejected": completion})
+        features = {"prompt": prompt, "chosen": completion, "rejected": completion}
+        return Features({name: storable(feature) for name, feature in features.items()})
 
 
 def build_pool(
@@ -158,6 +159,7 @@ def build_pool(
             pair is left.
     """
     name = "unlabeled_dataset"
+    check_is_dataset(dataset, name)
     if isinstance(dataset, IterableDataset):
         if max_samples is None:
             raise ValueError(f"`{name}` is an `IterableDataset`; set `max_unlabeled_samples` to the rows to take.")
@@ -364,12 +366,19 @@ def _two_by_two(dataset: Dataset, by_pair: bool) -> Dataset:
 
 def check_format(dataset: Dataset, name: str) -> None:
     """Refuse a dataset that is not of an accepted format."""
+    check_is_dataset(dataset, name)
     columns = set(dataset.column_names)
     if not ({"chosen", "rejected"} <= columns or {"prompt", "completions"} <= columns) and not (
         {"prompt", "completion_a", "completion_b"} <= columns
     ):
         raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs {POOL_FORMATS}. Rename or add them.")
-    if "completions" not in columns:
+    if "completions" in columns:
+        if not hasattr(dataset.features["completions"], "feature"):
+            raise ValueError(
+                f"`completions` of `{name}` are of the type {dataset.features['completions']}; make it a list, with one "
+                "entry a completion."
+            )
+    else:
         one, other = named_completions(dataset.features).items()
         if one[1] != other[1]:
             raise ValueError(

@@ -201,7 +201,12 @@ class RunDirectory:
         `dict[str, Any]`: `facts` and `log_history` of a round that is over, and the curves of [`reliability_curve`]
         `before` and `after` the temperature for each held-out dataset, as `reliability`.
         """
-        return json.loads((self.round_dir(round) / "round.json").read_text(encoding="utf-8"))
+        path = self.round_dir(round) / "round.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # The round names the file that the weights are read from.
+        if content["facts"]["round"] != round:
+            raise ValueError(f"{path} is not of round {round}, so the run can't go on; start it anew elsewhere.")
+        return content
 
     def write_labeling(self, round: int, summary: dict[str, Any]) -> None:
         """Keep what the report tells of how the pool was labeled for a round; see [`summarize_labeling`]."""

@@ -48,6 +48,24 @@ class NonFiniteScoreError(ValueError):
         self.rows = rows
 
 
+class NonFiniteWeightError(ValueError):
+    """
+    Training has made weights NaN or infinite.
+
+    Args:
+        round (`int`):
+            The round.
+        names (`list[str]`):
+            Its weights that are so.
+    """
+
+    def __init__(self, round: int, names: list[str]):
+        super().__init__(
+            f"The weights of round {round} are NaN or infinite ({names[0]}, {len(names)} in all); lower `learning_rate`, "
+            "or train or load the model in another precision."
+        )
+
+
 def score_pairs(
     model: nn.Module,
     pairs: PairedSequences,

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Json, List
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -96,6 +96,23 @@ def write_table(path: Path, features: Features, parts: Iterable[Dataset], facts:
                 writer.write_table(_as_arrow(part))
         facts = {**facts, "sha256": _file_hash(aside)}
     write_json(path.with_suffix(".json"), facts)
+
+
+def storable(feature: Any) -> Any:
+    """
+    A feature type that Parquet takes. It has none for objects without fields, such as the arguments of tools that have
+    none, so they are kept as JSON.
+
+    Args:
+        feature (`Any`):
+            Feature type of a column, such as a [`~datasets.Value`], a list or a dictionary of them.
+
+    Returns:
+        `Any`: the same type, in which each object without fields is a [`~datasets.Json`].
+    """
+    if isinstance(feature, dict):
+        return {name: storable(part) for name, part in feature.items()} or Json()
+    return List(storable(feature.feature), feature.length) if isinstance(feature, List) else feature
 
 
 def read_facts(path: Path) -> dict[str, Any] | None:
@@ -185,7 +202,7 @@ def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Featur
                 chunk = list(itertools.islice(iterator, BATCH_ROWS))
                 if schema is not None and not chunk:
                     break
-                part = Dataset.from_list(chunk, features=features)
+                part = _as_dataset(chunk, features, start)
                 if schema is None:
                     schema = part.features.arrow_schema
                     writer = stack.enter_context(pa.ipc.new_stream(str(aside), schema))
@@ -203,6 +220,23 @@ def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Featur
         if other != path.parent:
             shutil.rmtree(other)
     return path
+
+
+def _as_dataset(rows: list[dict[str, Any]], features: Features | None, first_row: int) -> Dataset:
+    """Rows that come as Python objects; refuse those that are of no one form."""
+    for number, row in enumerate(rows, first_row):
+        # `Dataset.from_list` takes the columns of the first row and leaves out what others have besides.
+        if not isinstance(row, dict) or (features is None and row.keys() != rows[0].keys()):
+            raise ValueError(
+                f"Row {number} of the stream has not the columns of row {first_row}; give all rows the same."
+            )
+    try:
+        return Dataset.from_list(rows, features=features)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"Rows {first_row} to {first_row + len(rows) - 1} of the stream can't be written ({error}); give each column "
+            "values of one type, and text without halves of surrogate pairs."
+        ) from error
 
 
 def _with_schema(part: Dataset, schema: pa.Schema, first_row: int) -> Dataset:

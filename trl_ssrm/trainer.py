@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     BitsAndBytesConfig,
@@ -39,6 +40,7 @@ from .preparation import complete_args, load_tokenizer, prepare_pairwise
 from .progress import RoundProgress
 from .report import round_table
 from .rounds import RunDirectory, run_identity
+from .scoring import NonFiniteWeightError
 from .selection import precision_threshold
 from .sharding import check_sharding, spread, whole_weights
 from .trackers import report_run
@@ -307,6 +309,8 @@ class SSRMTrainer(PairTrainer):
         Raises:
             ValueError: If `output_dir` holds another run, or holds a run that is not to be resumed.
             NonFiniteScoreError: If the model gives a NaN or infinite reward.
+            NonFiniteWeightError: If training makes a weight NaN or infinite.
+            torch.OutOfMemoryError: If a batch does not fit into memory in training; the message says what to change.
         """
         if not self.has_pool:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -418,7 +422,16 @@ class SSRMTrainer(PairTrainer):
         self._leave_engine()
         spread(self.unwrapped_model)
         with self._round_length():
-            super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+            try:
+                super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                raise torch.OutOfMemoryError(
+                    f"Round {self.round} does not fit into memory with batches of {self.args.per_device_train_batch_size} "
+                    "pairs; lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` as much, set "
+                    "`gradient_checkpointing=True`, lower `max_length`, or train an adapter (`peft_config`)."
+                ) from error
 
     def write_weights(self, path: Path) -> None:
         """
@@ -427,8 +440,13 @@ class SSRMTrainer(PairTrainer):
         Args:
             path (`Path`):
                 File to write.
+
+        Raises:
+            NonFiniteWeightError: If one of them is NaN or infinite.
         """
         weights = whole_weights(self.unwrapped_model)
+        if broken := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+            raise NonFiniteWeightError(self.round, broken)
         if self.accelerator.is_main_process:
             self.run.write_weights(path, weights)
         self.accelerator.wait_for_everyone()
