@@ -13,9 +13,9 @@ from trl import maybe_extract_prompt
 
 from .checks import check_columns, check_not_empty, check_preference_dataset
 from .comparison import FILE_NAME as COMPARISON_FILE
+from .files import write_json
 from .pool import TEMPLATE_COLUMNS
 from .preference import mean_win_probability
-from .storage import write_json
 
 
 BENCHMARKS = ("preferences", "rewardbench", "rm_bench", "best_of_n")

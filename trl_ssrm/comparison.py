@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from trl import maybe_extract_prompt
 
-from .storage import write_json
+from .files import write_json
 
 
 logger = logging.getLogger(__name__)
