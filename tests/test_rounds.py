@@ -14,27 +14,6 @@ from trl_ssrm.storage import write_tensors, written_aside
 run = partial(run_script, "run_script.py")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
-def undisturbed(request, llama, tmp_path_factory) -> dict:
-    settings = {"model": llama, "lora": request.param}
-    result = run(output_dir=str(tmp_path_factory.mktemp("undisturbed")), **settings)
-    assert len(result["facts"]) == 3
-    return {**settings, "result": result}
-
-
-@pytest.mark.parametrize("kill_at", ["training:0", "training:1", "scoring:2", "selection:1", "measuring:1"])
-def test_killed_run_resumes_to_the_result_of_the_undisturbed_one(undisturbed, tmp_path, kill_at):
-    settings = {"model": undisturbed["model"], "lora": undisturbed["lora"], "output_dir": str(tmp_path)}
-    assert run(**settings, kill_at=kill_at) is None
-    resumed, expected = run(**settings, resume=True), undisturbed["result"]
-    for name in ("weights", "kept", "confidence", "facts", "losses", "num_logs"):
-        assert resumed[name] == expected[name], name
-    if kill_at == "scoring:2":
-        before = {tuple(shard) for shard in expected["scored"]} - {tuple(shard) for shard in resumed["scored"]}
-        assert {shard for shard in before if shard[0] == 2}, "what was scored is not scored again"
-        assert all(round == 2 for round, _ in resumed["scored"])
-
-
 @pytest.mark.parametrize("folds", [{}, {"num_folds": 2, "second_opinion": "folds", "keep_best_round": False}])
 def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path, folds):
     # A last batch that is not full would be filled up in two processes, and trained on as it is in one.
