@@ -6,9 +6,9 @@ from conftest import TWO_PROCESSES, assert_same_weights, preference_rows, run_sc
 from datasets import Dataset
 
 from trl_ssrm import SSRMTrainer
+from trl_ssrm.files import written_aside
 from trl_ssrm.rounds import RunDirectory
 from trl_ssrm.sharding import whole_weights
-from trl_ssrm.storage import write_tensors, written_aside
 
 
 run = partial(run_script, "run_script.py")
@@ -128,7 +128,7 @@ def test_half_a_checkpoint_is_not_resumed_from(tmp_path):
         checkpoint.mkdir(parents=True)
         (checkpoint / "trainer_state.json").write_text("{}")
         if is_whole:
-            (checkpoint / "checkpoint_complete").touch()
+            run.end_checkpoint(checkpoint)
     assert run.last_checkpoint(0).endswith("checkpoint-12")
     assert run.last_checkpoint(1) is None
 
@@ -145,6 +145,6 @@ def test_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_weights_of_another_model_are_refused(tmp_path):
     run = RunDirectory(str(tmp_path))
-    write_tensors(tmp_path / "weights.safetensors", {"weight": torch.zeros(2, 3)})
+    run.write_weights(run.weights_path(0), {"weight": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match="weights of another model"):
-        run.read_weights(tmp_path / "weights.safetensors", torch.nn.Linear(2, 2, bias=False))
+        run.read_weights(run.weights_path(0), torch.nn.Linear(2, 2, bias=False))

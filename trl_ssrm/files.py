@@ -86,7 +86,7 @@ def check_writable(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"0")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
             f"`output_dir` ({directory}) can't be written to: {os.strerror(error.errno or errno.EIO)}; choose another one, "

@@ -367,15 +367,19 @@ class RunDirectory:
         """`str` or `None`: directory of the last checkpoint of a round that is whole; what is damaged is logged."""
         ended = [path.parent for path in self.round_dir(round).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{CHECKPOINT_MARKER}")]
         for checkpoint in sorted(ended, key=lambda path: -int(path.name.rsplit("-", 1)[1])):
-            marker = checkpoint / CHECKPOINT_MARKER
-            try:
-                if read_record(marker, self.key(marker))["files"] == _hashes(checkpoint):
-                    return str(checkpoint)
-                reason = f"{checkpoint} is damaged"
-            except ValueError as error:
-                reason = str(error)
-            logger.warning(f"{reason}; the round goes on from the checkpoint before it, or begins again.")
+            if (damage := self.damage_of(checkpoint)) is None:
+                return str(checkpoint)
+            logger.warning(f"{damage}; the round goes on from the checkpoint before it, or begins again.")
         return None
+
+    def damage_of(self, checkpoint: Path) -> str | None:
+        """`str` or `None`: what is wrong with a checkpoint that was written to its end."""
+        marker = checkpoint / CHECKPOINT_MARKER
+        try:
+            is_whole = read_record(marker, self.key(marker))["files"] == _hashes(checkpoint)
+        except ValueError as error:
+            return str(error)
+        return None if is_whole else f"{checkpoint} is damaged"
 
     def weights_path(self, round: int) -> Path:
         """`Path`: trainable weights after a round; round -1 stands for the initial ones."""

@@ -807,6 +807,17 @@ class SSRMTrainer(RewardTrainer):
         with telling_where(checkpoint):
             super()._save_checkpoint(model, trial)
 
+    def _load_best_model(self):
+        # Private in `Trainer`, which would take whatever the weights are by now.
+        if self.has_pool:
+            checkpoint = Path(str(self.state.best_model_checkpoint))
+            if (damage := self.on_main_process(lambda: self.run.damage_of(checkpoint))) is not None:
+                raise ValueError(
+                    f"{damage}, which is the best of round {self.round}; put a copy in its place, or delete the checkpoints "
+                    "of the round and resume it."
+                )
+        super()._load_best_model()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.has_pool:
             return super().log(logs, start_time)

@@ -6,6 +6,8 @@ places drawn from a seed. Each is resumed until it ends, and compared with the r
 python -m tests.faults.campaign --num_kills 50 --num_full_disks 20 --num_damages 50
 ```
 
+or, with an environment of its own, `make faults`.
+
 A kill is SIGKILL, SIGTERM or SIGINT, in training, scoring, selection, saving, writing or at any time; every fourth run is
 killed once more when it is resumed. A full disk fails a write and all that come after it. Damage is a flipped byte, a file
 cut short, emptied, or taken from another run, in a run that was killed somewhere; it has to lead to the same result, or to

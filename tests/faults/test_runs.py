@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_same_weights, weights_of
+from transformers import TrainerCallback
 
 from trl_ssrm import SSRMTrainer
 from trl_ssrm.interruption import leaving_with_advice
@@ -81,6 +82,21 @@ def test_pseudo_labels_that_the_end_of_the_rounds_depends_on_are_not_done_withou
     again = trainer_of(**settings)
     with pytest.raises(ValueError, match=re.escape(str(table.parent)) + ".*missing or damaged.*copies in their place"):
         again.train(resume_from_checkpoint=True)
+
+
+def test_best_checkpoint_that_is_damaged_is_not_loaded(llama, config, labeled, unlabeled, held_out):
+    class Damage(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            for model in trainer.run.round_dir(0).glob("checkpoint-*/model.safetensors"):
+                model.write_bytes(model.read_bytes()[:-1] + b"x")
+
+    strategy = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    # Where nothing is learned, the first is the best.
+    args = config(num_rounds=0, learning_rate=0.0, num_train_epochs=2, **strategy)
+    data = {"train_dataset": labeled, "unlabeled_dataset": unlabeled, "eval_dataset": held_out}
+    trainer = SSRMTrainer(llama, args, callbacks=[Damage()], **data)
+    with pytest.raises(ValueError, match="checkpoint-. is damaged, which is the best of round 0"):
+        trainer.train()
 
 
 # ---- Signals ----
