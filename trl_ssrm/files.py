@@ -15,7 +15,7 @@ from typing import Any
 
 
 # Some say it in words only: safetensors, written in Rust, and the writer of PyTorch, which does not tell the reason.
-_DISK_ERRORS = re.compile(r"\(os error \d+\)|PytorchStreamWriter|iostream error")
+_DISK_ERRORS = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|iostream error")
 
 
 class WriteError(OSError):
@@ -139,7 +139,7 @@ def read_record(path: Path, key: str | None = None) -> dict[str, Any]:
         own_key = value.pop("key", None)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (ValueError, AttributeError, OSError):
+    except (ValueError, AttributeError, TypeError, OSError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"{path} is damaged, or of another version of trl-ssrm")
