@@ -251,6 +251,7 @@ def _work(
         def on_step_end(self, args, state, control, **kwargs):
             places.reach("training")
 
+    settings = {"num_train_epochs": 2, "save_steps": 5, **settings}
     run_script.main(output_dir=str(output_dir), callbacks=[Steps()], **settings)
     places.is_over = True
     if rank == 0:
