@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile --constraint tests/constraints.txt
 SOURCES = trl_ssrm tests recipes
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test faults lint clean
 
 quickstart: .venv/quickstart
 	.venv/bin/trl-ssrm quickstart
@@ -22,6 +22,10 @@ quickstart: .venv/quickstart
 test: lint .venv/dev .venv-trl-1.12/dev
 	.venv/bin/python -m pytest --numprocesses 2
 	.venv-trl-1.12/bin/python -m pytest --numprocesses 2
+
+# The fault campaign in its long form; `make faults FAULTS="--seed 1"` draws others.
+faults: .venv/dev
+	.venv/bin/python -m tests.faults.campaign $(FAULTS)
 
 lint: .venv/dev
 	.venv/bin/ruff check $(SOURCES)

@@ -37,7 +37,8 @@ from trl import (
 )
 
 from trl_ssrm import SSRMConfig, SSRMRewardFunction, SSRMTrainer, generate_completions, label_preferences
-from trl_ssrm.storage import changed_facts, write_json
+from trl_ssrm.files import write_record
+from trl_ssrm.storage import changed_facts
 
 
 @dataclass
@@ -96,7 +97,7 @@ def main(script_args: PipelineArguments, training_args: SSRMConfig, model_args: 
         raise ValueError(f"{output_dir} was made with other settings: {changed}. Choose another `output_dir`.")
     state.wait_for_everyone()
     if state.is_main_process:
-        write_json(job, settings)
+        write_record(job, settings)
     dataset = load_dataset(
         script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_train_split
     )

@@ -1,12 +1,11 @@
 """
-A short run in a process of its own, which can be told to kill itself. Started by the tests of resumption and of several
-processes; prints, as its last line, what came out.
+A short run in a process of its own. Started by the tests of several processes and of faults; prints, as its last line, what
+came out.
 """
 
 import json
-import os
-import signal
 import sys
+from collections.abc import Sequence
 
 import conftest
 import torch
@@ -14,7 +13,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-import trl_ssrm.rounds
 import trl_ssrm.scoring
 from trl_ssrm import SSRMConfig, SSRMTrainer
 from trl_ssrm.sharding import whole_weights
@@ -24,46 +22,19 @@ from trl_ssrm.storage import content_hash
 def main(
     model: str,
     output_dir: str,
-    kill_at: str = "",
     resume: bool = False,
     lora: bool = False,
     stream: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     **settings,
 ) -> None:
-    """`kill_at` is `training`, `scoring`, `selection`, or `measuring`, and `:` the round in which to be killed."""
-    place, _, kill_round = kill_at.partition(":")
     # A few sequences a shard.
     trl_ssrm.scoring.SHARD_TOKENS = 512
     scored = []
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    class Killer(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            # Between two checkpoints, which are written every 3 steps.
-            if place == "training" and trainer.round == int(kill_round) and state.global_step == 8:
-                die()
-
-    def kill_instead_of(name: str, where: str) -> None:
-        real = getattr(trl_ssrm.rounds.RunDirectory, name)
-
-        def kill(self, round, *args):
-            if place == where and round == int(kill_round):
-                die()
-            return real(self, round, *args)
-
-        setattr(trl_ssrm.rounds.RunDirectory, name, kill)
-
-    kill_instead_of("write_pseudo_labels", "selection")
-    kill_instead_of("write_round", "measuring")
     write_shard = trl_ssrm.scoring.write_tensors
 
     def count_shard(path, tensors, key):
-        number = int(path.name.split("-")[1])
-        if place == "scoring" and trainer.round + 1 == int(kill_round) and number == 1:
-            die()
-        scored.append([trainer.round + 1, number])
+        scored.append([trainer.round + 1, int(path.name.split("-")[1])])
         write_shard(path, tensors, key)
 
     trl_ssrm.scoring.write_tensors = count_shard
@@ -100,7 +71,7 @@ def main(
         eval_dataset=held_out,
         unlabeled_dataset=pool.to_iterable_dataset() if stream else pool,
         peft_config=LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"]) if lora else None,
-        callbacks=[Killer()],
+        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=resume)
     weights = {name: value.tolist() for name, value in sorted(whole_weights(trainer.unwrapped_model).items())}

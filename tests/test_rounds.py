@@ -7,33 +7,12 @@ from conftest import TWO_PROCESSES, assert_same_weights, preference_rows, run_sc
 from datasets import Dataset
 
 from trl_ssrm import SSRMTrainer
+from trl_ssrm.files import written_aside
 from trl_ssrm.rounds import RunDirectory
 from trl_ssrm.sharding import whole_weights
-from trl_ssrm.storage import write_tensors, written_aside
 
 
 run = partial(run_script, "run_script.py")
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
-def undisturbed(request, llama, tmp_path_factory) -> dict:
-    settings = {"model": llama, "lora": request.param}
-    result = run(output_dir=str(tmp_path_factory.mktemp("undisturbed")), **settings)
-    assert len(result["facts"]) == 3
-    return {**settings, "result": result}
-
-
-@pytest.mark.parametrize("kill_at", ["training:0", "training:1", "scoring:2", "selection:1", "measuring:1"])
-def test_killed_run_resumes_to_the_result_of_the_undisturbed_one(undisturbed, tmp_path, kill_at):
-    settings = {"model": undisturbed["model"], "lora": undisturbed["lora"], "output_dir": str(tmp_path)}
-    assert run(**settings, kill_at=kill_at) is None
-    resumed, expected = run(**settings, resume=True), undisturbed["result"]
-    for name in ("weights", "kept", "confidence", "facts", "losses", "num_logs"):
-        assert resumed[name] == expected[name], name
-    if kill_at == "scoring:2":
-        before = {tuple(shard) for shard in expected["scored"]} - {tuple(shard) for shard in resumed["scored"]}
-        assert {shard for shard in before if shard[0] == 2}, "what was scored is not scored again"
-        assert all(round == 2 for round, _ in resumed["scored"])
 
 
 @pytest.mark.parametrize("folds", [{}, {"num_folds": 2, "second_opinion": "folds", "keep_best_round": False}])
@@ -202,7 +181,7 @@ def test_half_a_checkpoint_is_not_resumed_from(tmp_path):
         checkpoint.mkdir(parents=True)
         (checkpoint / "trainer_state.json").write_text("{}")
         if is_whole:
-            (checkpoint / "checkpoint_complete").touch()
+            run.end_checkpoint(checkpoint)
     assert run.last_checkpoint(0).endswith("checkpoint-12")
     assert run.last_checkpoint(1) is None
 
@@ -219,6 +198,6 @@ def test_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_weights_of_another_model_are_refused(tmp_path):
     run = RunDirectory(str(tmp_path))
-    write_tensors(tmp_path / "weights.safetensors", {"weight": torch.zeros(2, 3)})
+    run.write_weights(run.weights_path(0), {"weight": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match="weights of another model"):
-        run.read_weights(tmp_path / "weights.safetensors", torch.nn.Linear(2, 2, bias=False))
+        run.read_weights(run.weights_path(0), torch.nn.Linear(2, 2, bias=False))

@@ -20,9 +20,9 @@ from .checks import (
     check_row,
 )
 from .comparison import FILE_NAME as COMPARISON_FILE
+from .files import write_json
 from .pool import TEMPLATE_COLUMNS
 from .preference import mean_win_probability
-from .storage import write_json
 
 
 BENCHMARKS = ("preferences", "rewardbench", "rm_bench", "best_of_n")

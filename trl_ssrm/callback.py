@@ -17,7 +17,6 @@ from .layout import choose_layout
 from .pool import written_out
 from .pool_summary import summarize_labeling
 from .preference import mean_logits, orders_agree, pairwise_logits
-from .rounds import CHECKPOINT_MARKER
 from .scoring import NonFiniteScoreError, score_pairs
 from .selection import (
     PairScores,
@@ -157,8 +156,7 @@ class PseudoLabelingCallback(TrainerCallback):
         trainer = self.trainer
         trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            checkpoint = trainer.run.round_dir(trainer.round) / f"checkpoint-{state.global_step}"
-            (checkpoint / CHECKPOINT_MARKER).touch()
+            trainer.run.end_checkpoint(trainer.run.round_dir(trainer.round) / f"checkpoint-{state.global_step}")
 
     def on_round_end(
         self, args: SSRMConfig, state: TrainerState, control: TrainerControl, trainer: "SSRMTrainer", round: int
@@ -204,6 +202,11 @@ class PseudoLabelingCallback(TrainerCallback):
         previous = None
         if round > 0 and args.pool_per_round == "full" and self._weight(round) == self._weight(round + 1):
             previous = trainer.run.read_numbers_of_pseudo_labels(round, list(LABEL_FEATURES))
+            if previous is None:
+                raise ValueError(
+                    f"The pseudo-labels of round {round} in {trainer.run.round_dir(round)} are missing or damaged, so nobody "
+                    "can say whether they have changed since; put copies in their place, or start the run anew elsewhere."
+                )
         if previous is not None and _same_labels(previous[0], pseudo_labels):
             self.termination_reason = "no_change"
             return None

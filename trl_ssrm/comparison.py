@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from trl import maybe_extract_prompt
 
+from .files import write_json
 from .markup import as_literal, special_tokens_of
-from .storage import write_json
 
 
 logger = logging.getLogger(__name__)

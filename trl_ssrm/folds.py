@@ -1,6 +1,7 @@
 """Models that each lack a part of the labeled pairs: what they say of that part costs no label."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -94,7 +95,7 @@ class Folds:
             # Not from the weights of the last round, which have seen the part.
             is_fresh = round == 0 or trainer.args.round_init == "base"
             weights = run.fold_weights_path(round, fold)
-            if trainer.on_main_process(weights.is_file):
+            if trainer.on_main_process(functools.partial(run.has_weights, weights)):
                 run.read_weights(weights, trainer.unwrapped_model)
             else:
                 trainer.train_dataset = self._training_data(train_dataset, round, fold)
@@ -164,7 +165,11 @@ class Folds:
 
     def _read(self, round: int, fold: int) -> dict[str, np.ndarray]:
         logits = self.trainer.on_main_process(lambda: self.trainer.run.read_fold(round, fold))
-        assert logits is not None
+        if logits is None:
+            raise ValueError(
+                f"What fold {fold} of round {round} says, in {self.trainer.run.round_dir(round)}, is missing or damaged; put a "
+                "copy in its place, or start the run anew elsewhere."
+            )
         return logits
 
     @contextlib.contextmanager

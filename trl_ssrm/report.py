@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .files import written_aside
+from .files import read_record, written_aside
 from .plots import draw_plots, has_matplotlib
 
 
@@ -145,9 +145,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_record(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}), so there is no report of this run.") from None
+        raise ValueError(f"{error}, so there is no report of this run.") from None
 
 
 def write_report(output_dir: str, path: str | None = None) -> str:

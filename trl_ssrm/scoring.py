@@ -124,14 +124,15 @@ def score_pairs(
         directory / f"shard-{number:05d}-of-{len(shards):05d}.safetensors" if directory else None
         for number in range(len(shards))
     ]
-    key = f"{key} {layout}"
+    # A shard that lies at the place of another one, or was cut elsewhere, is not taken for it.
+    keys = [f"{key} {layout} {shard.start}:{shard.stop}" for shard in shards]
     scored: list[tuple[int, np.ndarray]] = []
     missing = list(range(len(shards)))
     if directory is not None:
         # By one process, so that all of them agree on what is left, and each takes the same share of it.
         if accelerator.is_main_process:
             for number, path in enumerate(paths):
-                if path and (stored := read_tensors(path, key)) is not None:
+                if path and (stored := read_tensors(path, keys[number])) is not None:
                     scored.append((number, stored["scores"].numpy()))
         found = broadcast_object_list([[number for number, _ in scored]])[0]
         missing = sorted(set(missing) - set(found))
@@ -159,7 +160,7 @@ def score_pairs(
                     continue
                 number = mine[turn]
                 if (path := paths[number]) and np.isfinite(scores).all():
-                    write_tensors(path, {"scores": torch.from_numpy(scores)}, key)
+                    write_tensors(path, {"scores": torch.from_numpy(scores)}, keys[number])
                 scored.append((number, scores))
     finally:
         model.train(was_training)

@@ -9,8 +9,9 @@ from accelerate import PartialState
 from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
+from .files import write_record
 from .pool import TEMPLATE_COLUMNS, in_words, report_dropped
-from .storage import changed_facts, read_facts, rows_hash, storable, write_json, write_table
+from .storage import changed_facts, content_hash, read_facts, rows_hash, storable, write_table
 
 
 Row = dict[str, Any]
@@ -68,9 +69,10 @@ def map_in_shards(
     # Read by every process before one of them writes it.
     state.wait_for_everyone()
     if state.is_main_process:
-        write_json(root / "job.json", job)
+        write_record(root / "job.json", job)
     num_shards = -(-len(dataset) // shard_rows)
     paths = [root / f"shard-{number:05d}-of-{num_shards:05d}.parquet" for number in range(num_shards)]
+    keys = [f"{content_hash(job)} {path.name}" for path in paths]
     mine = range(state.process_index, num_shards, state.num_processes)
     with tqdm(
         total=sum(min(shard_rows, len(dataset) - number * shard_rows) for number in mine),
@@ -81,16 +83,17 @@ def map_in_shards(
         for number in mine:
             start = number * shard_rows
             rows = dataset.select(range(start, min(start + shard_rows, len(dataset))))
-            if read_facts(paths[number]) is None:
+            if read_facts(paths[number], keys[number]) is None:
                 made, dropped = function(list(rows), start)
                 # By columns, since a list without rows would have none.
                 table = Dataset.from_dict({name: [row[name] for row in made] for name in features}, features=features)
-                write_table(paths[number], features, [table], {"num_rows": len(table), "dropped": dict(dropped)})
+                own = {"num_rows": len(table), "dropped": dict(dropped)}
+                write_table(paths[number], features, [table], own, keys[number])
             progress.update(len(rows))
     state.wait_for_everyone()
     num_rows, dropped = 0, Counter[str]()
-    for path in paths:
-        facts = read_facts(path)
+    for path, key in zip(paths, keys, strict=True):
+        facts = read_facts(path, key)
         if facts is None:
             raise ValueError(f"{path} is missing or damaged; start again, and it is made anew.")
         num_rows += facts["num_rows"]

@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Json, List
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import write_json, written_aside
+from .files import read_record, write_record, written_aside
 from .sequences import BATCH_ROWS
 
 
@@ -66,7 +66,8 @@ def read_tensors(path: Path, key: str = "") -> dict[str, torch.Tensor] | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
+    # A header that is damaged may be no text any more, or name a type that there is not.
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         logger.warning(f"{path} is damaged ({error}) and is not used.")
         return None
     if metadata.get("sha256") != tensors_hash(tensors):
@@ -75,7 +76,9 @@ def read_tensors(path: Path, key: str = "") -> dict[str, torch.Tensor] | None:
     return tensors if metadata.get("key") == key else None
 
 
-def write_table(path: Path, features: Features, parts: Iterable[Dataset], facts: dict[str, Any]) -> None:
+def write_table(
+    path: Path, features: Features, parts: Iterable[Dataset], facts: dict[str, Any], key: str = ""
+) -> None:
     """
     Write a dataset as Parquet, part by part, and facts about it as JSON beside it.
 
@@ -88,14 +91,16 @@ def write_table(path: Path, features: Features, parts: Iterable[Dataset], facts:
             Its rows, with these features; one part is in memory at a time.
         facts (`dict[str, Any]`):
             JSON values. They are written last, so they are the sign that the table is there.
+        key (`str`, *optional*, defaults to `""`):
+            What [`read_table`] must ask for.
     """
     with written_aside(path) as aside:
         with pq.ParquetWriter(str(aside), features.arrow_schema) as writer:
             # Readers take the first group of rows for the size of all; one without rows stops them.
             for part in filter(len, parts):
                 writer.write_table(_as_arrow(part))
-        facts = {**facts, "sha256": _file_hash(aside)}
-    write_json(path.with_suffix(".json"), facts)
+        facts = {**facts, "table_sha256": file_hash(aside)}
+    write_record(path.with_suffix(".json"), facts, key)
 
 
 def storable(feature: Any) -> Any:
@@ -115,38 +120,44 @@ def storable(feature: Any) -> Any:
     return List(storable(feature.feature), feature.length) if isinstance(feature, List) else feature
 
 
-def read_facts(path: Path) -> dict[str, Any] | None:
+def read_facts(path: Path, key: str = "") -> dict[str, Any] | None:
     """
     Read the facts that [`write_table`] wrote.
 
     Returns:
-        `dict[str, Any]` or `None`: `None` if the table is not there yet, or if it is damaged, which is logged.
+        `dict[str, Any]` or `None`: `None` if the table is not there yet, or if it is damaged or belongs to another key,
+        which is logged.
     """
     if not path.with_suffix(".json").is_file():
         return None
     try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        is_whole = facts.pop("sha256") == _file_hash(path)
-    except (ValueError, KeyError, OSError):
-        is_whole = False
-    if not is_whole:
-        logger.warning(f"{path} is damaged and is made again.")
+        facts = read_record(path.with_suffix(".json"), key)
+        if facts.pop("table_sha256", None) != file_hash(path):
+            raise ValueError(f"{path} is damaged")
+    except (ValueError, OSError) as error:
+        logger.warning(f"{error}; it is not used.")
         return None
     return facts
 
 
-def read_table(path: Path) -> tuple[Dataset, dict[str, Any]] | None:
+def read_table(path: Path, key: str = "") -> tuple[Dataset, dict[str, Any]] | None:
     """
     Read what [`write_table`] wrote.
+
+    Args:
+        path (`Path`):
+            File to read.
+        key (`str`, *optional*, defaults to `""`):
+            What it must belong to.
 
     Returns:
         `tuple[Dataset, dict]` or `None`: the dataset, in memory, and the facts; `None` as in [`read_facts`].
     """
-    facts = read_facts(path)
+    facts = read_facts(path, key)
     return None if facts is None else (Dataset(pq.read_table(path)), facts)
 
 
-def read_numbers(path: Path, columns: list[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def read_numbers(path: Path, columns: list[str], key: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """
     Read columns of numbers of what [`write_table`] wrote, and nothing else into memory.
 
@@ -155,12 +166,14 @@ def read_numbers(path: Path, columns: list[str]) -> tuple[dict[str, np.ndarray],
             File to read.
         columns (`list[str]`):
             Names of the columns.
+        key (`str`, *optional*, defaults to `""`):
+            What it must belong to.
 
     Returns:
         `tuple[dict[str, np.ndarray], dict]` or `None`: the columns, each of shape `(num_rows,)`, by their names, and the
         facts; `None` as in [`read_facts`].
     """
-    facts = read_facts(path)
+    facts = read_facts(path, key)
     if facts is None:
         return None
     with pq.ParquetFile(path) as file:
@@ -209,16 +222,24 @@ def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Featur
                 elif part.features.arrow_schema != schema:
                     part = _with_schema(part, schema, start)
                 writer.write_table(_as_arrow(part))
-        path = directory / _file_hash(aside)[:16] / "rows.arrow"
+        content = file_hash(aside)
+        path = directory / content[:16] / "rows.arrow"
         # The cache of what was made of these rows lies beside them.
+        if path.parent.exists() and (not path.is_file() or file_hash(path) != content):
+            shutil.rmtree(path.parent)
         if not path.is_file():
             path.parent.mkdir()
             os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     for other in directory.iterdir():
-        if other != path.parent:
+        if other == path.parent:
+            continue
+        if other.is_dir():
             shutil.rmtree(other)
+        else:
+            # Left by a process that was killed at it.
+            other.unlink()
     return path
 
 
@@ -265,14 +286,20 @@ def changed_facts(path: Path, facts: dict[str, Any]) -> str:
 
     Args:
         path (`Path`):
-            JSON file with the facts of then.
+            File that [`~trl_ssrm.files.write_record`] wrote, with the facts of then.
         facts (`dict[str, Any]`):
             JSON values of now.
 
     Returns:
         `str`: such as "`seed` (1 then, 2 now)"; empty if nothing is.
+
+    Raises:
+        ValueError: If the file is damaged.
     """
-    then, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(facts))
+    try:
+        then, now = read_record(path), json.loads(json.dumps(facts))
+    except ValueError as error:
+        raise ValueError(f"{error}; put a copy in its place, or choose another `output_dir`.") from None
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     return ", ".join(f"`{name}` ({then.get(name)!r} then, {now.get(name)!r} now)" for name in changed)
 
@@ -290,6 +317,7 @@ def rows_hash(dataset: Dataset) -> str:
     return content.hexdigest()[:16]
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """`str`: hash of the content of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

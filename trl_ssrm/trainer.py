@@ -16,10 +16,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 from trl import RewardConfig
 
 from .adapters import is_quantized_by_bitsandbytes, merged, prepare_quantized, with_score_head
@@ -32,7 +31,9 @@ from .collator import ConfidenceFilteredDataCollator
 from .comparison import Comparison
 from .config import SSRMConfig
 from .data import RunData, by_name, prepare_run_data, report_too_long
+from .files import check_writable, telling_where
 from .folds import Folds
+from .interruption import leaving_with_advice
 from .pair_trainer import PairTrainer
 from .plots import saved_plots
 from .pool import Pool
@@ -188,6 +189,7 @@ class SSRMTrainer(PairTrainer):
         is_quantized = quantization_config is not None or is_quantized_by_bitsandbytes(model)
         if self.has_pool:
             args = complete_args(args, model)
+            check_writable(Path(str(args.output_dir)))
             processing_class = processing_class or load_tokenizer(model, args)
             held_out = by_name(eval_dataset, "eval_dataset") | by_name(calibration_dataset, "calibration_dataset")
             has_calibration = calibration_dataset is not None
@@ -254,10 +256,12 @@ class SSRMTrainer(PairTrainer):
             return
 
         check_sharding(self.accelerator, self.args.freeze_backbone)
-        self.data = prepare_run_data(
-            self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
-        )
         self.run = RunDirectory(str(self.args.output_dir))
+        # A stream is written to where the run is, and may replace that of another one.
+        with contextlib.nullcontext() if isinstance(unlabeled_dataset, Dataset) else self._alone():
+            self.data = prepare_run_data(
+                self, train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset, is_conversational
+            )
         self.round = 0
         self.round_history = []
         self.labeling_facts = {}
@@ -320,30 +324,58 @@ class SSRMTrainer(PairTrainer):
             )
 
         self.progress = RoundProgress(self.accelerator, bool(self.args.disable_tqdm))
-        # A run that was interrupted in this process has left the pairs of its round.
-        self.train_dataset = self.data.labeled
-        self._open_run(resume_from_checkpoint)
-        while True:
-            if self.round == len(self.round_history):
-                self.folds.train(self.round, ignore_keys_for_eval)
-                self._train_round(ignore_keys_for_eval)
-                self._end_round()
-            if self.round == self.args.num_rounds:
-                self.termination_reason = "max_rounds"
-                break
-            if self.args.round_patience is not None and self.round - self.best_round >= self.args.round_patience:
-                self.termination_reason = "no_improvement"
-                break
-            pseudo_labeled = self.pseudo_labeling_callback.on_round_end(
-                self.args, self.state, self.control, trainer=self, round=self.round
-            )
-            if pseudo_labeled is None:
-                self.termination_reason = self.pseudo_labeling_callback.termination_reason
-                break
-            self.train_dataset = self.data_collator.build_dataset(self.data.labeled, pseudo_labeled)
-            self.round += 1
-        self.train_dataset = self.data.labeled
-        return self._end_run()
+        with self._alone(), leaving_with_advice(self._how_to_go_on):
+            # A run that was interrupted in this process has left the pairs of its round.
+            self.train_dataset = self.data.labeled
+            self._open_run(resume_from_checkpoint)
+            while True:
+                if self.round == len(self.round_history):
+                    self.folds.train(self.round, ignore_keys_for_eval)
+                    self._train_round(ignore_keys_for_eval)
+                    self._end_round()
+                if self.round == self.args.num_rounds:
+                    self.termination_reason = "max_rounds"
+                    break
+                if self.args.round_patience is not None and self.round - self.best_round >= self.args.round_patience:
+                    self.termination_reason = "no_improvement"
+                    break
+                pseudo_labeled = self.pseudo_labeling_callback.on_round_end(
+                    self.args, self.state, self.control, trainer=self, round=self.round
+                )
+                if pseudo_labeled is None:
+                    self.termination_reason = self.pseudo_labeling_callback.termination_reason
+                    break
+                self.train_dataset = self.data_collator.build_dataset(self.data.labeled, pseudo_labeled)
+                self.round += 1
+            self.train_dataset = self.data.labeled
+            return self._end_run()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse to work beside another run in the output directory."""
+
+        def acquire() -> str | None:
+            try:
+                self.run.acquire()
+            except (ValueError, OSError) as error:
+                return str(error)
+            return None
+
+        # Told to every process: one that stopped alone would leave the others waiting.
+        if (error := self.on_main_process(acquire)) is not None:
+            raise ValueError(error)
+        try:
+            yield
+        finally:
+            self.run.release()
+
+    def _how_to_go_on(self) -> str | None:
+        if not self.accelerator.is_main_process or not self.run.has_run:
+            return None
+        return (
+            f"Interrupted in round {self.round}. Go on with `train(resume_from_checkpoint=True)`: the run in "
+            f"{self.args.output_dir} continues from its last checkpoint or scored shard."
+        )
 
     def _open_run(self, resume_from_checkpoint: str | bool | None) -> None:
         """Start a run in the output directory, or load the one in it up to the last round that is over."""
@@ -393,7 +425,7 @@ class SSRMTrainer(PairTrainer):
     def _train_round(self, ignore_keys_for_eval: list[str] | None) -> None:
         """Train the weights of a round, or load them if the run was interrupted between training and measuring."""
         run, round = self.run, self.round
-        if self.on_main_process(lambda: run.state_path(round).is_file()):
+        if self.on_main_process(lambda: run.is_trained(round)):
             run.read_weights(run.weights_path(round), self.unwrapped_model)
             self._load_state(round)
             return
@@ -628,7 +660,7 @@ class SSRMTrainer(PairTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_state(self, round: int) -> None:
-        self.state = TrainerState.load_from_json(str(self.run.state_path(round)))
+        self.state = self.run.read_state(round)
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
 
@@ -657,6 +689,23 @@ class SSRMTrainer(PairTrainer):
         if not self.has_pool:
             return super()._get_output_dir(trial)
         return str(self.run.round_dir(self.round))
+
+    def _save_checkpoint(self, model, trial):
+        # Private in `Trainer`, whose libraries each have their own way to say that a disk is full.
+        checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with telling_where(checkpoint):
+            super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self):
+        # Private in `Trainer`, which would take whatever the weights are by now.
+        if self.has_pool:
+            checkpoint = Path(str(self.state.best_model_checkpoint))
+            if (damage := self.on_main_process(lambda: self.run.damage_of(checkpoint))) is not None:
+                raise ValueError(
+                    f"{damage}, which is the best of round {self.round}; put a copy in its place, or delete the checkpoints "
+                    "of the round and resume it."
+                )
+        super()._load_best_model()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.has_pool:
@@ -718,7 +767,8 @@ class SSRMTrainer(PairTrainer):
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ):
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        with telling_where(Path(str(self.args.output_dir)) / "README.md"):
+            super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.has_pool and self.is_world_process_zero():
             card = self.run.output_dir / "README.md"
             text, heading = card.read_text(encoding="utf-8"), "### Framework versions"
