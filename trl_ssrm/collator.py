@@ -100,7 +100,7 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
         Returns:
             [`~datasets.Dataset`]: rows for this collator, with a `probability` of `None` for the labeled ones.
         """
-        probability = column_of(pseudo_labeled, "probability").astype(np.float64)
+        probability = column_of(pseudo_labeled, "probability").astype(np.float64, copy=False)
         kept = select_rows(pseudo_labeled, np.flatnonzero(self._is_confident(probability)))
         own = ("chosen_ids", "rejected_ids", "margin")
         labeled = labeled.select_columns([name for name in own if name in labeled.column_names])
