@@ -17,7 +17,7 @@ SOURCES = trl_ssrm tests recipes
 .PHONY: quickstart test faults lint clean
 
 quickstart: .venv/quickstart
-	.venv/bin/python recipes/quickstart.py --config recipes/quickstart.yaml
+	.venv/bin/trl-ssrm quickstart
 
 test: lint .venv/dev .venv-trl-1.12/dev
 	.venv/bin/python -m pytest --numprocesses 2

@@ -3,7 +3,7 @@ Train a reward model from few labeled pairs and a pool without labels.
 
     python recipes/ssrm.py --config recipes/ssrm.yaml
 
-Several GPUs (a pool needs the whole model on each, so DDP):
+Several GPUs, with DDP; FSDP2 and DeepSpeed work too, where the model does not fit on one:
 
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/ssrm.py --config recipes/ssrm.yaml
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -32,6 +33,13 @@ from trl_ssrm import SSRMConfig
 
 
 disable_progress_bars()
+
+# The same examples in every run of the suite, so that it fails for a change alone; `--hypothesis-profile=long` looks for
+# others.
+of_any_kind = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("suite", max_examples=25, derandomize=True, database=None, **of_any_kind)
+settings.register_profile("long", max_examples=1000, **of_any_kind)
+settings.load_profile("suite")
 
 CHAT_TEMPLATE = (
     "{% if tools %}<|tools|>{{ tools | tojson }}{% endif %}"
@@ -239,7 +247,8 @@ TWO_PROCESSES = (
 def run_script(name: str, *command: str, **settings) -> dict | None:
     """What the main process of a script of this directory printed last, or `None` if it was killed."""
     script = Path(__file__).parent / name
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parent.parent)])}
+    paths = [str(script.parent), str(script.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [*(command or [sys.executable]), str(script), json.dumps(settings)],
         env=environment,

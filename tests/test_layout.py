@@ -88,8 +88,9 @@ def test_shared_prompts_are_computed_once(sequences):
     score_sequences(model, sequences, PAD, "shared", batch_tokens=1 << 20)
     num_tokens = sum(map(len, sequences))
     rows = shared_rows(sequences)
-    assert sum(seen) == len(rows) * max(row.length for row in rows)
-    assert sum(row.length for row in rows) < 0.7 * num_tokens
+    computed = sum(row.length for row in rows)
+    assert computed <= sum(seen) <= computed + 64 * len(seen)
+    assert computed < 0.7 * num_tokens
 
 
 def test_gradients_are_those_of_padded_pairs(sequences):

@@ -1,3 +1,4 @@
+import time
 from functools import partial
 
 import pytest
@@ -27,6 +28,58 @@ def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path, folds)
         assert mine == pytest.approx(theirs, abs=1e-3)
     # They shared the work: the main process scored some of the shards only.
     assert 0 < len(two["scored"]) < len(one["scored"])
+
+
+# As `accelerate config` writes them, for processes of a CPU.
+ZERO = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+deepspeed_config:
+  zero_stage: {stage}
+  zero3_init_flag: {init}
+  zero3_save_16bit_model: true
+  offload_optimizer_device: none
+  offload_param_device: none
+  deepspeed_multinode_launcher: standard
+machine_rank: 0
+mixed_precision: "no"
+num_machines: 1
+num_processes: 2
+use_cpu: true
+"""
+
+
+@pytest.fixture(scope="module")
+def with_whole_weights(llama, tmp_path_factory) -> dict:
+    """A run in two processes that both hold all the weights."""
+    settings = {"model": llama, "dataloader_drop_last": True}
+    return {**settings, "result": run(*TWO_PROCESSES, **settings, output_dir=str(tmp_path_factory.mktemp("whole")))}
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero2", "zero3"])
+def test_sharded_weights_select_the_same_pairs_also_after_one_process_was_lost(with_whole_weights, tmp_path, sharding):
+    script, launch = "fsdp_script.py", TWO_PROCESSES
+    if sharding != "fsdp2":
+        pytest.importorskip("deepspeed")
+        stage = int(sharding[-1])
+        (tmp_path / "config.yaml").write_text(ZERO.format(stage=stage, init=str(stage == 3).lower()))
+        launch = (*TWO_PROCESSES[:3], "--config_file", str(tmp_path / "config.yaml"), "--main_process_port", "0")
+        script = "run_script.py"
+    settings = {
+        "model": with_whole_weights["model"],
+        "dataloader_drop_last": True,
+        "output_dir": str(tmp_path / "run"),
+    }
+    start = time.monotonic()
+    # Each of the two scores one of the first two shards, and one of them dies with its own.
+    with pytest.raises(AssertionError, match="ChildFailedError|exits with return code"):
+        run_script(script, *launch, **settings, kill_at="scoring:2")
+    assert time.monotonic() - start < 60
+    resumed, expected = run_script(script, *launch, **settings, resume=True), with_whole_weights["result"]
+    assert len(expected["kept"]) == 2
+    assert resumed["kept"] == expected["kept"]
+    for mine, theirs in zip(resumed["confidence"], expected["confidence"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-2)
 
 
 # ---- Within one process ----

@@ -61,3 +61,14 @@ def test_selections_of_other_rows_are_told_apart_by_the_cache():
 def test_groups_are_numbered_as_they_come():
     keys = ["b", "a", "b", "c", "a", "d"]
     assert group_numbers(keys).tolist() == [0, 1, 0, 2, 1, 3]
+
+
+def test_pairs_of_a_large_pool_are_left_out_in_place():
+    rows = [([number, 1], [number, 2]) for number in range(3000)]
+    few = np.array([0, 1, *range(5, 2000, 3), *range(2100, 2999)])
+    expected, pairs = paired(*(rows[row] for row in few)), paired(*rows)
+    for in_place in (False, True):
+        made = pairs.pair_up(pairs.first[few], pairs.second[few], in_place)
+        assert made.fingerprint == expected.fingerprint
+        assert made.sequences[:] == expected.sequences[:]
+        assert np.array_equal(made.lengths, expected.lengths)

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from trl import RewardConfig, RewardTrainer
 
 from trl_ssrm import ConfidenceFilteredDataCollator, PseudoLabelingCallback, SSRMConfig, SSRMTrainer
-from trl_ssrm.trainer import weighted_loss
+from trl_ssrm.pair_trainer import weighted_loss
 
 
 def losses_of(trainer) -> list[float]:
@@ -480,3 +480,62 @@ def test_long_rows_are_counted(llama, config, labeled, unlabeled, caplog):
     )
     assert len(trainer.train_dataset) == len(labeled)
     assert "Left out of `train_dataset`: 1 (longer than max_length=60)" in caplog.text
+
+
+# ---- Speed ----
+
+
+@pytest.fixture
+def long_prompts() -> Dataset:
+    return Dataset.from_list([{**row, "prompt": row["prompt"] * 6} for row in preference_rows(16, seed=1)])
+
+
+def test_shared_prompts_change_the_losses_in_the_last_digits_only(llama, config, long_prompts, tmp_path):
+    losses, num_tokens = {}, {}
+    for name, trainer_class, settings in (
+        ("parent", RewardTrainer, {}),
+        ("shared", SSRMTrainer, {"share_prompts": True}),
+        ("padded", SSRMTrainer, {"share_prompts": False}),
+    ):
+        args = config(output_dir=str(tmp_path / name), logging_steps=1, **settings)
+        trainer = trainer_class(llama, args, train_dataset=long_prompts)
+        counted = []
+        trainer.model.get_input_embeddings().register_forward_pre_hook(
+            lambda module, args, counted=counted: counted.append(args[0].numel())
+        )
+        trainer.train()
+        losses[name] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        num_tokens[name] = sum(counted)
+        # What is counted for the user stays the number of tokens of the pairs.
+        num_tokens[f"{name}, logged"] = [log["num_tokens"] for log in trainer.state.log_history if "loss" in log]
+    assert losses["padded"] == losses["parent"]
+    assert losses["shared"] != losses["parent"]
+    assert losses["shared"] == pytest.approx(losses["parent"], abs=1e-3)
+    assert num_tokens["shared"] < 0.75 * num_tokens["parent"]
+    assert num_tokens["shared, logged"] == num_tokens["parent, logged"]
+
+
+def test_batches_can_be_grouped_by_length(llama, config, labeled, unlabeled, held_out):
+    rows = [{**row, "chosen": row["chosen"] + "z" * (7 * number % 61)} for number, row in enumerate(unlabeled)]
+    args = config(train_sampling_strategy="group_by_length", num_rounds=1, confidence_threshold=0.5)
+    trainer = SSRMTrainer(
+        llama, args, train_dataset=labeled, eval_dataset=held_out, unlabeled_dataset=Dataset.from_list(rows)
+    )
+    trainer.train()
+    assert len(trainer.round_history) == 2
+    rows = 5 * rows_of(trainer)
+    one, other = ([*trainer._get_train_sampler(Dataset.from_list(rows))] for _ in range(2))
+    assert one != other
+    lengths = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    batches = [one[start : start + 4] for start in range(0, len(one), 4)]
+    spread = sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches) / len(batches)
+    assert spread < 0.25 * (max(lengths) - min(lengths))
+
+
+def rows_of(trainer: SSRMTrainer) -> list[dict]:
+    pairs = trainer.data.pool.pairs
+    ids = pairs.sequences[:]["input_ids"]
+    return [
+        {"chosen_ids": ids[first], "rejected_ids": ids[second]}
+        for first, second in zip(pairs.first, pairs.second, strict=True)
+    ]

@@ -10,6 +10,7 @@ _HOME_OF = {
     "ConfidenceFilteredDataCollator": "collator",
     "Evaluation": "evaluation",
     "NonFiniteScoreError": "scoring",
+    "NonFiniteWeightError": "scoring",
     "PairScores": "selection",
     "PairwiseJudge": "judge",
     "PseudoLabelingCallback": "callback",
@@ -27,6 +28,7 @@ _HOME_OF = {
     "load_ppo_models": "alignment",
     "load_reward_model": "loading",
     "ssrm_reward": "alignment",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "ConfidenceFilteredDataCollator",
     "Evaluation",
     "NonFiniteScoreError",
+    "NonFiniteWeightError",
     "PairScores",
     "PairwiseJudge",
     "PseudoLabelingCallback",
@@ -50,6 +53,7 @@ __all__ = [
     "load_pairwise_model",
     "load_ppo_models",
     "load_reward_model",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -70,7 +74,9 @@ if TYPE_CHECKING:
     from .labeling import label_preferences as label_preferences
     from .loading import load_pairwise_model as load_pairwise_model
     from .loading import load_reward_model as load_reward_model
+    from .report import write_report as write_report
     from .scoring import NonFiniteScoreError as NonFiniteScoreError
+    from .scoring import NonFiniteWeightError as NonFiniteWeightError
     from .selection import PairScores as PairScores
     from .trainer import SSRMTrainer as SSRMTrainer
 

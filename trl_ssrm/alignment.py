@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .checks import check_columns, check_padding, check_prompts
 from .layout import choose_layout
 from .loading import load_policy, load_reward_model
+from .markup import as_literal, special_tokens_of
 from .scoring import NonFiniteScoreError, score_sequences
 
 
@@ -33,6 +35,7 @@ class SSRMRewardFunction:
     as [`~trl.RewardTrainer`] puts them together in training: conversations by the chat template of the reward model,
     with the columns `tools` and `chat_template_kwargs` of the dataset if it has them; text with the end-of-sequence
     token behind it. (TRL itself, given the directory of a reward model, leaves that token and those columns out.)
+    Special tokens that a message spells out are read as the characters that they are: no completion opens a turn.
 
     Example:
 
@@ -108,7 +111,9 @@ class SSRMRewardFunction:
         else:
             name_or_path = str(model.config.name_or_path)
             self.__name__ = os.path.basename(name_or_path)
-            processing_class = processing_class or AutoTokenizer.from_pretrained(name_or_path)
+            processing_class = processing_class or AutoTokenizer.from_pretrained(
+                name_or_path, trust_remote_code=trust_remote_code
+            )
             if model.config.num_labels != 1:
                 raise ValueError(f"The model has {model.config.num_labels} labels, but a reward model has one.")
         check_padding(processing_class)
@@ -196,7 +201,16 @@ class SSRMRewardFunction:
         )
 
     def score_tokenized(self, sequences: list[list[int]]) -> np.ndarray:
-        """`np.ndarray` of shape `(num_sequences,)`, float64: rewards of what [`SSRMRewardFunction.tokenize`] gives."""
+        """
+        Rewards of tokenized sequences, neither shifted nor clipped.
+
+        Args:
+            sequences (`list[list[int]]` of length `num_sequences`):
+                What [`SSRMRewardFunction.tokenize`] gives.
+
+        Returns:
+            `np.ndarray` of shape `(num_sequences,)`, float64.
+        """
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(self.device or PartialState().device)
         rewards = score_sequences(
@@ -237,13 +251,20 @@ class SSRMRewardFunction:
                 "The prompts are conversations, but the tokenizer of the reward model has no chat template; set one, or "
                 "give the prompts as text, as the reward model was trained on."
             )
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        # A policy that spells the end of a turn out must not be rewarded for what comes behind it.
+        messages, tools = as_literal([prompt + completion, tools], self._special_tokens)
         return tokenizer.apply_chat_template(
-            prompt + completion,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            messages,
+            tools=tools,
             tokenize=True,
             return_dict=True,
             **(chat_template_kwargs or {}),
         )["input_ids"]
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str]:
+        return special_tokens_of(self.processing_class)
 
     @cached_property
     def _reference_statistics(self) -> tuple[float, float]:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
+from .checks import check_row
 from .data import prompt_groups
 from .pool import report_dropped
 from .selection import PairScores
@@ -111,18 +113,23 @@ def load_labels(path: str) -> Dataset:
         counted in the log.
 
     Raises:
-        ValueError: If a line is no such object, a label is another one, or no pair is labeled.
+        ValueError: If a line is no such object, a label is another one, a pair has no text, or no pair is labeled.
     """
     rows: list[dict[str, Any]] = []
     left_out = {"a tie": 0, "without a label": 0}
     # Not by `splitlines`: JSON leaves other line ends within a text as they are.
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as that.") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"line {number} of {path}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        # Brackets within brackets, a thousand deep, are JSON too.
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({error}); mend it, or delete the line.") from error
         if not isinstance(row, dict) or not {"completion_a", "completion_b", "label"} <= row.keys():
             raise ValueError(
@@ -137,8 +144,20 @@ def load_labels(path: str) -> Dataset:
             ("completion_a", "completion_b") if row["label"] == "a" else ("completion_b", "completion_a")
         )
         prompt = {} if row.get("prompt") is None else {"prompt": row["prompt"]}
-        rows.append({**prompt, "chosen": row[chosen], "rejected": row[rejected]})
+        pair = {**prompt, "chosen": row[chosen], "rejected": row[rejected]}
+        first = rows[0] if rows else pair
+        check_row(pair, where, isinstance(first["chosen"], list))
+        if pair.keys() != first.keys():
+            raise ValueError(
+                f"{where} has {'a' if prompt else 'no'} `prompt`, unlike those before; give it to all or none."
+            )
+        rows.append(pair)
     report_dropped(path, left_out)
     if not rows:
         raise ValueError(f"{path} has no pair with a label; write 'a' or 'b' into `label`.")
-    return Dataset.from_list(rows)
+    try:
+        return Dataset.from_list(rows)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"The messages in {path} have fields of different types ({error}); give all the same."
+        ) from error

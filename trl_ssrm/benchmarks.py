@@ -11,7 +11,14 @@ import numpy as np
 from datasets import Dataset
 from trl import maybe_extract_prompt
 
-from .checks import check_columns, check_not_empty, check_preference_dataset
+from .checks import (
+    check_characters,
+    check_columns,
+    check_is_dataset,
+    check_not_empty,
+    check_preference_dataset,
+    check_row,
+)
 from .comparison import FILE_NAME as COMPARISON_FILE
 from .files import write_json
 from .pool import TEMPLATE_COLUMNS
@@ -76,6 +83,7 @@ class BenchmarkRow:
 
 def check_rows(dataset: Dataset, benchmark: str, subset_column: str | None) -> None:
     """Refuse data that is not of the form of a benchmark, before a model is loaded."""
+    check_is_dataset(dataset, "dataset")
     check_not_empty(dataset, "dataset")
     if subset_column is not None:
         check_columns(dataset, (subset_column,), "dataset")
@@ -92,6 +100,10 @@ def check_rows(dataset: Dataset, benchmark: str, subset_column: str | None) -> N
         for name, value in row.items():
             if value is None:
                 raise ValueError(f"`{name}` of {where} is missing; fill it in or drop the row.")
+            # Not whether it is empty, which rows of a published benchmark may be.
+            check_characters(value, f"`{name}` of {where}")
+        if not isinstance(row["prompt"], str):
+            check_row({"prompt": row["prompt"]}, where, is_conversational=True)
         one, other = (row[name] for name in columns)
         if benchmark == "rewardbench":
             if not (isinstance(one, str) and isinstance(other, str)):
@@ -115,6 +127,10 @@ def check_rows(dataset: Dataset, benchmark: str, subset_column: str | None) -> N
                 raise ValueError(
                     f"No choice is in {where}: it needs a completion that is right and one that is not; drop it."
                 )
+            texts = {f"{columns[0]}[{place}]": text for place, text in enumerate(one)}
+            if "labels" not in row:
+                texts |= {f"{columns[1]}[{place}]": text for place, text in enumerate(other)}
+            check_row(texts, where, isinstance(row["prompt"], list))
 
 
 def _is_right(row: dict[str, Any]) -> list[bool]:

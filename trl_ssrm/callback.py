@@ -17,7 +17,7 @@ from .layout import choose_layout
 from .pool import written_out
 from .pool_summary import summarize_labeling
 from .preference import mean_logits, orders_agree, pairwise_logits
-from .scoring import score_pairs
+from .scoring import NonFiniteScoreError, score_pairs
 from .selection import (
     PairScores,
     SelectionPolicy,
@@ -27,7 +27,7 @@ from .selection import (
     fraction_threshold,
     within_quota,
 )
-from .sequences import PairedSequences, column_of, group_numbers, iterate_rows, select_rows
+from .sequences import PairedSequences, group_numbers, in_memory, iterate_rows, select_rows
 
 
 if TYPE_CHECKING:
@@ -114,6 +114,12 @@ class PseudoLabelingCallback(TrainerCallback):
         Raises:
             ValueError: If `balance_by` names no column of the pool.
         """
+        shares = range(1, args.num_rounds + 1) if args.pool_per_round == "shard" else []
+        if empty := [round for round in shares if not len(self.trainer.share_of_pool(round))]:
+            raise ValueError(
+                f"`pool_per_round='shard'` leaves no pair of the {len(pool)} in the pool to round {empty[0]}; lower "
+                "`num_rounds`, or give a larger pool."
+            )
         for name in args.balance_by or []:
             if name not in ("length", "prompt") and name not in pool.source.column_names:
                 raise ValueError(
@@ -180,7 +186,7 @@ class PseudoLabelingCallback(TrainerCallback):
         """
         if not trainer.on_main_process(lambda: trainer.run.has_pseudo_labels(round + 1)):
             self._label_pool(args, trainer, round)
-        stored = trainer.run.read_pseudo_labels(round + 1, list(LABEL_FEATURES))
+        stored = trainer.run.read_numbers_of_pseudo_labels(round + 1, list(LABEL_FEATURES))
         assert stored is not None
         pseudo_labels, facts = stored
         trainer.log(dict(facts))
@@ -195,7 +201,7 @@ class PseudoLabelingCallback(TrainerCallback):
             return None
         previous = None
         if round > 0 and args.pool_per_round == "full" and self._weight(round) == self._weight(round + 1):
-            previous = trainer.run.read_pseudo_labels(round, list(LABEL_FEATURES))
+            previous = trainer.run.read_numbers_of_pseudo_labels(round, list(LABEL_FEATURES))
             if previous is None:
                 raise ValueError(
                     f"The pseudo-labels of round {round} in {trainer.run.round_dir(round)} are missing or damaged, so nobody "
@@ -332,6 +338,8 @@ class PseudoLabelingCallback(TrainerCallback):
         start = time.perf_counter()
         scores = self.score(trainer, pool, round)
         seconds = time.perf_counter() - start
+        if not (is_finite := np.isfinite(scores.logits)).all():
+            raise NonFiniteScoreError("unlabeled_dataset", np.unique(pool.rows[~is_finite]).tolist())
         mask, threshold = self._select_with_quotas(scores, pool)
         kept = np.flatnonzero(mask)
         first_is_chosen = scores.logits > 0
@@ -372,25 +380,29 @@ class PseudoLabelingCallback(TrainerCallback):
 
     @staticmethod
     def _with_texts(
-        labels: Dataset, round: int, pool: "Pool", kept: np.ndarray, features: Features
+        labels: dict[str, np.ndarray], round: int, pool: "Pool", kept: np.ndarray, features: Features
     ) -> Iterator[Dataset]:
         """Pseudo-labels in parts, each pair with its texts and the round that it is for."""
         start = 0
-        for texts in pool.iterate_texts(kept, column_of(labels, "first_is_chosen")):
+        for texts in pool.iterate_texts(kept, labels["first_is_chosen"]):
             columns = {name: [each[name] for each in texts] for name in pool.text_features}
-            columns |= {**labels[start : start + len(texts)], "round": [round] * len(texts)}
-            yield Dataset.from_dict(columns, features=features)
+            columns |= {name: values[start : start + len(texts)].tolist() for name, values in labels.items()}
+            yield Dataset.from_dict({**columns, "round": [round] * len(texts)}, features=features)
             start += len(texts)
 
     @staticmethod
-    def _labels(scores: PairScores, share: np.ndarray, kept: np.ndarray) -> Dataset:
-        """The kept pairs by their place in the pool."""
-        columns = {"confidence": scores.confidence, "pair": share, "first_is_chosen": scores.logits > 0}
-        return Dataset.from_dict({name: values[kept] for name, values in columns.items()}, features=LABEL_FEATURES)
+    def _labels(scores: PairScores, share: np.ndarray, kept: np.ndarray) -> dict[str, np.ndarray]:
+        """The kept pairs by their place in the pool: the columns of `LABEL_FEATURES`."""
+        return {
+            "confidence": scores.confidence[kept],
+            "pair": share[kept],
+            "first_is_chosen": (scores.logits > 0)[kept],
+        }
 
     def _select_with_quotas(self, scores: PairScores, pool: "Pool") -> tuple[np.ndarray, float | None]:
         """Mask of the pairs to keep, after every condition and quota, and the threshold if there is one."""
-        args, is_candidate = self.trainer.args, ~scores.is_tie
+        # Rewards so close that the confidence is one half are a tie too: the collator trains on none of them.
+        args, is_candidate = self.trainer.args, scores.confidence > 0.5
         if args.require_order_agreement:
             assert scores.orders_agree is not None
             is_candidate &= scores.orders_agree
@@ -444,9 +456,9 @@ class PseudoLabelingCallback(TrainerCallback):
         own = own.add_column("weight", [-self._weight(facts["round"])] * len(own))
         return concatenate_datasets([rows, own.cast(rows.features)]) if len(own) else rows
 
-    def _training_rows(self, labels: Dataset, round: int) -> Dataset:
-        pool, pairs, confidence = self.trainer.data.pool, column_of(labels, "pair"), column_of(labels, "confidence")
-        columns = {"probability": np.where(column_of(labels, "first_is_chosen"), confidence, 1 - confidence)}
+    def _training_rows(self, labels: dict[str, np.ndarray], round: int) -> Dataset:
+        pool, pairs, confidence = self.trainer.data.pool, labels["pair"], labels["confidence"]
+        columns = {"probability": np.where(labels["first_is_chosen"], confidence, 1 - confidence)}
         args, weight = self.trainer.args, self._weight(round)
         if args.debias_pseudo_labels:
             weight *= len(self.trainer.data.labeled) / len(self.trainer.share_of_pool(round))
@@ -464,7 +476,7 @@ class PseudoLabelingCallback(TrainerCallback):
                 .with_format(None)
                 for name, position in ids.items()
             ]
-        return concatenate_datasets([*tokens, Dataset.from_dict(columns)], axis=1)
+        return concatenate_datasets([*tokens, in_memory(columns)], axis=1)
 
 
 def _length_difference(pool: "Pool", first_is_chosen: np.ndarray) -> np.ndarray:
@@ -473,8 +485,8 @@ def _length_difference(pool: "Pool", first_is_chosen: np.ndarray) -> np.ndarray:
     return np.where(first_is_chosen, difference, -difference)
 
 
-def _same_labels(before: Dataset, now: Dataset) -> bool:
-    return all(np.array_equal(column_of(before, name), column_of(now, name)) for name in ("pair", "first_is_chosen"))
+def _same_labels(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(before[name], now[name]) for name in ("pair", "first_is_chosen"))
 
 
 class RoundCallbackHandler(CallbackHandler):

@@ -8,13 +8,13 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from trl import maybe_extract_prompt
 
 from .files import write_json
+from .markup import as_literal, special_tokens_of
 
 
 logger = logging.getLogger(__name__)
@@ -55,27 +55,85 @@ class Comparison:
     max_length: int | None = None
 
     def save_pretrained(self, directory: str) -> None:
-        """Write the comparison beside a model."""
+        """
+        Write the comparison beside a model.
+
+        Args:
+            directory (`str`):
+                Directory of the model.
+        """
         write_json(Path(directory) / FILE_NAME, asdict(self))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, revision: str | None = None) -> "Comparison | None":
-        """`Comparison` or `None`: the comparison that a model was trained on, `None` if it was saved with none."""
+        """
+        The comparison that a model was trained on.
+
+        Args:
+            name_or_path (`str`):
+                Directory or model ID.
+            revision (`str`, *optional*):
+                Revision of a model of the hub.
+
+        Returns:
+            [`Comparison`] or `None`: `None` if the model was saved with none.
+        """
         path = cached_file(name_or_path, FILE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return None if path is None else cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        if path is None:
+            return None
+        try:
+            stored = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            are_labels = isinstance(stored.labels, list) and [type(label) for label in stored.labels] == [str, str]
+            if not are_labels or not isinstance(stored.template, str) or not isinstance(stored.max_length, int | None):
+                raise TypeError("a field is of the wrong type")
+            return stored
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no comparison ({error}); mend it, or load another model.") from error
 
     def render(self, messages: list[dict[str, Any]], first: str, second: str) -> str:
-        """`str`: the text that shows two answers to a prompt."""
+        """
+        The text that shows two answers to a prompt.
+
+        Args:
+            messages (`list[dict[str, Any]]`):
+                The prompt.
+            first (`str`):
+                The answer shown first.
+            second (`str`):
+                The other one.
+
+        Returns:
+            `str`
+
+        Raises:
+            ValueError: If the template can't be rendered.
+        """
         # The template comes with the checkpoint, so it must not run code.
         environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
         try:
             template = environment.from_string(self.template)
             return template.render(messages=messages, responses=[first, second], labels=self.labels)
-        except TemplateError as error:
+        # Templates are programs, so whatever it is.
+        except Exception as error:
             raise ValueError(f"The template of the comparison can't be rendered: {error}; mend it.") from error
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, messages: list, first: str, second: str) -> list[int]:
-        """`list[int]`: token IDs of one comparison, however long."""
+        """
+        One comparison, however long.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the model.
+            messages (`list[dict[str, Any]]`):
+                The prompt.
+            first (`str`):
+                The answer shown first.
+            second (`str`):
+                The other one.
+
+        Returns:
+            `list[int]`: token IDs.
+        """
         return tokenizer(self._prompt(tokenizer, messages, first, second), **self._special_tokens(tokenizer))[
             "input_ids"
         ]
@@ -103,6 +161,8 @@ class Comparison:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         answers = [answer if isinstance(answer, str) else _text(answer) for answer in (first, second)]
         _text(messages)
+        # Neither a prompt nor an answer ends the turn that the comparison is.
+        messages, answers = as_literal([messages, answers], special_tokens_of(tokenizer))
         while True:
             one = self.encode(tokenizer, messages, answers[0], answers[1])
             other = self.encode(tokenizer, messages, answers[1], answers[0])

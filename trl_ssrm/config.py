@@ -77,8 +77,8 @@ class SSRMConfig(RewardConfig):
 
         score_batch_tokens (`int`, *optional*):
             Size of a scoring batch in tokens, padding included. A longer sequence is a batch of its own. It does not
-            change the scores. If `None`, it is 16,384 to begin with, more where a larger batch fits into the memory of an
-            accelerator; in any case it is halved where a batch does not fit.
+            change the scores. If `None`, it is 4,096 on a CPU, and on an accelerator 16,384 to begin with and more where
+            that fits into its memory; in any case it is halved where a batch does not fit.
         share_prompts (`bool`, *optional*):
             Whether what two completions have in common, their prompt, is computed once, in scoring and in training, where
             the model allows it (a decoder with `attn_implementation` `"sdpa"` or `"eager"` and no sliding window) and a
@@ -405,7 +405,7 @@ class SSRMConfig(RewardConfig):
         as they are, and goes on from its weights.
 
         Args:
-            args, kwargs:
+            args, kwargs (`Any`):
                 As for [`SSRMConfig`]; what is given here wins.
 
         Returns:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 from trl import maybe_extract_prompt
 
 from .pool import Pool, build_pool, report_dropped
 from .rounds import RunDirectory
-from .sequences import PairedSequences, group_numbers, iterate_rows
+from .sequences import BATCH_ROWS, PairedSequences, group_numbers, iterate_rows
 from .storage import content_hash
 
 
@@ -87,7 +88,8 @@ def prepare_run_data(
         [`RunData`]
 
     Raises:
-        ValueError: If every row of a dataset is too long, or `calibration_dataset` shares pairs with `train_dataset`.
+        ValueError: If every row of a dataset is too long, `calibration_dataset` shares pairs with `train_dataset`, or
+            token IDs are beyond the vocabulary of the model.
     """
     args, tokenizer = trainer.args, trainer.processing_class
     without_filter = copy.copy(args)
@@ -106,7 +108,9 @@ def prepare_run_data(
             logger.warning(f"`{name}` is a stream, so the metrics of a round leave it out.")
             continue
         report_too_long(name, len(given), len(prepared), args.max_length)
+        check_vocabulary(prepared, f"{name}_dataset", trainer.model)
         held_out[name] = PairedSequences.from_tokenized(prepared)
+    check_vocabulary(labeled, "train_dataset", trainer.model)
     labeled_pairs = PairedSequences.from_tokenized(labeled)
     known_pairs = {"the labeled pairs": set(labeled_pairs.pair_keys())}
     known_pairs |= {name: set(pairs.pair_keys()) for name, pairs in held_out.items()}
@@ -137,6 +141,18 @@ def report_too_long(name: str, num_given: int, num_left: int, max_length: int | 
     report_dropped(name, {reason: num_given - num_left})
     if num_left == 0:
         raise ValueError(f"Every row of `{name}` is {reason}; raise it, or shorten the texts.")
+
+
+def check_vocabulary(dataset: Dataset, name: str, model: Any) -> None:
+    """Refuse token IDs that the model has no embedding for, such as those of another tokenizer."""
+    vocab_size = model.config.get_text_config().vocab_size
+    for batch in dataset.select_columns(["chosen_ids", "rejected_ids"]).with_format("arrow").iter(BATCH_ROWS):
+        largest = max(pc.max(pc.list_flatten(column)).as_py() for column in batch.columns)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"`{name}` has the token ID {largest}, but the model has {vocab_size} tokens; tokenize it with the "
+                "tokenizer of the model."
+            )
 
 
 def by_name(dataset: Any, name: str) -> dict[str, Any]:

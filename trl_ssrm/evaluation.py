@@ -27,6 +27,7 @@ from .benchmarks import (
     strata_of,
 )
 from .calibration import preference_metrics
+from .checks import tokenizing
 from .comparison import Comparison
 from .data import prompt_groups
 from .judge import PairwiseJudge
@@ -262,9 +263,10 @@ def _pair_logits(
             raise _in_rows(error, ends, first_row) from error
         return np.split(logits, ends[:-1])
     longest = scorer.processing_class.model_max_length if max_length is None else max_length
-    sequences = [
-        scorer.tokenize(row.prompt, completion, *row.template) for row in rows for completion in row.completions
-    ]
+    sequences = []
+    for number, row in enumerate(rows, first_row):
+        with tokenizing(f"Row {number} of `dataset`"):
+            sequences += [scorer.tokenize(row.prompt, completion, *row.template) for completion in row.completions]
     fits = np.array([len(ids) <= longest for ids in sequences])
     ends = np.cumsum([len(row.completions) for row in rows])
     rewards = np.full(len(sequences), np.nan)

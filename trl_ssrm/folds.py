@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
-from transformers import DefaultFlowCallback
+from transformers import DefaultFlowCallback, ProgressCallback
 
 from .data import prompt_groups
 from .selection import PairScores
@@ -174,12 +174,12 @@ class Folds:
 
     @contextlib.contextmanager
     def _in_silence(self) -> Iterator[None]:
-        """Without evaluations, checkpoints, logs and the callbacks of the user, which are the round's."""
+        """With a bar, but without evaluations, checkpoints, logs and callbacks of the user, which are the round's."""
         args, handler = self.trainer.args, self.trainer.callback_handler
         silent = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
         before = {name: getattr(args, name) for name in silent}
         callbacks = handler.callbacks
-        handler.callbacks = [each for each in callbacks if isinstance(each, DefaultFlowCallback)]
+        handler.callbacks = [each for each in callbacks if isinstance(each, DefaultFlowCallback | ProgressCallback)]
         self._set(silent)
         self.is_training = True
         try:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from .checks import check_padding, check_prompts
 from .loading import load_policy
+from .markup import as_literal, special_tokens_of
 from .pool import TEMPLATE_COLUMNS
 from .shards import Row, map_in_shards
 from .storage import content_hash, tensors_hash
@@ -178,9 +179,11 @@ def generate_completions(
 
 def _rendered(row: Row, tokenizer: Any) -> str:
     tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    prompt, tools = as_literal([row["prompt"], tools], special_tokens_of(tokenizer))
     return tokenizer.apply_chat_template(
-        row["prompt"],
-        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        prompt,
+        tools=tools,
         tokenize=False,
         add_generation_prompt=True,
         **(row.get("chat_template_kwargs") or {}),

@@ -12,7 +12,7 @@ from datasets import Dataset, Value
 from transformers import PreTrainedModel
 
 from .alignment import SSRMRewardFunction
-from .checks import check_prompts
+from .checks import check_prompts, tokenizing
 from .judge import PairwiseJudge
 from .pool import TEMPLATE_COLUMNS, check_format, completion_feature, completions_of, named_completions
 from .preference import mean_win_probability
@@ -237,7 +237,8 @@ def _score_rows(
         template = [row.get(name) for name in TEMPLATE_COLUMNS]
         kept = []
         for completion in completions_of(row):
-            ids = reward_function.tokenize(row["prompt"], completion, *template)
+            with tokenizing(f"Row {number} of `dataset`"):
+                ids = reward_function.tokenize(row["prompt"], completion, *template)
             if max_length is not None and len(ids) > max_length:
                 dropped[f"completions longer than max_length={max_length}"] += 1
                 continue

@@ -35,7 +35,7 @@ def load_reward_model(
             Precision to load it in. `"auto"` is that of the checkpoint.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the checkpoint.
-        kwargs:
+        kwargs (`dict[str, Any]`):
             Further arguments of [`~transformers.PreTrainedModel.from_pretrained`].
 
     Returns:
@@ -115,7 +115,7 @@ def load_pairwise_model(
             Precision to load it in. `"auto"` is that of the checkpoint.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the checkpoint.
-        kwargs:
+        kwargs (`dict[str, Any]`):
             Further arguments of [`~transformers.PreTrainedModel.from_pretrained`], such as `quantization_config`.
 
     Returns:

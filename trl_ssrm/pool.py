@@ -16,9 +16,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, IterableDataset
 from trl import maybe_extract_prompt
 
-from .checks import check_not_empty, check_row
+from .checks import check_is_dataset, check_not_empty, check_row
 from .sequences import BATCH_ROWS, PairedSequences, index_type, is_everything, iterate_rows
-from .storage import write_rows
+from .storage import storable, write_rows
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Pool:
             The rows that the pairs come from.
         rows (`np.ndarray` of shape `(num_pairs,)`, int32, or int64 where the positions need it):
             Row of `source` that each pair comes from, ascending.
-        completions (`np.ndarray` of shape `(num_pairs, 2)`, int32):
+        completions (`np.ndarray` of shape `(num_pairs, 2)`, of the smallest unsigned type that holds them):
             Positions of the first and the second completion among those of the row.
         pairs ([`PairedSequences`]):
             Their token IDs, in the same order.
@@ -108,7 +108,8 @@ class Pool:
         """[`~datasets.Features`]: types of what `iterate_texts` yields."""
         completion = completion_feature(self.source)
         prompt = self.source.features.get("prompt", completion)
-        return Features({"prompt": prompt, "chosen": completion, "rejected": completion})
+        features = {"prompt": prompt, "chosen": completion, "rejected": completion}
+        return Features({name: storable(feature) for name, feature in features.items()})
 
 
 def build_pool(
@@ -158,6 +159,7 @@ def build_pool(
             pair is left.
     """
     name = "unlabeled_dataset"
+    check_is_dataset(dataset, name)
     if isinstance(dataset, IterableDataset):
         if max_samples is None:
             raise ValueError(f"`{name}` is an `IterableDataset`; set `max_unlabeled_samples` to the rows to take.")
@@ -202,12 +204,16 @@ def build_pool(
     if not is_kept.any():
         raise ValueError(f"No pair of `{name}` is left ({in_words(dropped)}); give it other rows, or mend that.")
     if not is_kept.all():
-        rows, positions, first, second = rows[is_kept], positions[is_kept], first[is_kept], second[is_kept]
+        # One after the other, since all of them together are large.
+        rows = rows[is_kept]
+        positions = positions[is_kept]
+        first = first[is_kept]
+        second = second[is_kept]
     return Pool(
         source=dataset,
         rows=rows,
         completions=positions,
-        pairs=tokenized.pair_up(first, second),
+        pairs=tokenized.pair_up(first, second, in_place=True),
         # The completions of a preference row are `chosen` and `rejected`, in that order.
         gold=positions[:, 0] == 0 if with_gold else None,
         dropped=dropped,
@@ -239,25 +245,29 @@ def _all_pairs(
     """Row, positions of the two completions, and positions of their two sequences, of each pair of completions."""
     num_pairs = num_completions * (num_completions - 1) // 2
     rows = np.repeat(np.arange(len(num_completions), dtype=index_type(len(num_completions))), num_pairs)
-    # A table of the pairs of a row for each number of completions that there is, and where it starts.
-    numbers = np.unique(num_completions)
-    tables = [np.array(list(itertools.combinations(range(number), 2)), dtype=np.int32) for number in numbers.tolist()]
-    start_of = np.zeros(int(numbers[-1]) + 1, dtype=np.int64)
-    start_of[numbers] = np.cumsum([0, *map(len, tables)])[:-1]
-    # The place of a pair in the table, less its place among all pairs, is the same for the pairs of a row.
-    shift = start_of[num_completions] - (np.cumsum(num_pairs, dtype=np.int64) - num_pairs)
-    place = np.arange(len(rows)) + shift[rows]
-    positions = np.concatenate(tables)[place]
-    del place
+    positions_of = {
+        number: np.array(list(itertools.combinations(range(number), 2)), dtype=np.int64)
+        for number in np.unique(num_completions).tolist()
+    }
+    positions = np.empty((len(rows), 2), dtype=np.min_scalar_type(max(positions_of)))
+    sequences = np.empty((2, len(rows)), dtype=tokenized.first.dtype)
+    start = start_tokenized = 0
+    for begin in range(0, len(num_completions), BATCH_ROWS):
+        numbers = num_completions[begin : begin + BATCH_ROWS]
+        own = np.concatenate([positions_of[number] for number in numbers.tolist()])
+        pairs = slice(start, start := start + len(own))
+        positions[pairs] = own
+        if by_pair:
+            continue
+        both = slice(start_tokenized, start_tokenized := start_tokenized + int(((numbers + 1) // 2).sum()))
+        of_completion = np.stack([tokenized.first[both], tokenized.second[both]], axis=1).ravel()
+        # A completion without a partner was tokenized twice.
+        of_completion = np.delete(of_completion, np.cumsum(numbers + numbers % 2)[numbers % 2 == 1] - 1)
+        starts = np.repeat(np.cumsum(numbers) - numbers, num_pairs[begin : begin + BATCH_ROWS])
+        sequences[:, pairs] = of_completion[starts + own.T]
     if by_pair:
-        return rows, positions, tokenized.first.copy(), tokenized.second.copy()
-    sequences = np.stack([tokenized.first, tokenized.second], axis=1).ravel()
-    # A completion without a partner was tokenized twice.
-    ends = np.cumsum(num_completions + num_completions % 2, dtype=np.int64)
-    sequences = np.delete(sequences, ends[num_completions % 2 == 1] - 1)
-    start_of_row = np.cumsum(num_completions, dtype=np.int64) - num_completions
-    first, second = (sequences[start_of_row[rows] + positions[:, side]] for side in range(2))
-    return rows, positions, first, second
+        sequences[0], sequences[1] = tokenized.first, tokenized.second
+    return rows, positions, sequences[0], sequences[1]
 
 
 def _is_turned(seed: int, rows: np.ndarray, first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -284,7 +294,9 @@ def _reasons(
     if max_length is not None:
         yield f"longer than max_length={max_length}", tokenized.lengths[np.minimum(first, second)] > max_length
     # What two pairs share if they hold the same sequences.
-    keys = np.minimum(first, second).astype(np.int64) * len(tokenized.lengths) + np.maximum(first, second)
+    keys = np.minimum(first, second).astype(np.int64)
+    keys *= len(tokenized.lengths)
+    keys += np.maximum(first, second)
     position_of = _positions_of(
         tokenized, {digest for known in known_pairs.values() for key in known for digest in key}
     )
@@ -292,9 +304,11 @@ def _reasons(
         found = [(position_of[one], position_of[other]) for one, other in known if {one, other} <= position_of.keys()]
         known_keys = [min(pair) * len(tokenized.lengths) + max(pair) for pair in found]
         yield f"overlap with {name}", np.isin(keys, np.array(known_keys, dtype=np.int64))
-    is_first = np.zeros(len(keys), dtype=bool)
-    is_first[np.unique(keys, return_index=True)[1]] = True
-    yield "duplicate", ~is_first
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    is_duplicate = np.zeros(len(keys), dtype=bool)
+    is_duplicate[order[1:][keys[1:] == keys[:-1]]] = True
+    yield "duplicate", is_duplicate
 
 
 def _positions_of(tokenized: PairedSequences, digests: set[bytes]) -> dict[bytes, int]:
@@ -352,12 +366,19 @@ def _two_by_two(dataset: Dataset, by_pair: bool) -> Dataset:
 
 def check_format(dataset: Dataset, name: str) -> None:
     """Refuse a dataset that is not of an accepted format."""
+    check_is_dataset(dataset, name)
     columns = set(dataset.column_names)
     if not ({"chosen", "rejected"} <= columns or {"prompt", "completions"} <= columns) and not (
         {"prompt", "completion_a", "completion_b"} <= columns
     ):
         raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs {POOL_FORMATS}. Rename or add them.")
-    if "completions" not in columns:
+    if "completions" in columns:
+        if not hasattr(dataset.features["completions"], "feature"):
+            raise ValueError(
+                f"`completions` of `{name}` are of the type {dataset.features['completions']}; make it a list, with one "
+                "entry a completion."
+            )
+    else:
         one, other = named_completions(dataset.features).items()
         if one[1] != other[1]:
             raise ValueError(

@@ -52,6 +52,7 @@ from .storage import (
     content_hash,
     file_hash,
     read_facts,
+    read_numbers,
     read_table,
     read_tensors,
     write_table,
@@ -335,23 +336,22 @@ class RunDirectory:
         path = self._pseudo_labels_path(round)
         return read_facts(path, self.key(path)) is not None
 
-    def read_pseudo_labels(
-        self, round: int, columns: list[str] | None = None
-    ) -> tuple[Dataset, dict[str, Any]] | None:
+    def read_pseudo_labels(self, round: int) -> tuple[Dataset, dict[str, Any]] | None:
         """
-        The pairs that a round trains on, and the facts of their selection.
-
-        Args:
-            round (`int`):
-                The round.
-            columns (`list[str]`, *optional*):
-                Columns to read into memory. If `None`, all of them, with the texts.
+        The pairs that a round trains on, with their texts, and the facts of their selection.
 
         Returns:
             `tuple[Dataset, dict]` or `None`: `None` if there are none yet or the file is damaged, which is logged.
         """
         path = self._pseudo_labels_path(round)
-        return read_table(path, columns, self.key(path))
+        return read_table(path, self.key(path))
+
+    def read_numbers_of_pseudo_labels(
+        self, round: int, columns: list[str]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The same without the texts; see [`~trl_ssrm.storage.read_numbers`]."""
+        path = self._pseudo_labels_path(round)
+        return read_numbers(path, columns, self.key(path))
 
     def _pseudo_labels_path(self, round: int) -> Path:
         return self.round_dir(round) / "pseudo_labels.parquet"

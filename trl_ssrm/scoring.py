@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 # What is lost when scoring is interrupted: a minute on a laptop, less than a second on a GPU.
 SHARD_TOKENS = 1 << 18
-DEFAULT_BATCH_TOKENS = 1 << 14
 
 
 class NonFiniteScoreError(ValueError):
@@ -47,6 +46,24 @@ class NonFiniteScoreError(ValueError):
             "load it in another precision."
         )
         self.rows = rows
+
+
+class NonFiniteWeightError(ValueError):
+    """
+    Training has made weights NaN or infinite.
+
+    Args:
+        round (`int`):
+            The round.
+        names (`list[str]`):
+            Its weights that are so.
+    """
+
+    def __init__(self, round: int, names: list[str]):
+        super().__init__(
+            f"The weights of round {round} are NaN or infinite ({names[0]}, {len(names)} in all); lower `learning_rate`, "
+            "or train or load the model in another precision."
+        )
 
 
 def score_pairs(
@@ -193,9 +210,13 @@ class BatchBudget:
     """
     Size of a scoring batch in tokens.
 
-    It is halved where a batch does not fit into memory. Left open, it begins with 16,384 and, on an accelerator, doubles
-    for as long as a batch of twice the size would fit into what is free. On a CPU, where larger batches are no faster,
-    it stays, so that scores are the same to the bit every time.
+    It is halved where a batch does not fit into memory. Left open, it begins with 16,384 on an accelerator and doubles
+    for as long as a batch of twice the size would fit into what is free. On a CPU, where larger batches are slower, it is
+    4,096 and stays, so that scores are the same to the bit every time.
+
+    A batch also ends where more padding would be computed in it than it costs to begin the next one, which is taken as
+    the time of 64 tokens on a CPU (`recipes/benchmark/speed.py`: 5 ms at 7,000 tokens a second are 35) and of 2,048 on an
+    accelerator.
 
     Args:
         tokens (`int`, *optional*):
@@ -205,7 +226,9 @@ class BatchBudget:
     """
 
     def __init__(self, tokens: int | None, device: torch.device):
-        self.tokens = tokens or DEFAULT_BATCH_TOKENS
+        is_cpu = device.type == "cpu"
+        self.tokens = tokens or (4096 if is_cpu else 16384)
+        self.padding = 64 if is_cpu else 2048
         self.may_grow = tokens is None and device.type == "cuda"
         self.device = device
 
@@ -326,10 +349,12 @@ class Scorer:
         """Number of rows, from long to short, that make the next batch: one at least."""
         if not rows:
             return 0
-        if self.layout != "packed":
-            return max(1, self.budget.tokens // rows[0].length)
-        ends = np.cumsum([row.length for row in rows])
-        return max(1, int(np.searchsorted(ends, self.budget.tokens, side="right")))
+        lengths = np.array([row.length for row in rows])
+        if self.layout == "packed":
+            return max(1, int(np.searchsorted(np.cumsum(lengths), self.budget.tokens, side="right")))
+        lengths = lengths[: max(1, self.budget.tokens // lengths[0])]
+        padding = np.cumsum(lengths[0] - lengths)
+        return int(np.searchsorted(padding, self.budget.padding, side="right"))
 
     def _num_batches_of_all(self, rows: list[SharedRow]) -> int:
         """How often the process with the most work calls the model, where all of them have to call it equally often."""

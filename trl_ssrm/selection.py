@@ -28,7 +28,16 @@ class PairScores:
     models_agree: np.ndarray | None = None
 
     def take(self, pairs: np.ndarray) -> "PairScores":
-        """Those of some of the pairs."""
+        """
+        Those of some of the pairs.
+
+        Args:
+            pairs (`np.ndarray` of shape `(n,)`, int64, or `(num_pairs,)`, bool):
+                Their positions, or a mask.
+
+        Returns:
+            [`PairScores`]
+        """
         orders, models = self.orders_agree, self.models_agree
         return PairScores(
             self.logits[pairs],

@@ -22,13 +22,13 @@ class PairedSequences:
     """
     Pairs of tokenized sequences, each distinct sequence stored once, in an order that depends on the content alone.
 
-    The tokens stay where the dataset has them, which is on disk for one that was loaded from files. In memory are 24
-    bytes for each sequence, 8 for where it lies, and 8 for each pair.
+    The tokens stay where the dataset has them, which is on disk for one that was loaded from files. In memory are 28
+    bytes for each sequence and 8 for each pair.
 
     Args:
         sequences ([`~datasets.Dataset`]):
             Column `input_ids`: the distinct sequences, longest first.
-        lengths (`np.ndarray` of shape `(num_sequences,)`, int64):
+        lengths (`np.ndarray` of shape `(num_sequences,)`, int32):
             Their lengths in tokens.
         digests (`np.ndarray` of shape `(num_sequences, 16)`, uint8):
             Their hashes.
@@ -62,11 +62,14 @@ class PairedSequences:
         index[order] = _ranks(is_first)
         unique = order[is_first]
         del order, is_first
+        # One after the other, since together these arrays are the most that a pool takes at any time.
+        lengths = lengths[unique]
         digests = np.empty((len(unique), 2), dtype=">u8")
-        digests[:, 1] = halves.pop()[unique]
-        digests[:, 0] = halves.pop()[unique]
+        for side in (1, 0):
+            half = halves.pop()
+            for start in range(0, len(unique), BATCH_ROWS):
+                digests[start : start + BATCH_ROWS, side] = half[unique[start : start + BATCH_ROWS]]
         first, second = np.split(index, 2)
-        lengths = lengths[unique].astype(np.int64)
         return cls(select_rows(stacked, unique), lengths, digests.view(np.uint8), first, second)
 
     @functools.cached_property
@@ -94,17 +97,27 @@ class PairedSequences:
         """Some of the pairs, without the sequences that only the others hold."""
         return self if is_everything(pairs, len(self.first)) else self.pair_up(self.first[pairs], self.second[pairs])
 
-    def pair_up(self, first: np.ndarray, second: np.ndarray) -> "PairedSequences":
-        """Other pairs of the same sequences, without the sequences that none of them holds."""
+    def pair_up(self, first: np.ndarray, second: np.ndarray, in_place: bool = False) -> "PairedSequences":
+        """
+        Other pairs of the same sequences, without the sequences that none of them holds.
+
+        Args:
+            first, second (`np.ndarray` of shape `(num_pairs,)`, integer):
+                Positions of their sequences.
+            in_place (`bool`, *optional*, defaults to `False`):
+                Whether this object may be overwritten, so that a large one is not in memory twice.
+
+        Returns:
+            [`PairedSequences`]
+        """
         is_used = np.zeros(len(self.lengths), dtype=bool)
         is_used[first] = is_used[second] = True
         if is_used.all():
             return PairedSequences(self.sequences, self.lengths, self.digests, first, second)
         used = np.flatnonzero(is_used)
+        lengths, digests = (_taken(each, used, in_place) for each in (self.lengths, self.digests))
         index = _ranks(is_used)
-        return PairedSequences(
-            select_rows(self.sequences, used), self.lengths[used], self.digests[used], index[first], index[second]
-        )
+        return PairedSequences(select_rows(self.sequences, used), lengths, digests, index[first], index[second])
 
 
 def index_type(length: int) -> type[np.integer]:
@@ -133,12 +146,13 @@ def select_rows(dataset: Dataset, rows: np.ndarray) -> Dataset:
     if len(rows) == 0 or (int(rows[-1]) - int(rows[0]) == len(rows) - 1 and (np.diff(rows) == 1).all()):
         start = int(rows[0]) if len(rows) else 0
         return dataset.select(range(start, start + len(rows)))
-    indices = pa.chunked_array([rows.astype(np.uint64)])
+    rows = np.ascontiguousarray(rows, dtype=np.int64)
+    indices = pa.chunked_array([rows.view(np.uint64)])
     # Private in `Dataset`: where the rows of a selection lie, and what names its content.
     if dataset._indices is not None:
         indices = dataset._indices.column(0).take(indices)
     fingerprint = hashlib.blake2b(dataset._fingerprint.encode(), digest_size=8)
-    fingerprint.update(np.ascontiguousarray(rows, dtype=np.int64).data)
+    fingerprint.update(rows.data)
     return Dataset(
         dataset.data,
         info=dataset.info.copy(),
@@ -146,6 +160,15 @@ def select_rows(dataset: Dataset, rows: np.ndarray) -> Dataset:
         indices_table=InMemoryTable.from_arrays([indices], names=["indices"]),
         fingerprint=fingerprint.hexdigest(),
     )
+
+
+def in_memory(columns: dict[str, np.ndarray]) -> Dataset:
+    """Columns of numbers as a dataset, as [`~datasets.Dataset.from_dict`] gives it, which makes pickles to name it."""
+    content = hashlib.blake2b(digest_size=8)
+    for name, values in columns.items():
+        content.update(f"{name} {values.dtype}".encode())
+        content.update(np.ascontiguousarray(values).data)
+    return Dataset(InMemoryTable.from_pydict(columns), fingerprint=content.hexdigest())
 
 
 def column_of(dataset: Dataset, name: str) -> np.ndarray:
@@ -183,6 +206,17 @@ def group_numbers(keys: Iterable[str]) -> np.ndarray:
     groups = np.empty(len(order), dtype=np.int64)
     groups[order] = number[_ranks(is_first)]
     return groups
+
+
+def _taken(values: np.ndarray, rows: np.ndarray, in_place: bool) -> np.ndarray:
+    """Ascending rows of an array, which may be overwritten."""
+    if not in_place:
+        return values[rows]
+    for start in range(0, len(rows), BATCH_ROWS):
+        # None of them is moved to behind its place, so what is overwritten was read.
+        part = values[rows[start : start + BATCH_ROWS]]
+        values[start : start + len(part)] = part
+    return values[: len(rows)]
 
 
 def _ranks(is_first: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .files import write_record
 from .pool import TEMPLATE_COLUMNS, in_words, report_dropped
-from .storage import changed_facts, content_hash, read_facts, rows_hash, write_table
+from .storage import changed_facts, content_hash, read_facts, rows_hash, storable, write_table
 
 
 Row = dict[str, Any]
@@ -58,7 +58,8 @@ def map_in_shards(
         ValueError: If `output_dir` holds another job, or if nothing is left.
     """
     shared = [name for name in ("prompt", *TEMPLATE_COLUMNS) if name in dataset.column_names]
-    features = Features({**{name: dataset.features[name] for name in shared}, **columns})
+    types = {**{name: dataset.features[name] for name in shared}, **columns}
+    features = Features({name: storable(feature) for name, feature in types.items()})
     job = {"dataset": rows_hash(dataset), "columns": sorted(features), **job}
     state, root = PartialState(), Path(output_dir)
     if (root / "job.json").is_file() and (changed := changed_facts(root / "job.json", job)):

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Json, List
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -102,6 +103,23 @@ def write_table(
     write_record(path.with_suffix(".json"), facts, key)
 
 
+def storable(feature: Any) -> Any:
+    """
+    A feature type that Parquet takes. It has none for objects without fields, such as the arguments of tools that have
+    none, so they are kept as JSON.
+
+    Args:
+        feature (`Any`):
+            Feature type of a column, such as a [`~datasets.Value`], a list or a dictionary of them.
+
+    Returns:
+        `Any`: the same type, in which each object without fields is a [`~datasets.Json`].
+    """
+    if isinstance(feature, dict):
+        return {name: storable(part) for name, part in feature.items()} or Json()
+    return List(storable(feature.feature), feature.length) if isinstance(feature, List) else feature
+
+
 def read_facts(path: Path, key: str = "") -> dict[str, Any] | None:
     """
     Read the facts that [`write_table`] wrote.
@@ -122,15 +140,13 @@ def read_facts(path: Path, key: str = "") -> dict[str, Any] | None:
     return facts
 
 
-def read_table(path: Path, columns: list[str] | None = None, key: str = "") -> tuple[Dataset, dict[str, Any]] | None:
+def read_table(path: Path, key: str = "") -> tuple[Dataset, dict[str, Any]] | None:
     """
     Read what [`write_table`] wrote.
 
     Args:
         path (`Path`):
             File to read.
-        columns (`list[str]`, *optional*):
-            Columns to read. If `None`, all of them.
         key (`str`, *optional*, defaults to `""`):
             What it must belong to.
 
@@ -138,7 +154,37 @@ def read_table(path: Path, columns: list[str] | None = None, key: str = "") -> t
         `tuple[Dataset, dict]` or `None`: the dataset, in memory, and the facts; `None` as in [`read_facts`].
     """
     facts = read_facts(path, key)
-    return None if facts is None else (Dataset(pq.read_table(path, columns=columns)), facts)
+    return None if facts is None else (Dataset(pq.read_table(path)), facts)
+
+
+def read_numbers(path: Path, columns: list[str], key: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """
+    Read columns of numbers of what [`write_table`] wrote, and nothing else into memory.
+
+    Args:
+        path (`Path`):
+            File to read.
+        columns (`list[str]`):
+            Names of the columns.
+        key (`str`, *optional*, defaults to `""`):
+            What it must belong to.
+
+    Returns:
+        `tuple[dict[str, np.ndarray], dict]` or `None`: the columns, each of shape `(num_rows,)`, by their names, and the
+        facts; `None` as in [`read_facts`].
+    """
+    facts = read_facts(path, key)
+    if facts is None:
+        return None
+    with pq.ParquetFile(path) as file:
+        types = {name: file.schema_arrow.field(name).type.to_pandas_dtype() for name in columns}
+        numbers = {name: np.empty(file.metadata.num_rows, dtype=dtype) for name, dtype in types.items()}
+        start = 0
+        for batch in file.iter_batches(columns=columns):
+            for name in columns:
+                numbers[name][start : start + len(batch)] = batch.column(name).to_numpy(zero_copy_only=False)
+            start += len(batch)
+    return numbers, facts
 
 
 def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Features | None = None) -> Path:
@@ -169,7 +215,7 @@ def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Featur
                 chunk = list(itertools.islice(iterator, BATCH_ROWS))
                 if schema is not None and not chunk:
                     break
-                part = Dataset.from_list(chunk, features=features)
+                part = _as_dataset(chunk, features, start)
                 if schema is None:
                     schema = part.features.arrow_schema
                     writer = stack.enter_context(pa.ipc.new_stream(str(aside), schema))
@@ -195,6 +241,23 @@ def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Featur
             # Left by a process that was killed at it.
             other.unlink()
     return path
+
+
+def _as_dataset(rows: list[dict[str, Any]], features: Features | None, first_row: int) -> Dataset:
+    """Rows that come as Python objects; refuse those that are of no one form."""
+    for number, row in enumerate(rows, first_row):
+        # `Dataset.from_list` takes the columns of the first row and leaves out what others have besides.
+        if not isinstance(row, dict) or (features is None and row.keys() != rows[0].keys()):
+            raise ValueError(
+                f"Row {number} of the stream has not the columns of row {first_row}; give all rows the same."
+            )
+    try:
+        return Dataset.from_list(rows, features=features)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"Rows {first_row} to {first_row + len(rows) - 1} of the stream can't be written ({error}); give each column "
+            "values of one type, and text without halves of surrogate pairs."
+        ) from error
 
 
 def _with_schema(part: Dataset, schema: pa.Schema, first_row: int) -> Dataset:

@@ -1,16 +1,15 @@
 import contextlib
-import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from torch import nn
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -20,7 +19,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
-from trl import RewardConfig, RewardTrainer
+from trl import RewardConfig
 
 from .adapters import is_quantized_by_bitsandbytes, merged, prepare_quantized, with_score_head
 from .annotation import most_useful, write_for_labeling
@@ -29,23 +28,22 @@ from .calibration import calibrated_metrics, fit_temperature, preference_metrics
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .checks import check_arguments, check_held_out, check_labeled_data, check_tokenizer, highest_precision
 from .collator import ConfidenceFilteredDataCollator
-from .comparison import Comparison, tokenize_comparisons
+from .comparison import Comparison
 from .config import SSRMConfig
 from .data import RunData, by_name, prepare_run_data, report_too_long
 from .files import check_writable, telling_where
 from .folds import Folds
 from .interruption import leaving_with_advice
-from .layout import choose_layout, laid_out, paired_rows
+from .pair_trainer import PairTrainer
 from .plots import saved_plots
 from .pool import Pool
-from .preference import LOGITS_OF, orders_agree
 from .preparation import complete_args, load_tokenizer, prepare_pairwise
-from .report import round_line, round_table
+from .progress import RoundProgress
+from .report import round_table
 from .rounds import RunDirectory, run_identity
-from .scoring import score_pairs
-from .selection import PairScores, precision_threshold
-from .sequences import PairedSequences
-from .sharding import check_sharding, is_sharded, spread, whole_weights
+from .scoring import NonFiniteWeightError
+from .selection import precision_threshold
+from .sharding import check_sharding, spread, whole_weights
 from .trackers import report_run
 
 
@@ -54,14 +52,11 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 # What is used where the settings leave it open; the benchmark of quality says why.
 DEFAULT_TARGET_PRECISION = 0.9
 
 
-class SSRMTrainer(RewardTrainer):
+class SSRMTrainer(PairTrainer):
     """
     Trainer for reward models on few labeled and many unlabeled pairs, by [Semi-Supervised Reward Modeling via Iterative
     Self-Training](https://huggingface.co/papers/2409.06903).
@@ -100,7 +95,7 @@ class SSRMTrainer(RewardTrainer):
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Labeled pairs, in any of the preference formats of [`~trl.RewardTrainer`]. With `unlabeled_dataset` it has
             to be a [`~datasets.Dataset`].
-        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`):
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`, *optional*):
             Held-out labeled pairs. Besides the evaluation of [`~trl.RewardTrainer`], accuracy, log-loss, ECE and Brier
             score on them are logged at the end of each round.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -154,19 +149,15 @@ class SSRMTrainer(RewardTrainer):
 }""",
     }
 
-    # What `Trainer` leaves open, and what there is only with a pool.
-    args: SSRMConfig
-    model: Any
-    processing_class: PreTrainedTokenizerBase
+    # What there is only with a pool.
     train_dataset: Dataset
-    data_collator: ConfidenceFilteredDataCollator
     callback_handler: RoundCallbackHandler
-    _signature_columns: list[str]  # type: ignore[assignment]
     data: RunData
     run: RunDirectory
     round_history: list[dict[str, Any]]
     labeling_facts: dict[str, Any]
     termination_reason: str | None
+    progress: RoundProgress
 
     def __init__(
         self,
@@ -322,6 +313,8 @@ class SSRMTrainer(RewardTrainer):
         Raises:
             ValueError: If `output_dir` holds another run, or holds a run that is not to be resumed.
             NonFiniteScoreError: If the model gives a NaN or infinite reward.
+            NonFiniteWeightError: If training makes a weight NaN or infinite.
+            torch.OutOfMemoryError: If a batch does not fit into memory in training; the message says what to change.
         """
         if not self.has_pool:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -330,6 +323,7 @@ class SSRMTrainer(RewardTrainer):
                 "Hyperparameter search does not support `unlabeled_dataset`; search on the labeled pairs."
             )
 
+        self.progress = RoundProgress(self.accelerator, bool(self.args.disable_tqdm))
         with self._alone(), leaving_with_advice(self._how_to_go_on):
             # A run that was interrupted in this process has left the pairs of its round.
             self.train_dataset = self.data.labeled
@@ -444,7 +438,15 @@ class SSRMTrainer(RewardTrainer):
         self.accelerator.wait_for_everyone()
 
     def train_once(self, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> None:
-        """Train on `train_dataset` as [`~trl.RewardTrainer`] does, from the weights in the model, for one round."""
+        """
+        Train on `train_dataset` as [`~trl.RewardTrainer`] does, from the weights in the model, for one round.
+
+        Args:
+            checkpoint (`str` or `None`):
+                Directory of a checkpoint of this round to go on from.
+            ignore_keys_for_eval (`list[str]` or `None`):
+                As in [`~transformers.Trainer.train`].
+        """
         # A round depends on its data, its initial weights and this seed alone, so that it can be resumed. Round 0 starts
         # from the seed that `RewardTrainer` starts from.
         set_seed(self.args.seed + self.round)
@@ -452,24 +454,16 @@ class SSRMTrainer(RewardTrainer):
         self._leave_engine()
         spread(self.unwrapped_model)
         with self._round_length():
-            super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
-
-    def _leave_engine(self) -> None:
-        """Take the model out of the DeepSpeed engine of the round before: an engine has one optimizer and one schedule."""
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.model_wrapped is not self.model:
-            engine: Any = self.model_wrapped
-            engine.destroy()
-            self.accelerator.free_memory()
-            self.model_wrapped, self.deepspeed = self.model, None
-
-    def _shard(self) -> None:
-        """Spread a model that is not trained first, after a resumption, over the processes as for training."""
-        if is_sharded(self.accelerator) and self.model_wrapped is self.model and not self.accelerator._models:
-            set_seed(self.args.seed)
-            with self._round_length():
-                # Private in `Trainer`: the only place that knows how each launcher wants its model.
-                self._prepare_for_training(1, None, None)
-            self.optimizer = self.lr_scheduler = None
+            try:
+                super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                raise torch.OutOfMemoryError(
+                    f"Round {self.round} does not fit into memory with batches of {self.args.per_device_train_batch_size} "
+                    "pairs; lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` as much, set "
+                    "`gradient_checkpointing=True`, lower `max_length`, or train an adapter (`peft_config`)."
+                ) from error
 
     def write_weights(self, path: Path) -> None:
         """
@@ -478,8 +472,13 @@ class SSRMTrainer(RewardTrainer):
         Args:
             path (`Path`):
                 File to write.
+
+        Raises:
+            NonFiniteWeightError: If one of them is NaN or infinite.
         """
         weights = whole_weights(self.unwrapped_model)
+        if broken := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+            raise NonFiniteWeightError(self.round, broken)
         if self.accelerator.is_main_process:
             self.run.write_weights(path, weights)
         self.accelerator.wait_for_everyone()
@@ -517,7 +516,7 @@ class SSRMTrainer(RewardTrainer):
         # What the pool gave to this round. Round 0 had nothing from it.
         facts |= {name: value for name, value in self.labeling_facts.items() if name not in facts}
         self.round_history.append(facts)
-        self.accelerator.print(round_line(facts))
+        self.progress.end_round(self.round_history)
         reliability = {
             name: {
                 "before": reliability_curve(logits),
@@ -620,7 +619,18 @@ class SSRMTrainer(RewardTrainer):
         return [scores.logits * temperature / self.round_history[0]["temperature"]]
 
     def scores_key(self, round: int, pool: Pool) -> str:
-        """`str`: name of the scores of a pool under the weights of a round."""
+        """
+        Name of the scores of a pool under the weights of a round.
+
+        Args:
+            round (`int`):
+                The round.
+            pool ([`Pool`]):
+                What was scored.
+
+        Returns:
+            `str`
+        """
         return f"{self.run.weights_hash(self.run.weights_path(round))} {pool.pairs.fingerprint}"
 
     def export_for_labeling(self, path: str, num_pairs: int) -> None:
@@ -656,42 +666,6 @@ class SSRMTrainer(RewardTrainer):
 
     # ---- What the callback uses ----
 
-    @property
-    def unwrapped_model(self) -> Any:
-        """[`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the model, without what a launcher wraps it in."""
-        return self.accelerator.unwrap_model(self.model)
-
-    @functools.cached_property
-    def layout(self) -> str:
-        """`str`: how sequences lie before the model in scoring; see [`~trl_ssrm.layout.choose_layout`]."""
-        is_off = isinstance(self.args, SSRMConfig) and self.args.share_prompts is False
-        # The same in every process: rounding decides where a model is near the tolerance.
-        return broadcast_object_list(["padded" if is_off else choose_layout(self.unwrapped_model)])[0]
-
-    @functools.cached_property
-    def _training_layout(self) -> str:
-        """The same in training, where the halves of a batch are pairs, and where no pool means to do as the parent does."""
-        args = self.args
-        is_on = isinstance(args, SSRMConfig) and (self.has_pool if args.share_prompts is None else args.share_prompts)
-        has_pairs = self.comparison is None or args.comparison_orders == "both"
-        # A compiled model would be compiled anew for each length, one that is copied to several devices has no hooks, and
-        # dropout differs from sequence to sequence.
-        is_plain = not args.torch_compile and args.n_gpu <= 1 and args.disable_dropout
-        return self.layout if is_on and has_pairs and is_plain else "padded"
-
-    def on_main_process(self, function: Callable[[], T]) -> T:
-        """
-        Run a function in the main process, and give its result to all of them.
-
-        Args:
-            function (`Callable[[], T]`):
-                Function whose result can be pickled.
-
-        Returns:
-            `T`: its result.
-        """
-        return broadcast_object_list([function() if self.accelerator.is_main_process else None])[0]
-
     def share_of_pool(self, round: int) -> np.ndarray:
         """
         Pairs of the pool that a round may train on.
@@ -708,92 +682,7 @@ class SSRMTrainer(RewardTrainer):
         rows = np.random.default_rng(self.args.seed).permutation(len(self.data.pool.source))
         return np.flatnonzero(np.isin(self.data.pool.rows, rows[round - 1 :: self.args.num_rounds]))
 
-    def score_pairs(self, pairs: PairedSequences, name: str, **kwargs: Any) -> PairScores:
-        """
-        Score pairs with the current weights.
-
-        Args:
-            pairs ([`PairedSequences`]):
-                What to score.
-            name (`str`):
-                What the pairs are called on the progress bar and in an error.
-            kwargs:
-                `rows`, `directory` and `key` of [`~trl_ssrm.scoring.score_pairs`].
-
-        Returns:
-            [`PairScores`]: the scores at temperature 1, the same in every process.
-
-        Raises:
-            NonFiniteScoreError: If a reward is NaN or infinite.
-        """
-        scores = score_pairs(
-            self.unwrapped_model,
-            pairs,
-            pad_token_id=self.processing_class.pad_token_id,
-            accelerator=self.accelerator,
-            layout=self.layout,
-            batch_tokens=self.args.score_batch_tokens,
-            name=name,
-            disable_tqdm=bool(self.args.disable_tqdm),
-            **kwargs,
-        )
-        kind = "scalar" if self.comparison is None else "pairwise"
-        return PairScores(LOGITS_OF[kind](scores), orders_agree=None if kind == "scalar" else orders_agree(scores))
-
-    # ---- What is different from `RewardTrainer` within a round ----
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with laid_out(self.unwrapped_model, self._training_layout, paired_rows):
-            return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _compute_loss(self, model, inputs, return_outputs, num_items_in_batch):
-        if self.comparison is not None:
-            return self._compute_comparison_loss(model, inputs, return_outputs)
-        # The parent would hand them to the model.
-        label, weight = inputs.pop("label", None), inputs.pop("weight", None)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if weight is not None:
-            rewards_chosen, rewards_rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
-            logits = rewards_chosen - rewards_rejected
-            if "margin" in inputs:
-                logits = logits - inputs["margin"]
-            loss = weighted_loss(logits, label, weight)
-            if self.args.center_rewards_coefficient is not None:
-                centered = weight * (rewards_chosen + rewards_rejected) ** 2
-                loss += self.args.center_rewards_coefficient * torch.mean(centered)
-        return (loss, outputs) if return_outputs else loss
-
-    def _compute_comparison_loss(self, model, inputs, return_outputs):
-        """The same loss for a pairwise model, whose score is the pair logit itself, in the order that is shown."""
-        label, weight, margin = inputs.pop("label"), inputs.pop("weight"), inputs.pop("margin", 0.0)
-        outputs = model(**inputs, use_cache=False)
-        logits = outputs.logits.squeeze(-1)
-        loss = weighted_loss(logits - margin, label, weight)
-        mode = "train" if self.model.training else "eval"
-        # Private in `RewardTrainer`: where its `log` finds what to log.
-        accuracy = ((logits > 0) == (label > 0.5)).float().mean()
-        # An evaluation asks in one order; the facts of a round are of both.
-        name = "accuracy" if mode == "train" else "accuracy_in_one_order"
-        self._metrics[mode][name].append(self.accelerator.gather_for_metrics(accuracy).mean().item())
-        return (loss, outputs) if return_outputs else loss
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        # They would be taken for the collator's own.
-        taken = [name for name in ("probability", "weight") if name in (dataset.column_names or [])]
-        if taken and (self.has_pool or self.comparison is not None):
-            dataset = dataset.remove_columns(taken)
-        # Private in `RewardTrainer`, which takes a dataset with these two columns as tokenized.
-        if self.comparison is not None and "chosen_ids" not in (dataset.column_names or []):
-            dataset = tokenize_comparisons(
-                dataset, processing_class, self.comparison, args.max_length, args.dataset_num_proc
-            )
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-
-    def _set_signature_columns_if_needed(self):
-        # Private in `Trainer`: the only place that says which columns reach the collator.
-        super()._set_signature_columns_if_needed()
-        if "probability" not in self._signature_columns:
-            self._signature_columns += ["probability", "weight"]
+    # ---- Where a round differs from a run of the parent ----
 
     def _get_output_dir(self, trial):
         # Private in `Trainer`: each round counts its steps from 0, so each has its own place for checkpoints.
@@ -887,9 +776,3 @@ class SSRMTrainer(RewardTrainer):
             images = "".join(f"![{title}](plots/{path.name})\n\n" for title, path in plots.items())
             section = f"### Rounds\n\n{round_table(self.round_history)}\n\n{images}"
             card.write_text(text.replace(heading, section + heading, 1), encoding="utf-8")
-
-
-def weighted_loss(logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The parent's loss with a weight and a target probability for each pair; with 1 and 1 it is the same."""
-    losses = label * nn.functional.logsigmoid(logits) + (1 - label) * nn.functional.logsigmoid(-logits)
-    return -(weight * losses).mean()

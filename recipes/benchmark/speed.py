@@ -43,7 +43,7 @@ from trl import RewardConfig, RewardTrainer, TrlParser
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
 from trl_ssrm.layout import choose_layout, shared_rows
-from trl_ssrm.scoring import DEFAULT_BATCH_TOKENS, score_pairs
+from trl_ssrm.scoring import BatchBudget, score_pairs
 from trl_ssrm.sequences import PairedSequences
 
 
@@ -64,7 +64,7 @@ class SpeedArguments:
     num_pairs: int = field(default=97, metadata={"help": "Pairs of a pool."})
     num_train_pairs: int = field(default=48, metadata={"help": "Pairs to train on."})
     num_repeats: int = field(default=3, metadata={"help": "Measurements of each way, of which the median counts."})
-    max_length: int = field(default=384, metadata={"help": "Longest sequence in tokens; of long prompts, 1,024."})
+    max_length: int = field(default=384, metadata={"help": "Longest sequence in tokens; of conversations, 1,536."})
     output_file: str | None = field(default=None, metadata={"help": "JSON lines file for the figures."})
 
 
@@ -72,13 +72,21 @@ def text_of(messages: list[dict[str, str]]) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
-def make_pool(kind: str, path: str, num_pairs: int) -> list[Row]:
-    """The first pairs of the data as text, in one of three forms."""
+def make_pool(kind: str, path: str, num_pairs: int, fits: Callable[[str], bool]) -> list[Row]:
+    """The first pairs of the data that fit, as text, in one of three forms."""
     rows = [
         {name: text_of(row[name]) for name in ("prompt", "chosen", "rejected")} for row in Dataset.from_parquet(path)
     ]
     if kind == "pairs":
-        return [{**row, "prompt": row["prompt"] + "\n"} for row in rows[:num_pairs]]
+        # All pairs of a prompt together: in the order of the file the first ones would hardly have an answer in common.
+        prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+        place = {prompt: number for number, prompt in enumerate(prompts)}
+        rows = sorted(
+            ({**row, "prompt": row["prompt"] + "\n"} for row in rows), key=lambda row: place[row["prompt"][:-1]]
+        )
+        return [row for row in rows if fits(row["prompt"] + row["chosen"]) and fits(row["prompt"] + row["rejected"])][
+            :num_pairs
+        ]
     answers_of: dict[str, list[str]] = {}
     for row in rows:
         answers = answers_of.setdefault(row["prompt"], [])
@@ -87,11 +95,14 @@ def make_pool(kind: str, path: str, num_pairs: int) -> list[Row]:
     pool: list[Row] = []
     for number, prompt in enumerate(prompts):
         answers = answers_of[prompt][:4]
+        if len(pool) >= num_pairs:
+            break
         if kind == "conversations":
             # A conversation of other prompts and answers, of about 700 words, then short answers.
             turns = [turn for other in prompts[number + 1 : number + 20] for turn in (other, answers_of[other][0])]
             prompt = " ".join(" ".join([*turns, prompt]).split()[:700])
             answers = [" ".join(answer.split()[:60]) for answer in answers]
+        answers = [answer for answer in answers if fits(prompt + "\n" + answer)]
         pairs = [(one, other) for place, one in enumerate(answers) for other in answers[place + 1 :]]
         pool += [{"prompt": prompt + "\n", "chosen": one, "rejected": other} for one, other in pairs]
     return pool[:num_pairs]
@@ -133,11 +144,12 @@ def settings(output_dir: str, max_length: int, device: torch.device, dtype: str,
         "max_length": max_length,
         "bf16": is_low,
         "gradient_checkpointing": False,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 8,
         "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "no",
+        "eval_strategy": "no",
         "disable_tqdm": True,
         **more,
     }
@@ -160,8 +172,9 @@ def median_seconds(ways: dict[str, Callable[[], object]], num_repeats: int, devi
 @torch.inference_mode()
 def run_floor(model, lengths: list[int], device: torch.device) -> None:
     """Rows of these lengths, from long to short, in batches whose rows are all as long as the mean of theirs."""
+    tokens = BatchBudget(None, device).tokens
     while lengths:
-        number = max(1, DEFAULT_BATCH_TOKENS // lengths[0])
+        number = max(1, tokens // lengths[0])
         batch, lengths = lengths[:number], lengths[number:]
         input_ids = torch.randint(1000, 2000, (len(batch), max(1, round(sum(batch) / len(batch)))), device=device)
         model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
@@ -185,10 +198,8 @@ def measure_scoring(model, tokenizer, pool: list[Row], max_length: int, script_a
         found: dict[str, np.ndarray] = {}
 
         def ours() -> None:
-            found["ours"] = score_pairs(
-                model, PairedSequences.from_tokenized(tokenized), tokenizer.pad_token_id, accelerator, layout,
-                disable_tqdm=True,
-            )  # fmt: skip
+            again = PairedSequences.from_tokenized(tokenized)
+            found["ours"] = score_pairs(model, again, tokenizer.pad_token_id, accelerator, layout, disable_tqdm=True)
 
         @torch.inference_mode()
         def one_at_a_time() -> None:
@@ -264,8 +275,13 @@ def main(script_args: SpeedArguments) -> None:
             # An encoder has no place for long prompts.
             if kind == "encoder" and pool_kind == "conversations":
                 continue
-            max_length = 1024 + 256 if pool_kind == "conversations" else script_args.max_length
-            pool = make_pool(pool_kind, script_args.dataset_path, script_args.num_pairs)
+            max_length = 1536 if pool_kind == "conversations" else script_args.max_length
+
+            # One token more ends the text.
+            def fits(text: str, tokenizer=tokenizer, max_length=max_length) -> bool:
+                return len(tokenizer(text)["input_ids"]) < max_length
+
+            pool = make_pool(pool_kind, script_args.dataset_path, script_args.num_pairs, fits)
             scoring = measure_scoring(model, tokenizer, pool, max_length, script_args, accelerator)
             training = measure_training(model, tokenizer, pool, max_length, script_args, device)
             records.append({"model": kind, "pool": pool_kind, "scoring": scoring, "training": training})

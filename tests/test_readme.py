@@ -1,0 +1,402 @@
+"""What the documentation shows is run: each block of code, each command, each name and each link."""
+
+import ast
+import importlib
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import trl
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from conftest import as_messages, preference_rows
+from datasets import Dataset
+from packaging.version import Version
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from trl import TrlParser
+
+import trl_ssrm
+from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm.cli.main import main
+from trl_ssrm.cli.train import make_parser as make_train_parser
+from trl_ssrm.cli.train import train
+
+
+ROOT = Path(__file__).parent.parent
+README, RECIPES, TUTORIAL = ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "recipes" / "TUTORIAL.md"
+PAGES = [README, RECIPES, TUTORIAL]
+HAS_PPO = Version(trl.__version__) < Version("1.13")
+
+# What a machine without a GPU needs, and what keeps a run short.
+CPU = {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no"}
+SHORT = {
+    **CPU,
+    "num_folds": 2,
+    "confidence_threshold": 0.5,
+    "learning_rate": 3e-3,
+    "logging_steps": 50,
+    "disable_tqdm": True,
+}
+
+# What stands in for what has to be downloaded, or takes hours; nothing else of a block is changed.
+MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
+DATASETS = ("trl-lib/ultrafeedback_binarized", "trl-lib/ultrafeedback-prompt", "allenai/reward-bench")
+IN_PYTHON = [
+    ("32_000", "40"),
+    ("2_000", "16"),
+    ("=SSRMConfig(", "=SSRMConfig(**SHORT, "),
+    ("=RewardConfig(", "=RewardConfig(**CPU, "),
+    ("PPOConfig(", "PPOConfig(**CPU, "),
+    ("GRPOTrainer(", "GRPOTrainer(args=trl.GRPOConfig('grpo', **CPU), "),
+    ("RLOOTrainer(", "RLOOTrainer(args=trl.RLOOConfig('rloo', **CPU), "),
+    ("DPOTrainer(", "DPOTrainer(args=trl.DPOConfig('dpo', **CPU), "),
+    ("num_completions=4", "num_completions=4, max_new_tokens=8"),
+    ("num_pairs=100", "num_pairs=4"),
+    ("labels = load_labels(", "as_a_person('to_label.jsonl')\nlabels = load_labels("),
+]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of the shell blocks, a line that goes on joined with the next one."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tokenizer) -> dict[str, str]:
+    """Where a name of the hub is, on this machine."""
+    root = tmp_path_factory.mktemp("hub")
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    found = {**dict.fromkeys(MODELS, str(root / "model")), "<|endoftext|>": "<|pad|>"}
+    prompts = [{"prompt": row["prompt"]} for row in map(as_messages, preference_rows(6, seed=7))]
+    bench = [{**row, "subset": "donotanswer"} for row in preference_rows(4, seed=8)]
+    for name, split, rows in (
+        (DATASETS[0], "train", [as_messages(row) for row in preference_rows(40, seed=6)]),
+        (DATASETS[1], "train", prompts),
+        (DATASETS[2], "filtered", bench),
+    ):
+        folder = root / name / "data"
+        folder.mkdir(parents=True)
+        Dataset.from_list(rows).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+        found[name] = str(root / name)
+    return found
+
+
+def with_places(text: str, places: dict[str, str]) -> str:
+    for name, place in places.items():
+        text = text.replace(name, place)
+    return text
+
+
+def save_other_model(llama: str) -> None:
+    """A second reward model beside the one of the page, to be compared with it."""
+    shutil.copytree(llama, "other-reward-model")
+
+
+# ---- Python ----
+
+
+def as_a_person(path: str) -> None:
+    """Write labels into what `export_for_labeling` wrote."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4 and all('"label": null' in line for line in lines)
+    Path(path).write_text("\n".join(line.replace('"label": null', '"label": "a"') for line in lines))
+
+
+def run(block: str, names: dict, places: dict[str, str], where: str) -> None:
+    block = with_places(block, places)
+    for old, new in IN_PYTHON:
+        block = block.replace(old, new)
+    exec(compile(block, where, "exec"), names)
+
+
+def test_python_of_the_readme_runs_from_top_to_bottom(places, llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_other_model(llama)
+    labeled, unlabeled = (Dataset.from_list([*map(as_messages, preference_rows(n, seed=n))]) for n in (10, 12))
+    tokens = Dataset.from_list([{"input_ids": tokenizer("Say it: ")["input_ids"]}] * 4)
+    # What the page takes for granted: data of the reader, and what this test puts in.
+    names = {"labeled": labeled, "unlabeled": unlabeled, "tokenized": tokens, "tokenized_held_out": tokens}
+    names |= {"prompts": labeled.select_columns("prompt"), "trl": trl, "CPU": CPU, "SHORT": SHORT}
+    completions = [{"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]]} for row in labeled]
+    names |= {"completions": Dataset.from_list(completions), "as_a_person": as_a_person}
+    (swap,) = blocks(README, "diff")
+    before = "\n".join(line[1:] for line in swap.splitlines() if not line.startswith("+"))
+    after = "\n".join(line[1:] for line in swap.splitlines() if not line.startswith("-"))
+    run(before, dict(names), places, "before the swap")
+    run(after, names, places, "after the swap")
+    assert isinstance(names["trainer"], SSRMTrainer) and len(names["trainer"].round_history) > 1
+    for number, block in enumerate(blocks(README, "python")):
+        if "trl.experimental.ppo" in block and not HAS_PPO:
+            with pytest.raises(ImportError):
+                run(block, names, places, f"block {number}")
+        else:
+            run(block, names, places, f"block {number}")
+    assert len(names["labels"]) == 4 and Path("reward-model-v4", "config.json").is_file()
+    assert {"completion", "reward"} <= set(names["best"].column_names)
+    assert names["trainer"].__class__.__name__ == ("PPOTrainer" if HAS_PPO else "DPOTrainer")
+
+
+def test_python_of_the_tutorial_makes_its_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(TUTORIAL, "python")
+    exec(compile(block, "tutorial", "exec"), {})
+    columns = {path.stem: path.read_text(encoding="utf-8").splitlines()[0] for path in tmp_path.glob("*.csv")}
+    table = re.findall(r"^\| `(\w+)\.csv` \| `([\w,]+)` \|", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(table) == 3 and columns == dict(table)
+
+
+def test_no_substitution_is_without_use():
+    python = "\n".join(block for page in PAGES for language in ("python", "diff") for block in blocks(page, language))
+    texts = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not [old for old, _ in IN_PYTHON if old not in python]
+    assert not [name for name in (*MODELS, *DATASETS) if name not in texts]
+    # Each language is one that is run, or a picture.
+    languages = {name for page in PAGES for name in re.findall(r"^```(\w*)$", page.read_text("utf-8"), re.MULTILINE)}
+    assert languages == {"", "bash", "diff", "python"}
+
+
+# ---- Shell ----
+
+# Not ours, and not installed here.
+ELSEWHERE = {"rewardbench", "source"}
+# What keeps a run short, behind what the page says; flags of the page that have to stay are not among them.
+AT_THE_END = {"num_train_epochs": 1, "num_folds": 0, "confidence_threshold": 0.5, "disable_tqdm": True}
+
+
+class Shell:
+    """Runs commands as a shell would, the parts that take hours cut short; each program by its own parser."""
+
+    def __init__(self, places: dict[str, str]):
+        self.places = places
+        self.ran: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        words = shlex.split(with_places(line, self.places), comments=True)
+        # What stands before a program is for its environment.
+        words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+        if words[0] not in ELSEWHERE:
+            self.ran.append(words[0])
+            getattr(self, words[0].replace("-", "_"))(words[1:])
+
+    def trl_ssrm(self, words: list[str]) -> None:
+        command = words[0]
+        if command == "quickstart":
+            # A test of its own trains it.
+            from trl_ssrm.cli.quickstart import make_parser
+
+            assert make_parser().parse(["--bf16", "false", *words[1:]])[1] == []
+        elif command == "train" and "--dry_run" not in words:
+            settings = {**CPU, **AT_THE_END}
+            added = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+            parsed, rest = make_train_parser().parse([*words[1:], *added])
+            assert not rest
+            train(*parsed)
+        else:
+            assert main([*words, *(["--bf16", "false"] if command == "train" else [])]) == 0
+
+    def trl(self, words: list[str]) -> None:
+        script = importlib.import_module(f"trl.scripts.{words[0]}")
+        added = [
+            "--bf16",
+            "false",
+            "--gradient_checkpointing",
+            "false",
+            "--report_to",
+            "none",
+            "--save_strategy",
+            "no",
+        ]
+        parsed = script.make_parser().parse_args_and_config([*words[1:], *added], fail_with_unknown_args=True)
+        if words[0] == "dpo":
+            script.main(*parsed)
+            assert Path(parsed[1].output_dir, "model.safetensors").is_file()
+
+    def python(self, words: list[str]) -> None:
+        path = ROOT / words[0]
+        if path.stem == "ppo" and not HAS_PPO:
+            with pytest.raises(SystemExit):
+                runpy.run_path(str(path))
+            return
+        source, recipe = path.read_text(encoding="utf-8"), runpy.run_path(str(path))
+        (types,) = re.findall(r"TrlParser\((\([^()]+\)|\w+)\)", source)
+        added = ["--bf16", "false"] if "training_args" in source else []
+        TrlParser(eval(types, recipe)).parse_args_and_config([*words[1:], *added])
+
+    def python3(self, words: list[str]) -> None:
+        assert words[:2] == ["-m", "venv"]
+
+    def accelerate(self, words: list[str]) -> None:
+        assert words[0] == "launch"
+        launched = launch_command_parser().parse_args(words[1:])
+        assert (ROOT / launched.config_file).is_file()
+        self.python([launched.training_script, *launched.training_script_args])
+
+    def make(self, words: list[str]) -> None:
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+    def pip(self, words: list[str]) -> None:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+        named = {name for word in words for names in re.findall(r"\[(.+)\]", word) for name in names.split(",")}
+        assert words[0] == "install" and named <= extras.keys()
+
+    def mkdir(self, words: list[str]) -> None:
+        Path(words[0]).mkdir()
+
+    def cp(self, words: list[str]) -> None:
+        shutil.copyfile(*words)
+
+    def sbatch(self, words: list[str]) -> None:
+        assert (ROOT / words[0]).is_file()
+
+
+@pytest.fixture
+def shell(places, llama, tmp_path, monkeypatch) -> Shell:
+    """A shell in a directory with the files of the pages, which are small here."""
+    monkeypatch.chdir(tmp_path)
+    save_other_model(llama)
+    pool = Dataset.from_list(preference_rows(24, seed=2))
+    pool = pool.rename_columns({"chosen": "completion_a", "rejected": "completion_b"})
+    pool.to_csv("pool.csv")
+    pool.to_json("completions.jsonl")
+    for name, seed in (("labels.csv", 1), ("test.csv", 3)):
+        rows = preference_rows(16, seed=seed)
+        Dataset.from_list([{**row, "domain": "half" if i % 2 else "other"} for i, row in enumerate(rows)]).to_csv(name)
+    Path("recipes").symlink_to(ROOT / "recipes")
+    return Shell(places)
+
+
+@pytest.mark.parametrize(
+    ("page", "programs"),
+    [
+        (README, {"trl-ssrm", "trl", "python", "python3", "pip", "accelerate", "sbatch"}),
+        (RECIPES, {"python", "sbatch"}),
+        (TUTORIAL, {"trl-ssrm", "trl", "python", "pip", "mkdir", "cp"}),
+    ],
+    ids=lambda page: page.name if isinstance(page, Path) else "",
+)
+def test_commands_run(page, programs, shell):
+    for line in commands(page):
+        shell(line)
+    assert set(shell.ran) == programs
+
+
+@pytest.mark.parametrize("flag", ["trl-ssrm evaluate --no_such_flag 1", "trl dpo --no_such_flag 1", "make nothing"])
+def test_commands_that_do_not_exist_are_noticed(flag, shell):
+    with pytest.raises((AssertionError, ValueError)):
+        shell(flag)
+
+
+def test_slurm_script_starts_a_process_for_each_gpu_of_each_machine(tmp_path):
+    told = {
+        "scontrol": "echo node-1; echo node-2",
+        # On each of two machines.
+        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "accelerate": 'printf "%s\\n" "$*"',
+    }
+    for name, script in told.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2"}
+    script = str(ROOT / "recipes" / "slurm.sh")
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
+    launched = [launch_command_parser().parse_args(line.split()[1:]) for line in done.stdout.splitlines()]
+    assert [each.machine_rank for each in launched] == [0, 1]
+    for each in launched:
+        assert (each.num_machines, each.num_processes, each.main_process_ip) == (2, 16, "node-1")
+        assert (ROOT / each.config_file).is_file() and (ROOT / each.training_script).is_file()
+
+
+# ---- Names, settings and links ----
+
+
+def test_settings_of_the_table_are_accepted():
+    text = README.read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*\|$", text[text.index("| Situation | Set |") :].partition("\n\n")[0], re.MULTILINE)[2:]
+    known = {field.name for field in fields(SSRMConfig)}
+    told = set()
+    for row in rows:
+        for name, value in re.findall(r"`(\w+)=([^`]+)`", row):
+            # It says nothing of one completion.
+            beside = (
+                {"preference_model": "pairwise"} if name in ("comparison_orders", "require_order_agreement") else {}
+            )
+            assert name in known, name
+            SSRMConfig(output_dir="unused", bf16=False, **{**beside, name: ast.literal_eval(value)})
+            told.add(name)
+    assert len(rows) > 15 and len(told) > 12
+
+
+def test_names_exist():
+    sources = [*ROOT.glob("trl_ssrm/**/*"), *ROOT.glob("recipes/**/*.*"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    code = [path for path in sources if path.suffix not in (".md", ".pyc") and path.is_file()]
+    words = {word for path in code for word in re.findall(r"[A-Za-z_]\w*", path.read_text(encoding="utf-8"))}
+    words |= {field.name for field in fields(SSRMConfig)} | set(dir(trl)) | set(dir(SSRMTrainer))
+    words |= {path.stem for path in (*ROOT.glob("*"), *code)}
+    unknown = set()
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for quoted in re.findall(r"`([^`\n]+)`", text):
+            # Strings are values, and a package of another project is none of ours.
+            names = re.findall(r"(?<![\w/.\"-])[A-Za-z_]\w*(?![\w\"])", re.sub(r"\"[^\"]*\"", "", quoted))
+            unknown |= {name for name in names if name not in words and len(name) > 3}
+    assert not unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+    def anchors(path: Path) -> set[str]:
+        headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file) if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_citation_and_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == trl_ssrm.__version__
+    paper = citation["preferred-citation"]
+    assert paper["title"] == SSRMTrainer._paper["title"] and SSRMTrainer._paper["id"] in paper["url"]
+    names = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert " and ".join(names) in SSRMTrainer._paper["citation"]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^#{2,3} (.+)$", changelog, re.MULTILINE)
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security", "Decisions"}
+    releases = [heading for heading in headings if heading not in kinds]
+    assert releases[0] == "[Unreleased]" and all(
+        re.match(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d$", x) for x in releases[1:]
+    )
+    # Each kind once a release.
+    assert len(headings) - len(releases) == len(set(headings) & kinds) * len(releases)

@@ -1,0 +1,112 @@
+"""What the commands do that train nothing. Each takes its arguments as they were parsed."""
+
+import contextlib
+import io
+import os
+from argparse import Namespace
+from pathlib import Path
+
+
+def label(args: Namespace) -> None:
+    """Label completions with a reward model, and write the pairs as `train.parquet`."""
+    from accelerate import PartialState
+
+    from .. import PairwiseJudge, SSRMRewardFunction, label_preferences
+    from ..comparison import Comparison
+    from ..sources import load_data
+    from ..storage import written_aside
+
+    dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
+    loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "batch_tokens": args.batch_tokens}
+    # A pairwise model says of itself that it is one.
+    is_pairwise = Comparison.from_pretrained(args.model_name_or_path) is not None
+    model = (PairwiseJudge if is_pairwise else SSRMRewardFunction)(args.model_name_or_path, **loading)
+    labeled = label_preferences(
+        model,
+        dataset,
+        # Hidden, so that `load_dataset` takes `train.parquet` alone for the data of the folder.
+        os.path.join(args.output_dir, ".labels"),
+        pairing=args.pairing,
+        min_confidence=args.min_confidence,
+        temperature=args.temperature,
+        max_length=args.max_length,
+        seed=args.seed,
+        disable_tqdm=args.disable_tqdm,
+    )
+    if PartialState().is_main_process:
+        path = Path(args.output_dir) / "train.parquet"
+        with written_aside(path) as aside:
+            labeled.to_parquet(str(aside))
+        print(f"{len(labeled):,} pairs out of {len(dataset):,} rows, mean confidence {_mean(labeled):.3f}: {path}")
+
+
+def evaluate(args: Namespace) -> None:
+    """Measure reward models on preference data, and print a table."""
+    from ..evaluation import evaluate as measure
+    from ..evaluation import evaluation_table
+    from ..sources import load_data
+
+    dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
+    evaluations = [
+        measure(
+            model,
+            dataset,
+            benchmark=args.benchmark,
+            subset_column=args.subset_column,
+            batch_tokens=args.batch_tokens,
+            disable_tqdm=args.disable_tqdm,
+            max_length=args.max_length,
+        )
+        for model in args.model_name_or_path
+    ]
+    table = evaluation_table(evaluations)
+    print(table)
+    if args.output_file is not None:
+        Path(args.output_file).write_text(f"{table}\n", encoding="utf-8")
+
+
+def report(args: Namespace) -> None:
+    """Write the report of a run."""
+    from ..report import write_report
+
+    print(f"Report: {write_report(args.output_dir, args.path)}")
+
+
+def env(args: Namespace) -> None:
+    """Print versions and hardware: what TRL prints, and what decides how fast this is."""
+    import importlib.metadata
+
+    import psutil
+    import torch
+    from trl.scripts.env import print_env
+
+    from .. import __version__
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        print_env()
+    facts = {"trl-ssrm version": __version__}
+    for name in ("numpy", "tokenizers", "safetensors", "rich", "matplotlib"):
+        try:
+            facts[f"{name} version"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[f"{name} version"] = "not installed"
+    facts["CPU"] = f"{psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
+    facts["Memory"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
+    if torch.cuda.is_available():
+        memory = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        facts["Memory of the GPUs"] = ", ".join(f"{each / 2**30:.1f} GiB" for each in memory)
+    print("\n".join([printed.getvalue().rstrip(), *(f"- {name}: {value}" for name, value in facts.items())]))
+
+
+def completion(args: Namespace) -> None:
+    """Print the completion script of a shell."""
+    import shtab
+
+    from .main import make_parser
+
+    print(shtab.complete(make_parser(whole=True), shell=args.shell))
+
+
+def _mean(labeled) -> float:
+    return sum(labeled["confidence"]) / len(labeled)

@@ -1,0 +1,207 @@
+"""What a run would cost, counted on its tokenized data, before a step is made."""
+
+from dataclasses import astuple, dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..rounds import run_identity
+from ..sequences import PairedSequences
+
+
+if TYPE_CHECKING:
+    from ..trainer import SSRMTrainer
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    What models read.
+
+    Args:
+        pairs (`int`, *optional*, defaults to `0`):
+            Number of pairs.
+        sequences (`int`, *optional*, defaults to `0`):
+            Number of distinct sequences among them, counted for each model that reads them.
+        tokens (`int`, *optional*, defaults to `0`):
+            Number of tokens read, without padding.
+    """
+
+    pairs: int = 0
+    sequences: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, number: int) -> "Work":
+        """[`Work`]: the same, by several models."""
+        return Work(*(number * each for each in astuple(self)))
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """
+    Cost of a round: the models of its folds are in it, evaluations and padding are not.
+
+    Args:
+        round (`int`):
+            The round.
+        num_models (`int`):
+            Number of models that are trained.
+        num_epochs (`float` or `None`):
+            Number of times that each of them goes over its data; `None` if `max_steps` decides.
+        training (`Work`):
+            What they train on, once over.
+        training_tokens (`int`):
+            Tokens that training reads in all.
+        is_exact (`bool`):
+            Whether these two are exact; otherwise they are upper bounds, since the selection decides.
+        scoring (`Work`):
+            What is scored after the training: held-out pairs, parts left out by the folds, the next round's pool.
+    """
+
+    round: int
+    num_models: int
+    num_epochs: float | None
+    training: Work
+    training_tokens: int
+    is_exact: bool
+    scoring: Work
+
+
+def round_costs(trainer: "SSRMTrainer") -> list[RoundCost]:
+    """
+    What each round of a run would cost.
+
+    Args:
+        trainer ([`SSRMTrainer`]):
+            A trainer with a pool, which has not to be trained. Its model labels the pool.
+
+    Returns:
+        `list[RoundCost]`: a cost a round. Scoring is exact if the rounds go on to the last one.
+    """
+    args, data, num_folds = trainer.args, trainer.data, trainer.folds.num_folds
+    parts = [np.flatnonzero(trainer.folds.fold_of == fold) for fold in range(num_folds)]
+    labeled = _reading_to_train(trainer, data.labeled_pairs)
+    without = [np.setdiff1d(np.arange(len(data.labeled_pairs.first)), part) for part in parts]
+    own_labels = [labeled, *(_reading_to_train(trainer, data.labeled_pairs.take(rest)) for rest in without)]
+    shares = {round: data.pool.pairs.take(trainer.share_of_pool(round)) for round in range(1, args.num_rounds + 1)}
+    costs = []
+    for round in range(args.num_rounds + 1):
+        training = sum(own_labels, Work())
+        if round > 0:
+            kept = _reading_to_train(trainer, shares[round], args.selected_fraction)
+            training += kept.times(1 + num_folds)
+            # The pseudo-labels of the labeled pairs, which are subtracted; the models of the folds go without.
+            training += labeled if args.debias_pseudo_labels else Work()
+        num_epochs: float | None = args.num_train_epochs
+        if round > 0 and args.round_num_train_epochs is not None:
+            num_epochs = args.round_num_train_epochs
+        elif args.max_steps > 0:
+            num_epochs = None
+        if num_epochs is None:
+            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            longest = max(_pair_tokens(trainer, pairs).max() for pairs in [data.labeled_pairs, *shares.values()])
+            tokens = args.max_steps * batch * int(longest) * (1 + num_folds)
+        else:
+            tokens = ceil(num_epochs * training.tokens)
+        scoring = sum(map(_reading_to_score, data.held_out.values()), Work())
+        scoring += sum((_reading_to_score(data.labeled_pairs.take(part)) for part in parts), Work())
+        if round < args.num_rounds:
+            scoring += _reading_to_score(shares[round + 1]).times(1 + num_folds)
+            # With the whole pool, the scores of the labeled-only model are those that round 1 has kept.
+            asks_again = trainer.second_opinion == "first_round" and round > 0 and args.pool_per_round == "shard"
+            scoring += _reading_to_score(shares[round + 1]) if asks_again else Work()
+        # Which order of a comparison is read, and how long the pairs of a batch are, is not counted out.
+        reads_one_order = trainer.comparison is not None and args.comparison_orders == "random"
+        is_exact = round == 0 and num_epochs is not None and not reads_one_order
+        costs.append(RoundCost(round, 1 + num_folds, num_epochs, training, tokens, is_exact, scoring))
+    return costs
+
+
+def dry_run(trainer: "SSRMTrainer") -> str:
+    """
+    What a run would do, for a person, after everything was checked that can be checked before it.
+
+    Args:
+        trainer ([`SSRMTrainer`]):
+            A trainer with a pool.
+
+    Returns:
+        `str`: data, model, output directory, and a line of costs for each round.
+
+    Raises:
+        ValueError: If the output directory holds another run.
+    """
+    model, run, data = trainer.unwrapped_model, trainer.run, trainer.data
+    state = "empty so far"
+    if run.has_run:
+        run.start(run_identity(trainer.args, model, data.fingerprints), resume=True)
+        state = f"holds this run, with {run.num_finished} rounds over, round 0 included; it would be gone on with"
+    sizes = {"labeled": len(data.labeled_pairs.first), "in the pool": len(data.pool)}
+    sizes |= {name.replace("_", " "): len(pairs.first) for name, pairs in data.held_out.items()}
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    costs = round_costs(trainer)
+    lines = [
+        f"Pairs:  {', '.join(f'{count:,} {name}' for name, count in sizes.items())}",
+        f"Model:  {type(model).__name__}, {trained:,} of {sum(each.numel() for each in parameters):,} parameters trained",
+        f"Output: {trainer.args.output_dir}, {state}",
+        "",
+        *_table(costs, trainer.args.max_steps),
+        "",
+        f"Tokens in all: {_mark(all(cost.is_exact for cost in costs))}"
+        f"{sum(cost.training_tokens for cost in costs):,} to train, {sum(cost.scoring.tokens for cost in costs):,} to score.",
+        "Training is what all models of a round read in an epoch; ≤ is where the selection decides. Models: the round's own, "
+        "and one for each fold.",
+    ]
+    if trainer.args.freeze_backbone:
+        every = [_reading_to_score(pairs) for pairs in data.all_pairs.values()]
+        total = sum(every, Work())
+        lines.append(
+            f"The backbone is frozen: it reads {total.sequences:,} sequences ({total.tokens:,} tokens) once, and all else is "
+            "the score head's."
+        )
+    lines.append("Data, model and settings are in order; nothing was trained.")
+    return "\n".join(lines)
+
+
+def _table(costs: list[RoundCost], max_steps: int) -> list[str]:
+    groups = ["", "", "", "training", "", "", "scoring", "", ""]
+    titles = ["round", "models", "epochs", "pairs", "sequences", "tokens", "pairs", "sequences", "tokens"]
+    rows = [groups, titles]
+    for cost in costs:
+        length = f"{max_steps} steps" if cost.num_epochs is None else f"{cost.num_epochs:g}"
+        # What is read once over is known but for the selection.
+        mark = _mark(cost.round == 0)
+        training = [f"{mark}{number:,}" for number in astuple(cost.training)]
+        scoring = [f"{number:,}" for number in astuple(cost.scoring)]
+        rows.append([str(cost.round), str(cost.num_models), length, *training, *scoring])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _mark(is_exact: bool) -> str:
+    return "" if is_exact else "≤ "
+
+
+def _reading_to_score(pairs: PairedSequences) -> Work:
+    # Scoring reads a sequence once.
+    return Work(len(pairs.first), len(pairs.lengths), int(pairs.lengths.sum()))
+
+
+def _reading_to_train(trainer: "SSRMTrainer", pairs: PairedSequences, fraction: float | None = None) -> Work:
+    tokens = np.sort(_pair_tokens(trainer, pairs))[::-1]
+    num_kept = len(tokens) if fraction is None else min(len(tokens), ceil(fraction * len(tokens)))
+    reads_one = trainer.comparison is not None and trainer.args.comparison_orders == "random"
+    sequences = min(len(pairs.lengths), num_kept * (1 if reads_one else 2))
+    return Work(num_kept, sequences, int(tokens[:num_kept].sum()))
+
+
+def _pair_tokens(trainer: "SSRMTrainer", pairs: PairedSequences) -> np.ndarray:
+    """`np.ndarray` of shape `(num_pairs,)`, int64: tokens that training reads of each pair, at most."""
+    both = np.stack([pairs.lengths[pairs.first], pairs.lengths[pairs.second]])
+    reads_one = trainer.comparison is not None and trainer.args.comparison_orders == "random"
+    return both.max(axis=0) if reads_one else both.sum(axis=0)

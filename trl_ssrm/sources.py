@@ -1,0 +1,138 @@
+"""Where rows come from: the hub, a folder, or a file of JSON lines, CSV or Parquet."""
+
+import contextlib
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets.utils import logging
+
+
+# What `load_dataset` calls the format of a file, by its extension.
+_FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_EXTENSIONS = ", ".join(_FORMATS)
+
+
+def load_data(name_or_path: str, split: str | None = None, config: str | None = None) -> Dataset:
+    """
+    Load the rows of one split of a dataset.
+
+    Args:
+        name_or_path (`str`):
+            A file (JSON lines, CSV, TSV or Parquet), a folder that [`~datasets.Dataset.save_to_disk`] wrote or that holds
+            such files, or the ID of a dataset of the hub. What is on disk comes first.
+        split (`str`, *optional*):
+            Name of the split. If `None`, `"train"`, or the only one. A file is one split, whatever it is called.
+        config (`str`, *optional*):
+            Configuration of a dataset of the hub.
+
+    Returns:
+        [`~datasets.Dataset`]: at least one row. The columns of a CSV file are text, but for `margin`, which is a number.
+
+    Raises:
+        ValueError: If there is no such file, folder, dataset or split, or it can't be read, or it is empty.
+    """
+    splits = load_splits(name_or_path, config)
+    is_single = len(splits) == 1 and (split is None or Path(name_or_path).is_file())
+    name = next(iter(splits)) if is_single else split or "train"
+    if name not in splits:
+        raise ValueError(f"{name_or_path} has no split {name!r}; it has {', '.join(map(repr, splits))}.")
+    return splits[name]
+
+
+def load_splits(name_or_path: str, config: str | None = None) -> dict[str, Dataset]:
+    """
+    Load all the splits of a dataset.
+
+    Args:
+        name_or_path (`str`):
+            As in [`load_data`].
+        config (`str`, *optional*):
+            As in [`load_data`].
+
+    Returns:
+        `dict[str, Dataset]`: the splits by name, each of at least one row.
+
+    Raises:
+        ValueError: As [`load_data`], but for the split.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        splits = _load_file(path)
+    elif path.is_dir():
+        splits = _load_folder(path)
+    else:
+        splits = _load_from_hub(name_or_path, config)
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            raise ValueError(f"{name_or_path} has no rows in its split {name!r}; give it some.")
+    return splits
+
+
+def _load_file(path: Path) -> dict[str, Dataset]:
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"{path} ends with {path.suffix!r}; a data file ends with one of {_EXTENSIONS}.")
+    with _readable(path):
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")
+        format, files = _FORMATS[path.suffix], {"train": str(path)}
+        return dict(load_dataset(format, data_files=files, **_options([path])))
+
+
+def _load_folder(path: Path) -> dict[str, Dataset]:
+    with _readable(path):
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            saved = load_from_disk(str(path))
+            return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+        # Hidden ones are no data, as for `load_dataset`.
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in _FORMATS and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        if not files:
+            raise ValueError(f"none of its files ends with one of {_EXTENSIONS}")
+        return dict(load_dataset(str(path), **_options(files)))
+
+
+def _options(files: list[Path]) -> dict[str, Any]:
+    """How to read CSV files: an answer may be "42", "NA" or "", which pandas would take for a number and for nothing."""
+    if any(_FORMATS[file.suffix] != "csv" for file in files):
+        return {}
+    separator = "\t" if files[0].suffix == ".tsv" else ","
+    with open(files[0], encoding="utf-8-sig", newline="") as file:
+        columns = next(csv.reader(file, delimiter=separator), [])
+    features = Features({name: Value("float64" if name == "margin" else "string") for name in columns})
+    return {"sep": separator, "keep_default_na": False, "encoding": "utf-8-sig", "features": features}
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises into one sentence."""
+    verbosity = logging.get_verbosity()
+    # It would log the same again.
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        # What is wrong with a file is in the cause of the `DatasetGenerationError` that `datasets` raises.
+        raise ValueError(f"{path} can't be read, or has no rows: {_first_line(error.__cause__ or error)}.") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _load_from_hub(name: str, config: str | None) -> dict[str, Dataset]:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in _FORMATS:
+        raise ValueError(f"There is no file or folder {name}; check the path.")
+    try:
+        return dict(load_dataset(name, name=config))
+    except Exception as error:
+        raise ValueError(
+            f"{name} is no file or folder here, and the hub gave no dataset of that name: {_first_line(error)}."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".!") or type(error).__name__
