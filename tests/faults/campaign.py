@@ -75,13 +75,15 @@ class Campaign:
 
     def draw_fault(self, draw: random.Random, number: int, setup: tuple[str, int], kinds: tuple[str, ...]) -> Fault:
         """A fault at a place that the run that was left alone has reached."""
-        kind, places = draw.choice(kinds), self.expected[setup].places
-        process = draw.randrange(setup[1])
-        # Of the second process, less is written.
-        reached = [place for place in PLACES if places[place] and (process == 0 or place in ("training", "scoring"))]
-        place = draw.choice(
-            [*reached, "time"] if kind in SIGNALS else [each for each in reached if each != "training"]
-        )
+        places, process = self.expected[setup].places, draw.randrange(setup[1])
+        possible = PLACES if kinds == SIGNALS else PLACES[1:]
+        if process > 0:
+            # It writes little besides.
+            possible = ("training", "scoring") if kinds == SIGNALS else ("scoring",)
+        elif kinds == SIGNALS:
+            possible = (*possible, "time")
+        # Each place and each kind in turn, so that a few faults reach them all.
+        place, kind = possible[number % len(possible)], kinds[(number + number // len(possible)) % len(kinds)]
         if place == "time":
             return Fault(kind, place, draw.uniform(0, self.expected[setup].seconds), process)
         share = 1 if process == 0 else 0.5
@@ -218,7 +220,8 @@ class Campaign:
 def kind_of(path: Path, output_dir: Path) -> str:
     """Kind of a file of a run: its place without the numbers."""
     place = re.sub(r"/[0-9a-f]{16}/", "/…/", str(path.relative_to(output_dir / "_rounds")))
-    return re.sub(r"\d+", "N", place).replace("shard-N-of-N", "shard")
+    place = re.sub(r"\d+", "N", place).replace("shard-N-of-N", "shard")
+    return place.rpartition("/")[0] if "checkpoint-" in place else place
 
 
 def is_refused(outcome: Outcome, output_dir: Path) -> bool:

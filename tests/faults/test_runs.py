@@ -71,6 +71,19 @@ def test_pseudo_labels_that_the_end_of_the_rounds_depends_on_are_not_done_withou
         again.train(resume_from_checkpoint=True)
 
 
+def test_scores_that_lie_at_the_place_of_others_are_not_taken_for_theirs(trainer_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ssrm.scoring.SHARD_TOKENS", 256)
+    trainer = trainer_of()
+    pairs, directory = trainer.data.pool.pairs, tmp_path / "scores"
+    expected = trainer.score_pairs(pairs, "unlabeled_dataset", directory=directory, key="key").logits
+    first, second, *_ = sorted(directory.iterdir())
+    first.rename(directory / "other")
+    second.rename(first)
+    (directory / "other").rename(second)
+    found = trainer.score_pairs(pairs, "unlabeled_dataset", directory=directory, key="key").logits
+    assert found.tolist() == expected.tolist()
+
+
 def test_best_checkpoint_that_is_damaged_is_not_loaded(llama, config, labeled, unlabeled, held_out):
     class Damage(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
