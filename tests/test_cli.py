@@ -336,7 +336,7 @@ class Counting(SSRMTrainer):
     def score_pairs(self, pairs, name, **kwargs):
         stored = kwargs["directory"].glob("*.safetensors") if "directory" in kwargs else []
         # A shard with another key is scored again.
-        if not any(read_tensors(path, kwargs["key"]) is not None for path in stored):
+        if not any(read_tensors(path, f"{kwargs['key']} {self.layout}") is not None for path in stored):
             work = self.scored.get(self.round, (0, 0, 0))
             read = len(pairs.first), len(pairs.lengths), int(pairs.lengths.sum())
             self.scored[self.round] = tuple(one + two for one, two in zip(work, read, strict=True))

@@ -147,14 +147,10 @@ def test_checkpoint_of_a_round_runs_no_code(llama, config, labeled, unlabeled, t
     if name == "pytorch_model.bin":
         (checkpoint / "model.safetensors").unlink()
     torch.save(Trap(tmp_path / "sprung"), checkpoint / name)
+    # What is not as it was written is not read at all.
     again = trainer()
-    if name == "training_args.bin":
-        # Nobody reads it.
-        again.train(resume_from_checkpoint=True)
-        assert len(again.round_history) == 1
-    else:
-        with pytest.raises(pickle.UnpicklingError):
-            again.train(resume_from_checkpoint=True)
+    again.train(resume_from_checkpoint=True)
+    assert len(again.round_history) == 1
     assert not (tmp_path / "sprung").exists()
 
 
