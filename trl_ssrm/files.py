@@ -4,7 +4,6 @@ no torch.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -73,25 +72,6 @@ def delete_left_aside(directory: Path) -> None:
     for path in directory.rglob(".*"):
         if re.search(r"\.\d+$", path.name) and path.is_file():
             path.unlink()
-
-
-def check_writable(directory: Path) -> None:
-    """
-    Refuse a directory that can't be written to, before any work.
-
-    Raises:
-        ValueError: If a file in it can't be made.
-    """
-    probe = directory / f".probe.{os.getpid()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"0")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"`output_dir` ({directory}) can't be written to: {os.strerror(error.errno or errno.EIO)}; choose another one, "
-            "or mend that."
-        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -45,7 +45,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import __version__
 from .config import SSRMConfig
-from .files import check_writable, delete_left_aside, read_record, write_record
+from .files import WriteError, delete_left_aside, read_record, telling_where, write_record
 from .sharding import fill, shape_of, trainable_parameters
 from .storage import (
     changed_facts,
@@ -152,19 +152,21 @@ class RunDirectory:
         Have the directory for oneself, until [`RunDirectory.release`] or the end of the process, whatever ends it.
 
         Raises:
-            ValueError: If another process has it, or nothing can be written there.
+            ValueError: If another process has it.
+            WriteError: If nothing can be written there.
         """
-        check_writable(self.root)
         try:
-            self._lock.acquire(timeout=SECONDS_TO_WAIT_FOR_LOCK)
+            with telling_where(self.root / "lock"):
+                self.root.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(timeout=SECONDS_TO_WAIT_FOR_LOCK)
         except Timeout:
             raise ValueError(
                 f"Another run is at work in {self.output_dir}; wait for its end, end it, or choose another `output_dir`. "
                 f"If there is none, on any machine, delete {self.root / 'lock'}."
             ) from None
-        except OSError as error:
+        except WriteError as error:
             # Some network file systems have no locks.
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.__cause__.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # type: ignore[union-attr]
                 raise
             logger.warning(f"{self.output_dir} is on a file system without locks; start one run at a time in it.")
 

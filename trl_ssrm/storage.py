@@ -135,7 +135,7 @@ def read_facts(path: Path, key: str = "") -> dict[str, Any] | None:
         if facts.pop("table_sha256", None) != file_hash(path):
             raise ValueError(f"{path} is damaged")
     except (ValueError, OSError) as error:
-        logger.warning(f"{error}; it is not used.")
+        logger.warning(f"{error} and is made again.")
         return None
     return facts
 

@@ -31,7 +31,7 @@ from .collator import ConfidenceFilteredDataCollator
 from .comparison import Comparison
 from .config import SSRMConfig
 from .data import RunData, by_name, prepare_run_data, report_too_long
-from .files import check_writable, telling_where
+from .files import telling_where
 from .folds import Folds
 from .interruption import leaving_with_advice
 from .pair_trainer import PairTrainer
@@ -189,7 +189,6 @@ class SSRMTrainer(PairTrainer):
         is_quantized = quantization_config is not None or is_quantized_by_bitsandbytes(model)
         if self.has_pool:
             args = complete_args(args, model)
-            check_writable(Path(str(args.output_dir)))
             processing_class = processing_class or load_tokenizer(model, args)
             held_out = by_name(eval_dataset, "eval_dataset") | by_name(calibration_dataset, "calibration_dataset")
             has_calibration = calibration_dataset is not None

@@ -68,7 +68,7 @@ class Campaign:
         for name, num_processes in setups:
             setup = name, num_processes
             self.settings[setup] = {"model": model, "num_processes": num_processes, **SETUPS[name]}
-            self.expected[setup] = run(directory / f"{name}-{num_processes}", **self.settings[setup])
+            self.expected[setup] = run(directory / f"alone-{name}-{num_processes}", **self.settings[setup])
             if self.expected[setup].result is None:
                 raise RuntimeError(f"The run that was left alone failed:\n{self.expected[setup].log[-3000:]}")
             assert len(self.expected[setup].result["facts"]) == 3
@@ -144,7 +144,7 @@ class Campaign:
         """Let the writes of a run fail from some place on, and resume it when there is room again."""
         draw = random.Random(f"{self.seed} full disk {number}")
         setup = draw.choice(self.setups)
-        output_dir = self.directory / f"full-{number}"
+        output_dir = self.directory / f"disk-{number}"
         fault = self.draw_fault(draw, number, setup, ("no_space",))
         failed = self.go_on(output_dir, setup, fault)
         trial = Trial(f"no space {setup[0]}, {setup[1]} process{'es' * (setup[1] > 1)}", fault.place, "same")

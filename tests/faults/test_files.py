@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Value
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from trl_ssrm.files import WriteError, check_writable, delete_left_aside, read_record, write_record, written_aside
+from trl_ssrm.files import WriteError, delete_left_aside, read_record, write_record, written_aside
 from trl_ssrm.report import read_run
 from trl_ssrm.rounds import RunDirectory
 from trl_ssrm.storage import write_rows
@@ -269,10 +269,10 @@ def small_disk(request, tmp_path):
 def test_disk_that_is_full_or_read_only_gives_a_sentence(small_disk):
     run = RunDirectory(str(small_disk / "run"))
     try:
-        check_writable(run.output_dir)
-    except ValueError as error:
-        assert f"`output_dir` ({run.output_dir}) can't be written to: Read-only file system" in str(error)
-        with pytest.raises(WriteError, match="Read-only file system"):
+        run.acquire()
+    except WriteError as error:
+        assert f"{run.root / 'lock'} can't be written (Read-only file system)" in str(error)
+        with pytest.raises(WriteError, match=r"run.json can't be written \(Read-only file system"):
             run.start(IDENTITY, resume=False)
         return
     run.start(IDENTITY, resume=False)
@@ -281,12 +281,7 @@ def test_disk_that_is_full_or_read_only_gives_a_sentence(small_disk):
     # What was there is whole, and there is room again for something smaller.
     run.write_weights(run.weights_path(0), {"weight": torch.randn(8, 8)})
     assert run.has_weights(run.weights_path(0))
-
-
-def test_directory_that_can_not_be_made_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"`output_dir` \(.*file/run\) can't be written to: Not a directory"):
-        check_writable(tmp_path / "file" / "run")
+    run.release()
 
 
 def test_errors_that_are_not_of_the_disk_stay_what_they_are(tmp_path):

