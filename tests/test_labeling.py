@@ -205,7 +205,7 @@ def test_damaged_shard_is_made_again(llama, tmp_path, caplog):
     (shard,) = tmp_path.glob("*.parquet")
     shard.write_bytes(shard.read_bytes()[:-7])
     assert label_preferences(llama, data, str(tmp_path)).to_list() == labels
-    assert "is damaged; it is not used" in caplog.text
+    assert "is damaged and is made again" in caplog.text
 
 
 def test_rows_with_rewards_that_are_not_finite_are_named(llama, tmp_path):
