@@ -352,7 +352,8 @@ def test_settings_of_the_table_are_accepted():
 
 
 def test_names_exist():
-    sources = [*ROOT.glob("trl_ssrm/**/*"), *ROOT.glob("recipes/**/*.*"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    sources = [*ROOT.glob("trl_ssrm/**/*"), *ROOT.glob("recipes/**/*.*"), *ROOT.glob("tests/faults/*.py")]
+    sources += [ROOT / "Makefile", ROOT / "pyproject.toml"]
     code = [path for path in sources if path.suffix not in (".md", ".pyc") and path.is_file()]
     words = {word for path in code for word in re.findall(r"[A-Za-z_]\w*", path.read_text(encoding="utf-8"))}
     words |= {field.name for field in fields(SSRMConfig)} | set(dir(trl)) | set(dir(SSRMTrainer))
