@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+from trl_ssrm import layout
 from trl_ssrm.backbone import freeze_backbone
 from trl_ssrm.layout import LONGEST_SHARED_ROW, choose_layout, common_prefix, laid_out, paired_rows, shared_rows
 from trl_ssrm.scoring import score_sequences
@@ -50,6 +51,10 @@ def sequences() -> list[list[int]]:
     return [*made, made[-1][:-1], made[-2] + [7, 7]]
 
 
+def as_arrays(sequences) -> list[np.ndarray]:
+    return [np.array(ids) for ids in sequences]
+
+
 def one_by_one(model, sequences) -> np.ndarray:
     with torch.inference_mode():
         return np.array([model(input_ids=torch.tensor([ids])).logits.item() for ids in sequences])
@@ -62,9 +67,9 @@ def test_every_layout_gives_the_rewards_of_one_sequence_at_a_time(family, attent
     assert choose_layout(model) == "shared"
     expected = one_by_one(model, sequences)
     # Packed is what flash attention reads, but other kernels understand it.
-    for layout in ("padded", "shared", "packed"):
-        found = score_sequences(model, sequences, PAD, layout, batch_tokens=256)
-        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=layout)
+    for name in ("padded", "shared", "packed"):
+        found = score_sequences(model, sequences, PAD, name, batch_tokens=256)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
 
 
 def test_adapter_is_laid_out_too(sequences):
@@ -87,40 +92,67 @@ def test_shared_prompts_are_computed_once(sequences):
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
     score_sequences(model, sequences, PAD, "shared", batch_tokens=1 << 20)
     num_tokens = sum(map(len, sequences))
-    rows = shared_rows(sequences)
+    rows = shared_rows(as_arrays(sequences))
     computed = sum(row.length for row in rows)
     assert computed <= sum(seen) <= computed + 64 * len(seen)
     assert computed < 0.7 * num_tokens
 
 
-def test_gradients_are_those_of_padded_pairs(sequences):
+def test_attention_has_a_mask_for_the_tokens_alone_that_do_not_see_all_before_them(sequences, monkeypatch):
+    model, masks, real = make_model(), [], layout.sdpa_attention_forward
+
+    def look(module, query, key, value, attention_mask, **kwargs):
+        masks.append(None if attention_mask is None else tuple(attention_mask.shape))
+        return real(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setattr(layout, "sdpa_attention_forward", look)
+    long = as_arrays([ids for ids in sequences if len(ids) > 60])
+    score_sequences(model, long, PAD, "shared", batch_tokens=1 << 20)
+    (row,) = shared_rows(long)
+    longest = max(map(len, long))
+    assert masks == [None, (1, 1, row.length - longest, row.length)] * model.config.num_hidden_layers
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_forward_pass_that_fails_leaves_the_attention_as_it_was(sequences):
+    model = make_model()
+    model.score.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score_sequences(model, sequences, PAD, "shared")
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_padded_pairs(sequences, checkpointing):
     pairs = [ids for ids in sequences if len(ids) > 40]
     pairs = pairs[: len(pairs) // 2 * 2]
     length = max(map(len, pairs))
     input_ids = torch.tensor([ids + [PAD] * (length - len(ids)) for ids in pairs])
     inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
     gradients, num_tokens = {}, {}
-    for layout in ("padded", "shared", "packed"):
+    for name in ("padded", "shared", "packed"):
         model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
         model.get_input_embeddings().register_forward_pre_hook(
-            lambda module, args, layout=layout: num_tokens.update({layout: args[0].numel()})
+            lambda module, args, name=name: num_tokens.update({name: args[0].numel()})
         )
-        with laid_out(model, layout, paired_rows):
+        with laid_out(model, name, paired_rows):
             logits = model(**inputs).logits
         assert logits.shape == (len(pairs), 1)
         chosen, rejected = logits.squeeze(-1).chunk(2)
         torch.nn.functional.logsigmoid(chosen - rejected).mean().backward()
-        gradients[layout] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        gradients[name] = {weight: parameter.grad for weight, parameter in model.named_parameters()}
     assert num_tokens["shared"] < 0.7 * num_tokens["padded"]
-    for layout in ("shared", "packed"):
-        for name, gradient in gradients[layout].items():
+    for other in ("shared", "packed"):
+        for name, gradient in gradients[other].items():
             torch.testing.assert_close(gradient, gradients["padded"][name], atol=1e-6, rtol=1e-4)
 
 
 def test_little_in_common_is_left_as_it_is():
     draw = np.random.default_rng(1)
     one, *others = ([5, 6, *draw.integers(7, 200, size=30)] for _ in range(4))
-    assert all(row.prefix == 0 for row in shared_rows([one, *others]))
+    assert all(row.prefix == 0 for row in shared_rows(as_arrays([one, *others])))
     model, shapes = make_model(), []
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
     with laid_out(model, "shared", paired_rows):
@@ -130,16 +162,17 @@ def test_little_in_common_is_left_as_it_is():
 
 def test_rows_have_an_end():
     prompt = [1] * 500
-    rows = shared_rows([[*prompt, *[2 + number] * 600] for number in range(20)])
+    rows = shared_rows(as_arrays([[*prompt, *[2 + number] * 600] for number in range(20)]))
     assert len(rows) > 1
     assert max(row.length for row in rows) <= LONGEST_SHARED_ROW
     assert sorted(position for row in rows for position in row.sequences) == list(range(20))
 
 
 def test_common_prefix_leaves_each_sequence_a_token_of_its_own():
-    assert common_prefix([[1, 2, 3], [1, 2]]) == 1
-    assert common_prefix([[1, 2, 3], [1, 2, 3]]) == 2
-    assert common_prefix([[1], [2]]) == 0
+    assert common_prefix(*as_arrays([[1, 2, 3], [1, 2]])) == 1
+    assert common_prefix(*as_arrays([[1, 2, 3], [1, 2, 3]])) == 2
+    assert common_prefix(*as_arrays([[1, 2, 3], [1, 4, 3]])) == 1
+    assert common_prefix(*as_arrays([[1], [2]])) == 0
 
 
 def test_models_that_would_read_it_wrongly_are_padded(bert):

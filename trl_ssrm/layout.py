@@ -2,13 +2,15 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GenericForSequenceClassification
 
 
@@ -20,6 +22,8 @@ LEAST_SAVED = 0.25
 LONGEST_SHARED_ROW = 4096
 # How far the rewards of a layout may be from those of padded sequences, relative to their size, on the probe.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Name under which the attention over rows with several sequences is known to transformers.
+SHARED_ROWS_ATTENTION = "sdpa_shared_rows"
 
 
 @dataclass(frozen=True)
@@ -76,21 +80,21 @@ def classifier_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def common_prefix(sequences: list[list[int]]) -> int:
-    """`int`: number of tokens that sequences have in common at their start, less than the shortest has."""
-    shortest = min(map(len, sequences)) - 1
-    columns = np.array([ids[:shortest] for ids in sequences])
-    differs = (columns != columns[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else shortest
+def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """`int`: number of tokens that two sequences have in common at their start, less than the shorter one has."""
+    shortest = min(len(one), len(other)) - 1
+    differs = one[:shortest] != other[:shortest]
+    place = int(differs.argmax()) if shortest > 0 else 0
+    return place if shortest > 0 and differs[place] else shortest
 
 
-def shared_rows(sequences: list[list[int]], longest: int = LONGEST_SHARED_ROW) -> list[SharedRow]:
+def shared_rows(sequences: Sequence[np.ndarray], longest: int = LONGEST_SHARED_ROW) -> list[SharedRow]:
     """
     Lay sequences into rows, those with the same start together as far as that saves something.
 
     Args:
-        sequences (`list[list[int]]`):
-            Token IDs.
+        sequences (`Sequence[np.ndarray]`):
+            Token IDs of each, int64.
         longest (`int`, *optional*, defaults to `4096`):
             Number of tokens that a row with more than one sequence may have.
 
@@ -100,11 +104,13 @@ def shared_rows(sequences: list[list[int]], longest: int = LONGEST_SHARED_ROW) -
     rows: list[SharedRow] = []
     group: list[int] = []
     prefix = 0
-    # In this order, those with the same start are neighbours.
-    for position in sorted(range(len(sequences)), key=sequences.__getitem__):
+    # In the order of their tokens, in which those with the same start are neighbours.
+    content = [ids.astype(">i8").tobytes() for ids in sequences]
+    for position in sorted(range(len(sequences)), key=content.__getitem__):
         if group:
             first, own = sequences[group[0]], sequences[position]
-            common = min(prefix, common_prefix([first, own])) if len(group) > 1 else common_prefix([first, own])
+            common = common_prefix(first, own)
+            common = min(prefix, common) if len(group) > 1 else common
             is_much = common >= LEAST_SAVED * min(len(first), len(own))
             if is_much and common * len(group) >= prefix * (len(group) - 1):
                 group.append(position)
@@ -115,13 +121,13 @@ def shared_rows(sequences: list[list[int]], longest: int = LONGEST_SHARED_ROW) -
     return rows + _rows_of(group, prefix, sequences, longest)
 
 
-def paired_rows(sequences: list[list[int]]) -> list[SharedRow]:
+def paired_rows(sequences: Sequence[np.ndarray]) -> list[SharedRow]:
     """
     Lay the two halves of a batch into rows, two by two, as pairs of completions lie there.
 
     Args:
-        sequences (`list[list[int]]`):
-            Token IDs.
+        sequences (`Sequence[np.ndarray]`):
+            Token IDs of each, int64.
 
     Returns:
         `list[SharedRow]`: none, for a batch that is better left as it is.
@@ -129,14 +135,16 @@ def paired_rows(sequences: list[list[int]]) -> list[SharedRow]:
     half = len(sequences) // 2
     rows: list[SharedRow] = []
     for pair in ([first, half + first] for first in range(half)):
-        prefix = common_prefix([sequences[position] for position in pair])
+        prefix = common_prefix(*(sequences[position] for position in pair))
         rows += _rows_of(pair, prefix, sequences, LONGEST_SHARED_ROW)
     num_tokens = sum(map(len, sequences))
     return rows if sum(row.length for row in rows) <= (1 - LEAST_SAVED) * num_tokens else []
 
 
-def _rows_of(group: list[int], prefix: int, sequences: list[list[int]], longest: int) -> list[SharedRow]:
+def _rows_of(group: list[int], prefix: int, sequences: Sequence[np.ndarray], longest: int) -> list[SharedRow]:
     """A group as one row, as several if it is long, or as one for each of its sequences if it saves too little."""
+    # The longest first: up to its end, a row is like any other.
+    group = sorted(group, key=lambda position: -len(sequences[position]))
     lengths = [len(sequences[position]) for position in group]
     if len(group) < 2 or prefix * (len(group) - 1) < LEAST_SAVED * sum(lengths):
         return [SharedRow((position,), 0, length) for position, length in zip(group, lengths, strict=True)]
@@ -153,7 +161,9 @@ def _rows_of(group: list[int], prefix: int, sequences: list[list[int]], longest:
 
 
 @contextlib.contextmanager
-def laid_out(model: nn.Module, layout: str, rows_of: Callable[[list[list[int]]], list[SharedRow]]) -> Iterator[None]:
+def laid_out(
+    model: nn.Module, layout: str, rows_of: Callable[[Sequence[np.ndarray]], list[SharedRow]]
+) -> Iterator[None]:
     """
     Let a sequence classifier compute padded batches in another layout. Who calls it sees no difference but in time and in
     the last digits: it gets the logits of every sequence of the batch.
@@ -163,13 +173,15 @@ def laid_out(model: nn.Module, layout: str, rows_of: Callable[[list[list[int]]],
             Sequence classifier, or a PEFT model of one; also where it is wrapped for several processes by now.
         layout (`str`):
             As from [`choose_layout`].
-        rows_of (`Callable[[list[list[int]]], list[SharedRow]]`):
+        rows_of (`Callable[[Sequence[np.ndarray]], list[SharedRow]]`):
             Lays the sequences of a batch into rows, for `"shared"`, or gives none.
     """
     if layout == "padded":
         yield
         return
     classifier = classifier_of(model)
+    config = classifier.config.get_text_config()
+    attention = config._attn_implementation
     laid: dict[str, Any] = {}
 
     def rearrange(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -178,29 +190,34 @@ def laid_out(model: nn.Module, layout: str, rows_of: Callable[[list[list[int]]],
         input_ids = kwargs["input_ids"]
         on_cpu = input_ids.cpu().numpy()
         # As transformers finds the token that the score is read from; what is behind it has no influence.
-        is_token = on_cpu != classifier.config.get_text_config().pad_token_id
+        is_token = on_cpu != config.pad_token_id
         lengths = (np.arange(on_cpu.shape[1]) * is_token).argmax(axis=1) + 1
-        sequences = [ids[:length].tolist() for ids, length in zip(on_cpu, lengths, strict=True)]
         if layout == "packed":
-            row = SharedRow(tuple(range(len(sequences))), 0, int(lengths.sum()))
-            rows = [row]
+            rows = [SharedRow(tuple(range(len(lengths))), 0, int(lengths.sum()))]
         else:
-            rows = rows_of(sequences)
+            rows = rows_of([ids[:length] for ids, length in zip(on_cpu, lengths, strict=True)])
         if all(len(row.sequences) < 2 for row in rows):
-            # Token IDs that are still on the CPU spare an accelerator the way back.
-            inputs = ("input_ids", "attention_mask")
-            return args, {**kwargs, **{name: kwargs[name].to(device) for name in inputs}}
+            # No token sees one behind it, so without a mask those that count don't see the padding either.
+            mask = kwargs["attention_mask"].to(device) if layout == "packed" else None
+            return args, {**kwargs, "input_ids": to_device(input_ids, device), "attention_mask": mask}
         source, branch, positions, ends = _arrange(rows, lengths, on_cpu.shape[1])
-        laid["ends"] = tuple(torch.from_numpy(each).to(device) for each in ends)
-        branch_ids = torch.from_numpy(branch).to(device)
+        laid["ends"] = tuple(to_device(torch.from_numpy(each), device) for each in ends)
+        mask = None
+        if layout == "shared":
+            # What is computed again in the backward pass is so with the attention that the model has by then.
+            is_split = attention == "sdpa" and not (torch.is_grad_enabled() and classifier.is_gradient_checkpointing)
+            ends_of_first = [int(lengths[row.sequences[0]]) for row in rows if len(row.sequences) > 1]
+            start = min(ends_of_first) if is_split else 0
+            mask = _mask(to_device(torch.from_numpy(branch), device), start, attention, next(classifier.parameters()))
+            config._attn_implementation = SHARED_ROWS_ATTENTION if is_split else attention
         kwargs = {
             **kwargs,
-            "input_ids": torch.from_numpy(on_cpu.reshape(-1)[source]).to(device),
-            "position_ids": torch.from_numpy(positions).to(device),
+            "input_ids": to_device(torch.from_numpy(on_cpu.reshape(-1)[source]), device),
+            "position_ids": to_device(torch.from_numpy(positions), device),
             # With a cache, transformers would not look for several sequences in a row.
             "use_cache": False,
             # Attention kernels that pack read the sequences off the positions, which start anew with each.
-            "attention_mask": None if layout == "packed" else _mask(branch_ids, classifier),
+            "attention_mask": mask,
         }
         return args, kwargs
 
@@ -211,6 +228,7 @@ def laid_out(model: nn.Module, layout: str, rows_of: Callable[[list[list[int]]],
         if "ends" in laid:
             output.logits = laid["scores"][laid["ends"]]
         laid.clear()
+        config._attn_implementation = attention
         return output
 
     handles = [
@@ -222,8 +240,17 @@ def laid_out(model: nn.Module, layout: str, rows_of: Callable[[list[list[int]]],
     try:
         yield
     finally:
+        # Private, like above: a forward pass that fails does not come to its end.
+        config._attn_implementation = attention
         for handle in handles:
             handle.remove()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """[`~torch.Tensor`]: a tensor on a device, from the CPU without waiting for what the device computes by now."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _arrange(rows: list[SharedRow], lengths: np.ndarray, width: int) -> tuple[np.ndarray, ...]:
@@ -251,16 +278,45 @@ def _arrange(rows: list[SharedRow], lengths: np.ndarray, width: int) -> tuple[np
     return source, branch, positions, ends
 
 
-def _mask(branch: torch.Tensor, classifier: Any) -> torch.Tensor:
-    """Which token sees which, of shape `(rows, 1, length, length)`: what is before it, in its own sequence."""
+def _mask(branch: torch.Tensor, start: int, attention: str, parameter: torch.Tensor) -> torch.Tensor:
+    """
+    Which token sees which, of shape `(rows, 1, length - start, length)`, for the tokens from `start` on: what is before
+    it, in its own sequence.
+    """
     length = branch.shape[1]
-    before = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
-    own = (branch[:, :, None] == branch[:, None, :]) | ((branch[:, None, :] == 0) & (branch[:, :, None] >= 0))
+    before = torch.ones(length - start, length, dtype=torch.bool, device=branch.device).tril(start)
+    own = branch[:, start:, None] == branch[:, None, :]
+    own |= (branch[:, None, :] == 0) & (branch[:, start:, None] >= 0)
     seen = (before & own)[:, None]
-    if classifier.config.get_text_config()._attn_implementation != "eager":
+    if attention != "eager":
         return seen
-    dtype = next(classifier.parameters()).dtype
-    return torch.zeros(seen.shape, dtype=dtype, device=branch.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    least = torch.finfo(parameter.dtype).min
+    return torch.zeros(seen.shape, dtype=parameter.dtype, device=branch.device).masked_fill_(~seen, least)
+
+
+def _shared_rows_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Scaled dot product attention with a mask for the last tokens of each row alone. Those before see all that is before
+    them, for which kernels need no mask and compute half as much.
+    """
+    start = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
+    if start == 0:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    first, _ = sdpa_attention_forward(
+        module, query[:, :, :start], key[:, :, :start], value[:, :, :start], None, **kwargs
+    )
+    rest, _ = sdpa_attention_forward(module, query[:, :, start:], key, value, attention_mask, **kwargs)
+    return torch.cat([first, rest], dim=1), None
+
+
+AttentionInterface.register(SHARED_ROWS_ATTENTION, _shared_rows_attention)
 
 
 def _is_right(model: nn.Module, layout: str, vocab_size: int, pad_token_id: int) -> bool:

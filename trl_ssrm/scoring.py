@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .layout import LONGEST_SHARED_ROW, SharedRow, laid_out, shared_rows
+from .layout import LONGEST_SHARED_ROW, SharedRow, laid_out, shared_rows, to_device
 from .sequences import PairedSequences
 from .sharding import is_sharded, whole
 from .storage import read_tensors, write_tensors
@@ -201,7 +201,7 @@ def score_sequences(
     device = next(model.parameters()).device
     scorer = Scorer(model, pad_token_id, None, BatchBudget(batch_tokens, device), layout)
     with torch.autocast(device.type, enabled=False):
-        rewards = scorer.score([list(ids) for ids in distinct])
+        rewards = scorer.score([np.array(ids, dtype=np.int64) for ids in distinct])
     position_of = {ids: position for position, ids in enumerate(distinct)}
     return rewards[[position_of[tuple(ids)] for ids in sequences]]
 
@@ -283,14 +283,14 @@ class Scorer:
         self.device = next(model.parameters()).device if accelerator is None else accelerator.device
         self.is_sharded = accelerator is not None and is_sharded(accelerator)
 
-    def score(self, sequences: list[list[int]], progress: tqdm | None = None) -> np.ndarray:
+    def score(self, sequences: Sequence[np.ndarray], progress: tqdm | None = None) -> np.ndarray:
         """
         Score sequences. Where the weights are sharded, every process has to call this at the same time, with any number
         of sequences.
 
         Args:
-            sequences (`list[list[int]]`):
-                Token IDs.
+            sequences (`Sequence[np.ndarray]`):
+                Token IDs of each, int64.
             progress ([`~tqdm.tqdm`], *optional*):
                 Told of the tokens that are done.
 
@@ -306,7 +306,7 @@ class Scorer:
             batches -= 1
             if not members:
                 # The other processes wait for this one's part of the weights.
-                self._forward([[1 if self.pad_token_id == 0 else 0]], [])
+                self._forward([np.array([1 if self.pad_token_id == 0 else 0])], [])
                 continue
             try:
                 self.budget.start()
@@ -334,7 +334,7 @@ class Scorer:
             scores[failed] = alone.score([sequences[position] for position in failed])
         return scores
 
-    def _lay(self, sequences: list[list[int]], positions: Sequence[int]) -> list[SharedRow]:
+    def _lay(self, sequences: Sequence[np.ndarray], positions: Sequence[int]) -> list[SharedRow]:
         """Some of the sequences in rows, the longest first: what does not fit into memory shows at once."""
         if self.layout == "shared":
             own = shared_rows(
@@ -367,18 +367,20 @@ class Scorer:
             rows, number = rows[self._num_rows(rows) :], number + 1
         return max(gather_object([number]))
 
-    def _forward(self, sequences: list[list[int]], rows: list[SharedRow]) -> torch.Tensor:
+    def _forward(self, sequences: list[np.ndarray], rows: list[SharedRow]) -> torch.Tensor:
         """Scores of a batch whose sequences lie in these rows, one row behind the other."""
         starts = np.cumsum([0, *(len(row.sequences) for row in rows)]).tolist()
         own = [
             replace(row, sequences=tuple(range(start, start + len(row.sequences))))
             for start, row in zip(starts, rows, strict=False)
         ]
-        ids = [torch.tensor(each) for each in sequences]
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
-        mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+        lengths = np.array([len(ids) for ids in sequences])
+        is_token = np.arange(lengths.max()) < lengths[:, None]
+        padded = np.full(is_token.shape, self.pad_token_id, dtype=np.int64)
+        padded[is_token] = np.concatenate(sequences)
+        input_ids, mask = torch.from_numpy(padded), torch.from_numpy(is_token.astype(np.int64))
         if self.layout == "padded":
-            input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+            input_ids, mask = to_device(input_ids, self.device), to_device(mask, self.device)
         autocast = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
         # FSDP can't gather weights in inference mode.
         without_gradients = torch.no_grad() if self.is_sharded else torch.inference_mode()
@@ -392,8 +394,10 @@ class Scorer:
         return logits.squeeze(-1).float()
 
 
-def _read(pairs: PairedSequences, positions: np.ndarray) -> list[list[int]]:
-    return pairs.sequences[positions]["input_ids"]
+def _read(pairs: PairedSequences, positions: np.ndarray) -> list[np.ndarray]:
+    column = pairs.sequences.with_format("arrow")[positions].column("input_ids")
+    tokens = pc.list_flatten(column).to_numpy().astype(np.int64)
+    return np.split(tokens, np.cumsum(pairs.lengths[positions])[:-1])
 
 
 def _work_order(pairs: PairedSequences, layout: str) -> np.ndarray:

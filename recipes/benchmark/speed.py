@@ -15,6 +15,11 @@ Scoring, each way of it in turn and that several times; a pair's time is the med
 - floor: as many tokens as have to be computed at least (each sequence once, and what several have in common at their
   start once, where the model allows that), in batches without padding.
 
+On a GPU, take more pairs, the precision that is used there, and a model that keeps it busy:
+
+    python recipes/benchmark/speed.py --dataset_path pairs.parquet --num_pairs 600 --mixed_precision bf16 \
+        --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
+
 Training: `SSRMTrainer` beside `RewardTrainer` on the same batches, by `train_runtime`.
 """
 
@@ -48,6 +53,8 @@ from trl_ssrm.sequences import PairedSequences
 
 
 Row = dict[str, str]
+# Size of a batch of the floor on an accelerator.
+FLOOR_TOKENS = 65536
 
 
 @dataclass
@@ -56,7 +63,8 @@ class SpeedArguments:
 
     dataset_path: str = field(metadata={"help": "Parquet file with `prompt`, `chosen` and `rejected`, as messages."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Decoder. Default: one that is made."})
-    dtype: str = field(default="float32", metadata={"help": "Precision of the models."})
+    dtype: str = field(default="float32", metadata={"help": "Precision of the weights."})
+    mixed_precision: str = field(default="no", metadata={"help": "`bf16` for autocast.", "choices": ["no", "bf16"]})
     models: list[str] = field(default_factory=lambda: ["encoder", "decoder"], metadata={"help": "Models to measure."})
     pools: list[str] = field(
         default_factory=lambda: ["pairs", "completions", "conversations"], metadata={"help": "Pools to measure."}
@@ -137,12 +145,11 @@ def make_model(kind: str, script_args: SpeedArguments, device: torch.device):
     return model.to(device).eval(), tokenizer
 
 
-def settings(output_dir: str, max_length: int, device: torch.device, dtype: str, **more) -> dict:
-    is_low = device.type == "cuda" and dtype == "float32"
+def settings(output_dir: str, max_length: int, script_args: SpeedArguments, **more) -> dict:
     return {
         "output_dir": output_dir,
         "max_length": max_length,
-        "bf16": is_low,
+        "bf16": script_args.mixed_precision == "bf16",
         "gradient_checkpointing": False,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 8,
@@ -169,10 +176,22 @@ def median_seconds(ways: dict[str, Callable[[], object]], num_repeats: int, devi
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
+def matmul_rate(device: torch.device) -> float:
+    """Floating-point operations in a second that the device does at most."""
+    size, number = 8192, 20
+    one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(2):
+        start = time.perf_counter()
+        for _ in range(number):
+            one @ other
+        torch.cuda.synchronize()
+    return 2 * size**3 * number / (time.perf_counter() - start)
+
+
 @torch.inference_mode()
 def run_floor(model, lengths: list[int], device: torch.device) -> None:
     """Rows of these lengths, from long to short, in batches whose rows are all as long as the mean of theirs."""
-    tokens = BatchBudget(None, device).tokens
+    tokens = BatchBudget(None, device).tokens if device.type == "cpu" else FLOOR_TOKENS
     while lengths:
         number = max(1, tokens // lengths[0])
         batch, lengths = lengths[:number], lengths[number:]
@@ -183,7 +202,7 @@ def run_floor(model, lengths: list[int], device: torch.device) -> None:
 def measure_scoring(model, tokenizer, pool: list[Row], max_length: int, script_args, accelerator) -> dict[str, float]:
     device = accelerator.device
     with tempfile.TemporaryDirectory() as directory:
-        args = RewardConfig(**settings(directory, max_length, device, script_args.dtype))
+        args = RewardConfig(**settings(directory, max_length, script_args))
         trainer = RewardTrainer(
             model=model, args=args, train_dataset=Dataset.from_list(pool), processing_class=tokenizer
         )
@@ -191,7 +210,7 @@ def measure_scoring(model, tokenizer, pool: list[Row], max_length: int, script_a
         assert len(tokenized) > 0, f"no pair has at most {max_length} tokens"
         layout = choose_layout(model)
         pairs = PairedSequences.from_tokenized(tokenized)
-        sequences = pairs.sequences[:]["input_ids"]
+        sequences = [np.array(ids) for ids in pairs.sequences[:]["input_ids"]]
         rows = [row.length for row in shared_rows(sequences)] if layout == "shared" else list(map(len, sequences))
         texts = [tokenizer.decode(row[name]) for row in tokenized for name in ("chosen_ids", "rejected_ids")]
         classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=device)
@@ -212,14 +231,19 @@ def measure_scoring(model, tokenizer, pool: list[Row], max_length: int, script_a
             found["one at a time"] = np.array(scores).reshape(-1, 2)
 
         def with_pipeline() -> None:
-            classify(texts, batch_size=16, function_to_apply="none", truncation=True, max_length=max_length)
+            with accelerator.autocast():
+                classify(texts, batch_size=16, function_to_apply="none", truncation=True, max_length=max_length)
+
+        def with_floor() -> None:
+            with accelerator.autocast():
+                run_floor(model, sorted(rows, reverse=True), device)
 
         ways = {
             "ours": ours,
             "one at a time": one_at_a_time,
             "predict": lambda: trainer.predict(tokenized),
             "pipeline": with_pipeline,
-            "floor": lambda: run_floor(model, sorted(rows, reverse=True), device),
+            "floor": with_floor,
         }
         model.eval()
         seconds = median_seconds(ways, script_args.num_repeats, device)
@@ -233,11 +257,11 @@ def measure_scoring(model, tokenizer, pool: list[Row], max_length: int, script_a
     }
 
 
-def measure_training(model, tokenizer, pool: list[Row], max_length: int, script_args, device) -> dict[str, float]:
+def measure_training(model, tokenizer, pool: list[Row], max_length: int, script_args) -> dict[str, float]:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     dataset = Dataset.from_list(pool[: script_args.num_train_pairs])
     with tempfile.TemporaryDirectory() as directory:
-        arguments = settings(directory, max_length, device, script_args.dtype, num_train_epochs=1)
+        arguments = settings(directory, max_length, script_args, num_train_epochs=1)
         trainers = {
             "RewardTrainer": RewardTrainer(
                 model=model, args=RewardConfig(**arguments), train_dataset=dataset, processing_class=tokenizer
@@ -263,10 +287,14 @@ def measure_training(model, tokenizer, pool: list[Row], max_length: int, script_
 
 
 def main(script_args: SpeedArguments) -> None:
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision=script_args.mixed_precision)
     device = accelerator.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {script_args.dtype}")
+    precision = f"{script_args.dtype}, mixed precision: {script_args.mixed_precision}"
+    print(f"{name}, torch {torch.__version__}, {precision}")
+    if device.type == "cuda":
+        rate = matmul_rate(device)
+        print(f"products of bf16 matrices of 8,192 x 8,192: {rate / 1e12:.0f} TFLOP/s")
     records = []
     for kind in script_args.models:
         model, tokenizer = make_model(kind, script_args, device)
@@ -283,7 +311,7 @@ def main(script_args: SpeedArguments) -> None:
 
             pool = make_pool(pool_kind, script_args.dataset_path, script_args.num_pairs, fits)
             scoring = measure_scoring(model, tokenizer, pool, max_length, script_args, accelerator)
-            training = measure_training(model, tokenizer, pool, max_length, script_args, device)
+            training = measure_training(model, tokenizer, pool, max_length, script_args)
             records.append({"model": kind, "pool": pool_kind, "scoring": scoring, "training": training})
             print(f"\n{kind} ({num_weights / 1e6:.1f}M weights beside the embeddings), {pool_kind}: ", end="")
             print(
@@ -299,7 +327,9 @@ def main(script_args: SpeedArguments) -> None:
                 )
             if device.type == "cuda":
                 flops = 2 * num_weights * scoring["computed_tokens"] / scoring["ours"]
-                print(f"  model FLOPs: {flops / 1e12:.1f} TFLOP/s, without attention")
+                print(
+                    f"  model FLOPs: {flops / 1e12:.1f} TFLOP/s without attention, {flops / rate:.1%} of the products"
+                )
             ratio = training["RewardTrainer"] / training["SSRMTrainer"]
             print(f"  training, {training['pairs']} pairs: RewardTrainer {training['RewardTrainer']:.2f} s, ", end="")
             print(f"SSRMTrainer {training['SSRMTrainer']:.2f} s, {ratio:.2f} times as fast", flush=True)
