@@ -205,7 +205,7 @@ def laid_out(
         mask = None
         if layout == "shared":
             # What is computed again in the backward pass is so with the attention that the model has by then.
-            is_split = attention == "sdpa" and not (torch.is_grad_enabled() and classifier.is_gradient_checkpointing)
+            is_split = attention == "sdpa" and not (torch.is_grad_enabled() and _is_checkpointed(classifier))
             ends_of_first = [int(lengths[row.sequences[0]]) for row in rows if len(row.sequences) > 1]
             start = min(ends_of_first) if is_split else 0
             mask = _mask(to_device(torch.from_numpy(branch), device), start, attention, next(classifier.parameters()))
@@ -276,6 +276,12 @@ def _arrange(rows: list[SharedRow], lengths: np.ndarray, width: int) -> tuple[np
             ends[:, position] = number, stop - 1
             start = stop
     return source, branch, positions, ends
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    """Whether transformers or a launcher computes activations again in the backward pass."""
+    names = ("gradient_checkpointing", "_checkpoint_wrapped_module")
+    return any(getattr(module, name, False) for module in model.modules() for name in names)
 
 
 def _mask(branch: torch.Tensor, start: int, attention: str, parameter: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .layout import LONGEST_SHARED_ROW, SharedRow, laid_out, shared_rows, to_device
-from .sequences import PairedSequences
+from .sequences import PairedSequences, index_type
 from .sharding import is_sharded, whole
 from .storage import read_tensors, write_tensors
 
@@ -164,11 +164,13 @@ def score_pairs(
                 scored.append((number, scores))
     finally:
         model.train(was_training)
-    rewards = np.empty(len(pairs.lengths), dtype=np.float64)
+    rewards = np.empty(len(pairs.lengths), dtype=np.float32)
     for number, scores in gather_object(scored):
         rewards[order[shards[number]]] = scores
+    del order, scored
     # Raised only now, in every process: one that stopped alone would leave the others waiting for its scores.
-    both = np.stack([rewards[pairs.first], rewards[pairs.second]], axis=1)
+    both = np.empty((len(pairs.first), 2), dtype=np.float64)
+    both[:, 0], both[:, 1] = rewards[pairs.first], rewards[pairs.second]
     is_finite = np.isfinite(both).all(axis=1)
     if not is_finite.all():
         rows = np.arange(len(both)) if rows is None else rows
@@ -405,7 +407,8 @@ def _work_order(pairs: PairedSequences, layout: str) -> np.ndarray:
     Positions of the sequences, in the order in which they are scored: from long to short; sequences that are compared
     with one another, so that they have their prompt in common, together.
     """
-    first_of = np.arange(len(pairs.lengths))
+    position = index_type(len(pairs.lengths))
+    first_of = np.arange(len(pairs.lengths), dtype=position)
     if layout != "shared":
         return first_of
     # The first sequence that each is connected with, by whatever pairs.
@@ -416,7 +419,7 @@ def _work_order(pairs: PairedSequences, layout: str) -> np.ndarray:
         np.minimum.at(first_of, pairs.second, lower)
         first_of = first_of[first_of]
         if (first_of == before).all():
-            return np.argsort(first_of, kind="stable")
+            return np.argsort(first_of, kind="stable").astype(position)
 
 
 def _shards(lengths: np.ndarray) -> list[slice]:
