@@ -6,6 +6,7 @@ no torch.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -74,10 +75,28 @@ def delete_left_aside(directory: Path) -> None:
             path.unlink()
 
 
+def as_json(value: Any) -> Any:
+    """
+    A value as JSON has it, which knows neither NaN nor infinity.
+
+    Args:
+        value (`Any`):
+            What `json.dumps` takes.
+
+    Returns:
+        `Any`: dictionaries, lists, text and numbers, with `None` for each number that is not finite.
+    """
+    if isinstance(value, dict):
+        return {name: as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that appears whole or not at all."""
+    """Write JSON that appears whole or not at all, with null for what is NaN or infinite."""
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(as_json(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_record(path: Path, value: dict[str, Any], key: str = "") -> None:
@@ -88,11 +107,11 @@ def write_record(path: Path, value: dict[str, Any], key: str = "") -> None:
         path (`Path`):
             File to write, whole or not at all.
         value (`dict[str, Any]`):
-            JSON values, but for the names `"key"` and `"sha256"`.
+            JSON values, but for the names `"key"` and `"sha256"`. A number that is not finite becomes null.
         key (`str`, *optional*, defaults to `""`):
             What [`read_record`] may ask for.
     """
-    value = {**value, "key": key}
+    value = {**as_json(value), "key": key}
     write_json(path, {**value, "sha256": _record_hash(value)})
 
 

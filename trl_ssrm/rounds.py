@@ -26,6 +26,7 @@ import errno
 import functools
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterable
@@ -108,11 +109,16 @@ def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> di
     shapes = sorted((name, shape_of(parameter)) for name, parameter in model.named_parameters())
     return {
         "format": FORMAT,
-        **{name: settings[name] for name in _DECISIVE_SETTINGS},
+        **{name: _as_told(settings[name]) for name in _DECISIVE_SETTINGS},
         "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "model": f"{type(model).__name__} {content_hash(shapes)}",
         **data,
     }
+
+
+def _as_told(setting: Any) -> Any:
+    """A setting as JSON keeps it apart from others: `max_grad_norm` may be infinite."""
+    return str(setting) if isinstance(setting, float) and not math.isfinite(setting) else setting
 
 
 class RunDirectory:
@@ -261,7 +267,10 @@ class RunDirectory:
     def write_round(
         self, round: int, facts: dict[str, Any], log_history: list[dict[str, float]], reliability: dict[str, Any]
     ) -> None:
-        """End a round with its facts, the logs up to here and its reliability curves, all in one file or none."""
+        """
+        End a round with its facts, the logs up to here and its reliability curves, all in one file or none. What is NaN or
+        infinite in them, such as the norm of a gradient that has overflowed, is null there, and `None` when it is read.
+        """
         versions = {package: importlib.metadata.version(package) for package in _REPORTED_PACKAGES}
         versions = {"python": platform.python_version(), "trl_ssrm": __version__, **versions}
         parts = {"facts": facts, "log_history": log_history, "reliability": reliability, "versions": versions}

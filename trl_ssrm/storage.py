@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Json, List
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import read_record, write_record, written_aside
+from .files import as_json, read_record, write_record, written_aside
 from .sequences import BATCH_ROWS
 
 
@@ -297,7 +297,7 @@ def changed_facts(path: Path, facts: dict[str, Any]) -> str:
         ValueError: If the file is damaged.
     """
     try:
-        then, now = read_record(path), json.loads(json.dumps(facts))
+        then, now = read_record(path), json.loads(json.dumps(as_json(facts)))
     except ValueError as error:
         raise ValueError(f"{error}; put a copy in its place, or choose another `output_dir`.") from None
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))

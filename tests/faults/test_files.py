@@ -1,6 +1,8 @@
 """Files that are damaged, of another run or place, or that can't be written: what is read and written, without a run."""
 
+import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -14,8 +16,8 @@ from transformers import TrainerState
 
 from trl_ssrm.files import WriteError, delete_left_aside, read_record, write_record, written_aside
 from trl_ssrm.report import read_run
-from trl_ssrm.rounds import RunDirectory
-from trl_ssrm.storage import write_rows
+from trl_ssrm.rounds import RunDirectory, run_identity
+from trl_ssrm.storage import changed_facts, write_rows
 
 
 FEATURES = Features({"pair": Value("int64")})
@@ -301,3 +303,32 @@ def test_record_says_why_it_is_not_read(tmp_path):
     path.write_text("[1]")
     with pytest.raises(ValueError, match="is damaged"):
         read_record(path)
+
+
+def test_numbers_that_json_has_no_word_for_are_null_in_files(tmp_path):
+    path = tmp_path / "record.json"
+    value = {"a": [math.inf, {"b": math.nan}, 1e308], "c": (-math.inf, np.float64("nan")), "d": "Infinity"}
+    write_record(path, value, "mine")
+
+    def refuse(constant: str):
+        raise AssertionError(constant)
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    assert read_record(path, "mine") == {"a": [None, {"b": None}, 1e308], "c": [None, None], "d": "Infinity"}
+    assert changed_facts(path, {**value, "d": 1}) == "`d` ('Infinity' then, 1 now)"
+    # As files were that were written before.
+    written = {"a": math.inf, "key": "mine"}
+    checksum = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**written, "sha256": checksum}))
+    assert read_record(path, "mine") == {"a": math.inf}
+
+
+def test_setting_that_is_infinite_is_told_from_others(config, tmp_path):
+    def start(max_grad_norm: float, resume: bool) -> None:
+        identity = run_identity(config(max_grad_norm=max_grad_norm), torch.nn.Linear(1, 1), {})
+        RunDirectory(str(tmp_path)).start(identity, resume)
+
+    start(math.inf, False)
+    start(math.inf, True)
+    with pytest.raises(ValueError, match=r"`max_grad_norm` \('inf' then, 1.0 now\)"):
+        start(1.0, True)
