@@ -4,6 +4,7 @@ no torch.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -16,6 +17,9 @@ from typing import Any
 
 # Some say it in words only: safetensors, written in Rust, and the writer of PyTorch, which does not tell the reason.
 _DISK_ERRORS = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|iostream error")
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class WriteError(OSError):
@@ -45,12 +49,33 @@ def telling_where(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except Exception as error:
-        # Uploads may go with a checkpoint.
-        is_of_network = isinstance(error, (ConnectionError, TimeoutError))
-        is_of_system = isinstance(error, OSError) and error.errno is not None and not is_of_network
-        if is_of_system or _DISK_ERRORS.search(str(error)):
-            raise WriteError(path, error) from error
+        if (reason := disk_error(error)) is not None:
+            raise WriteError(path, reason) from error
         raise
+
+
+def disk_error(error: BaseException) -> Exception | None:
+    """
+    What a disk has said, if that is what an error came of.
+
+    Args:
+        error (`BaseException`):
+            An error, whichever library has raised it.
+
+    Returns:
+        `Exception` or `None`: the error itself, or one before it: who closes a file that has no room may fail at that.
+    """
+    # Uploads may go with a checkpoint.
+    is_of_network = isinstance(error, (ConnectionError, TimeoutError))
+    is_of_system = isinstance(error, OSError) and error.errno is not None and not is_of_network
+    if isinstance(error, Exception) and (is_of_system or _DISK_ERRORS.search(str(error))):
+        return error
+    before = error.__cause__ or error.__context__
+    while before is not None:
+        if isinstance(before, OSError) and before.errno in _NO_ROOM:
+            return before
+        before = before.__cause__ or before.__context__
+    return None
 
 
 @contextlib.contextmanager

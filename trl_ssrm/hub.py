@@ -11,6 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 # What a request takes on a bad connection; transformers asks five times for each file, and waits in between.
 SECONDS_TO_WAIT_FOR_HUB = 10
 
+# One of them is in the cache if a model is.
+_CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json")
+
 
 def check_model_is_there(name_or_path: Any, of: str = "", **kwargs: Any) -> None:
     """
@@ -23,7 +26,7 @@ def check_model_is_there(name_or_path: Any, of: str = "", **kwargs: Any) -> None
         of (`str`, *optional*, defaults to `""`):
             What the model is to the one that was asked for, for the message.
         kwargs (`dict[str, Any]`):
-            What it is loaded with; `revision` and `cache_dir` count here.
+            What it is loaded with; `revision`, `cache_dir` and `local_files_only` count here.
 
     Raises:
         ValueError: If it is a path where there is no folder, or if the hub can't be reached.
@@ -39,6 +42,8 @@ def check_model_is_there(name_or_path: Any, of: str = "", **kwargs: Any) -> None
         validate_repo_id(name)
     except HFValidationError:
         raise ValueError(f"There is no folder {name}{of}; check the path.") from None
+    if kwargs.get("local_files_only"):
+        return
     where = {"revision": kwargs.get("revision"), "cache_dir": kwargs.get("cache_dir")}
     if any(isinstance(try_to_load_from_cache(name, file, **where), str) for file in _CONFIGS):
         return
@@ -53,6 +58,3 @@ def check_model_is_there(name_or_path: Any, of: str = "", **kwargs: Any) -> None
             f"{name}{of} is no folder here, and the hub can't be reached ({' '.join(str(error).split()):.200}); check the "
             "path, or the connection."
         ) from error
-
-
-_CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json")

@@ -352,7 +352,10 @@ class RunDirectory:
         The pairs that a round trains on, with their texts, and the facts of their selection.
 
         Returns:
-            `tuple[Dataset, dict]` or `None`: `None` if there are none yet or the file is damaged, which is logged.
+            `tuple[Dataset, dict]` or `None`: `None` if there are none yet.
+
+        Raises:
+            ValueError: If the file is damaged or of another run. A run that is past that round goes on without it.
         """
         path = self._pseudo_labels_path(round)
         return read_table(path, self.key(path))
@@ -370,8 +373,10 @@ class RunDirectory:
     def end_checkpoint(self, checkpoint: Path) -> None:
         """Say that a checkpoint is whole, and what its files are."""
         path = checkpoint / CHECKPOINT_MARKER
-        # What a killed process has left of this step is written over; an old sign may not vouch for what is new.
-        path.unlink(missing_ok=True)
+        # What a killed process has left of this step is written over; an old sign may not vouch for what is new. Some file
+        # systems need room to delete, too.
+        with telling_where(path):
+            path.unlink(missing_ok=True)
         self._write(path, {"files": _hashes(checkpoint)})
 
     def last_checkpoint(self, round: int) -> str | None:
@@ -417,11 +422,12 @@ class RunDirectory:
 
     def prune_weights(self, needed: set[int]) -> None:
         """Delete the weights after rounds that are over, but for some."""
-        for round in set(range(-1, self.num_finished)) - needed:
-            self.weights_path(round).unlink(missing_ok=True)
-            for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
-                if round < self.num_finished - 1:
-                    weights.unlink()
+        with telling_where(self.root):
+            for round in set(range(-1, self.num_finished)) - needed:
+                self.weights_path(round).unlink(missing_ok=True)
+                for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
+                    if round < self.num_finished - 1:
+                        weights.unlink()
 
 
 def _hashes(checkpoint: Path) -> dict[str, str]:
