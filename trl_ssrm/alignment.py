@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import check_columns, check_padding, check_prompts
+from .hub import check_model_is_there
 from .layout import choose_layout
 from .loading import load_policy, load_reward_model
 from .markup import as_literal, special_tokens_of
@@ -101,6 +102,7 @@ class SSRMRewardFunction:
         if reward_clip_range is not None and not reward_clip_range[0] < reward_clip_range[1]:
             raise ValueError(f"`reward_clip_range` must be a lower and a higher bound, got {reward_clip_range}.")
         kwargs = model_init_kwargs or {}
+        check_model_is_there(model, **kwargs)
         if isinstance(model, str):
             # TRL names the column of the logs after it.
             self.__name__ = os.path.basename(model.rstrip("/"))
@@ -323,6 +325,8 @@ def load_ppo_models(
             is not a decoder with a `score` layer, has several labels, or has weights missing. Nothing is loaded of the
             policy then.
     """
+    check_model_is_there(model_name_or_path, **model_init_kwargs or {})
+    check_model_is_there(reward_model)
     revision = (model_init_kwargs or {}).get("revision")
     processing_class, reward_tokenizer = (
         AutoTokenizer.from_pretrained(

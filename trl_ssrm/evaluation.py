@@ -30,6 +30,7 @@ from .calibration import preference_metrics
 from .checks import tokenizing
 from .comparison import Comparison
 from .data import prompt_groups
+from .hub import check_model_is_there
 from .judge import PairwiseJudge
 from .scoring import NonFiniteScoreError
 from .storage import content_hash
@@ -245,6 +246,7 @@ def _load(
 ) -> SSRMRewardFunction | PairwiseJudge:
     if isinstance(model, SSRMRewardFunction | PairwiseJudge):
         return model
+    check_model_is_there(model)
     if isinstance(model, str) and Comparison.from_pretrained(model) is not None:
         return PairwiseJudge(model, batch_tokens=batch_tokens)
     return SSRMRewardFunction(model, batch_tokens=batch_tokens)

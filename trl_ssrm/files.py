@@ -4,8 +4,10 @@ no torch.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +17,9 @@ from typing import Any
 
 # Some say it in words only: safetensors, written in Rust, and the writer of PyTorch, which does not tell the reason.
 _DISK_ERRORS = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|iostream error")
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class WriteError(OSError):
@@ -44,12 +49,33 @@ def telling_where(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except Exception as error:
-        # Uploads may go with a checkpoint.
-        is_of_network = isinstance(error, (ConnectionError, TimeoutError))
-        is_of_system = isinstance(error, OSError) and error.errno is not None and not is_of_network
-        if is_of_system or _DISK_ERRORS.search(str(error)):
-            raise WriteError(path, error) from error
+        if (reason := disk_error(error)) is not None:
+            raise WriteError(path, reason) from error
         raise
+
+
+def disk_error(error: BaseException) -> Exception | None:
+    """
+    What a disk has said, if that is what an error came of.
+
+    Args:
+        error (`BaseException`):
+            An error, whichever library has raised it.
+
+    Returns:
+        `Exception` or `None`: the error itself, or one before it: who closes a file that has no room may fail at that.
+    """
+    # Uploads may go with a checkpoint.
+    is_of_network = isinstance(error, (ConnectionError, TimeoutError))
+    is_of_system = isinstance(error, OSError) and error.errno is not None and not is_of_network
+    if isinstance(error, Exception) and (is_of_system or _DISK_ERRORS.search(str(error))):
+        return error
+    before = error.__cause__ or error.__context__
+    while before is not None:
+        if isinstance(before, OSError) and before.errno in _NO_ROOM:
+            return before
+        before = before.__cause__ or before.__context__
+    return None
 
 
 @contextlib.contextmanager
@@ -74,10 +100,28 @@ def delete_left_aside(directory: Path) -> None:
             path.unlink()
 
 
+def as_json(value: Any) -> Any:
+    """
+    A value as JSON has it, which knows neither NaN nor infinity.
+
+    Args:
+        value (`Any`):
+            What `json.dumps` takes.
+
+    Returns:
+        `Any`: dictionaries, lists, text and numbers, with `None` for each number that is not finite.
+    """
+    if isinstance(value, dict):
+        return {name: as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that appears whole or not at all."""
+    """Write JSON that appears whole or not at all, with null for what is NaN or infinite."""
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(as_json(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_record(path: Path, value: dict[str, Any], key: str = "") -> None:
@@ -88,11 +132,11 @@ def write_record(path: Path, value: dict[str, Any], key: str = "") -> None:
         path (`Path`):
             File to write, whole or not at all.
         value (`dict[str, Any]`):
-            JSON values, but for the names `"key"` and `"sha256"`.
+            JSON values, but for the names `"key"` and `"sha256"`. A number that is not finite becomes null.
         key (`str`, *optional*, defaults to `""`):
             What [`read_record`] may ask for.
     """
-    value = {**value, "key": key}
+    value = {**as_json(value), "key": key}
     write_json(path, {**value, "sha256": _record_hash(value)})
 
 

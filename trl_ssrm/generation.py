@@ -13,6 +13,7 @@ from datasets import Dataset, Value
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import check_padding, check_prompts
+from .hub import check_model_is_there
 from .loading import load_policy
 from .markup import as_literal, special_tokens_of
 from .pool import TEMPLATE_COLUMNS
@@ -107,6 +108,7 @@ def generate_completions(
     check_prompts(dataset, "dataset")
     is_conversational = isinstance(dataset[0]["prompt"], list)
     kwargs = model_init_kwargs or {}
+    check_model_is_there(model, **kwargs)
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(
             model if isinstance(model, str) else model.config.name_or_path,

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import check_padding
 from .comparison import Comparison
+from .hub import check_model_is_there
 from .layout import choose_layout
 from .loading import check_answers_behind, load_pairwise_model
 from .preference import mean_win_probability, pairwise_logits
@@ -81,6 +82,7 @@ class PairwiseJudge:
         trust_remote_code: bool = False,
     ):
         kwargs = model_init_kwargs or {}
+        check_model_is_there(model, **kwargs)
         name_or_path = model if isinstance(model, str) else str(model.config.name_or_path)
         # TRL names the column of the logs after it.
         self.__name__ = os.path.basename(name_or_path.rstrip("/"))

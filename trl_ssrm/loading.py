@@ -17,6 +17,7 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .adapters import adapter_shapes, merge_adapter
 from .comparison import Comparison
+from .hub import check_model_is_there
 
 
 logger = logging.get_logger(__name__)
@@ -43,8 +44,9 @@ def load_reward_model(
 
     Raises:
         ValueError: If the model has several labels, if it is a pairwise model, or if it has weights that the checkpoint
-            does not hold: a score head that was never trained is random.
+            does not hold: a score head that was never trained is random; if there is no such model.
     """
+    check_model_is_there(model_name_or_path, **kwargs)
     if Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None:
         raise ValueError(
             f"{model_name_or_path} is a pairwise model, which gives no reward to a single completion; use `PairwiseJudge`, "
@@ -62,6 +64,7 @@ def _load_classifier(
     if is_adapter:
         adapter_config = PeftConfig.from_pretrained(model_name_or_path, revision=kwargs.get("revision"))
         base, loading["revision"] = adapter_config.base_model_name_or_path, adapter_config.revision
+        check_model_is_there(base, f"the base model of {model_name_or_path}", **loading)
     config = AutoConfig.from_pretrained(base, revision=loading.get("revision"), trust_remote_code=trust_remote_code)
     is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
@@ -123,8 +126,9 @@ def load_pairwise_model(
 
     Raises:
         ValueError: If the model is an encoder or a scalar reward model, or has other weights missing than those of the
-            score layer.
+            score layer; if there is no such model.
     """
+    check_model_is_there(model_name_or_path, **kwargs)
     was_pairwise = Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None
     is_adapter = find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None
     if is_adapter and was_pairwise:
@@ -209,6 +213,7 @@ def load_policy(
     model_name_or_path: str, dtype: str | torch.dtype = "float32", trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
     """The causal language model of a directory or model ID, arguments as in [`load_reward_model`]."""
+    check_model_is_there(model_name_or_path, **kwargs)
     with whole_in_every_process():
         return AutoModelForCausalLM.from_pretrained(
             model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs

@@ -21,6 +21,7 @@ from .scoring import score_pairs
 from .selection import PairScores
 from .sequences import PairedSequences
 from .sharding import is_sharded
+from .storage import mapping
 
 
 T = TypeVar("T")
@@ -147,6 +148,10 @@ class PairTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        with mapping(dataset):
+            return self._tokenized(dataset, processing_class, args, dataset_name)
+
+    def _tokenized(self, dataset, processing_class, args, dataset_name):
         # They would be taken for the collator's own.
         taken = [name for name in ("probability", "weight") if name in (dataset.column_names or [])]
         if taken and (self.has_pool or self.comparison is not None):
@@ -191,7 +196,8 @@ class PairTrainer(RewardTrainer):
             return {name: [max(map(len, pair)) for pair in zip(*columns, strict=True)]}
 
         columns = ["chosen_ids", "rejected_ids"]
-        return dataset.map(measure, batched=True, input_columns=columns, desc="Measuring lengths")
+        with mapping(dataset):
+            return dataset.map(measure, batched=True, input_columns=columns, desc="Measuring lengths")
 
     # ---- Launchers ----
 

@@ -18,7 +18,7 @@ from trl import maybe_extract_prompt
 
 from .checks import check_is_dataset, check_not_empty, check_row
 from .sequences import BATCH_ROWS, PairedSequences, index_type, is_everything, iterate_rows
-from .storage import storable, write_rows
+from .storage import mapping, storable, write_rows
 
 
 logger = logging.getLogger(__name__)
@@ -355,13 +355,14 @@ def _two_by_two(dataset: Dataset, by_pair: bool) -> Dataset:
         return split_rows
 
     features = Features({**{name: dataset.features[name] for name in shared}, "chosen": feature, "rejected": feature})
-    return dataset.map(
-        split,
-        batched=True,
-        remove_columns=dataset.column_names,
-        features=features,
-        desc="Splitting the unlabeled dataset into completions",
-    )
+    with mapping(dataset):
+        return dataset.map(
+            split,
+            batched=True,
+            remove_columns=dataset.column_names,
+            features=features,
+            desc="Splitting the unlabeled dataset into completions",
+        )
 
 
 def check_format(dataset: Dataset, name: str) -> None:

@@ -15,6 +15,7 @@ from trl import RewardConfig
 from .checks import not_tokenized
 from .comparison import DEFAULT_TEMPLATE, Comparison
 from .config import SSRMConfig
+from .files import disk_error
 from .loading import check_answers_behind, load_pairwise_model
 from .markup import as_literal, holds_special_tokens, special_tokens_of
 from .sequences import iterate_rows
@@ -175,7 +176,7 @@ def tokenized_or_refused(
     try:
         return tokenize(dataset)
     except Exception as error:
-        if not isinstance(dataset, Dataset) or isinstance(error, OSError):
+        if not isinstance(dataset, Dataset) or isinstance(error, OSError) or disk_error(error) is not None:
             raise
         start, stop = 0, len(dataset)
         while stop - start > 1:

@@ -26,6 +26,7 @@ import errno
 import functools
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterable
@@ -108,11 +109,16 @@ def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> di
     shapes = sorted((name, shape_of(parameter)) for name, parameter in model.named_parameters())
     return {
         "format": FORMAT,
-        **{name: settings[name] for name in _DECISIVE_SETTINGS},
+        **{name: _as_told(settings[name]) for name in _DECISIVE_SETTINGS},
         "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "model": f"{type(model).__name__} {content_hash(shapes)}",
         **data,
     }
+
+
+def _as_told(setting: Any) -> Any:
+    """A setting as JSON keeps it apart from others: `max_grad_norm` may be infinite."""
+    return str(setting) if isinstance(setting, float) and not math.isfinite(setting) else setting
 
 
 class RunDirectory:
@@ -261,7 +267,10 @@ class RunDirectory:
     def write_round(
         self, round: int, facts: dict[str, Any], log_history: list[dict[str, float]], reliability: dict[str, Any]
     ) -> None:
-        """End a round with its facts, the logs up to here and its reliability curves, all in one file or none."""
+        """
+        End a round with its facts, the logs up to here and its reliability curves, all in one file or none. What is NaN or
+        infinite in them, such as the norm of a gradient that has overflowed, is null there, and `None` when it is read.
+        """
         versions = {package: importlib.metadata.version(package) for package in _REPORTED_PACKAGES}
         versions = {"python": platform.python_version(), "trl_ssrm": __version__, **versions}
         parts = {"facts": facts, "log_history": log_history, "reliability": reliability, "versions": versions}
@@ -343,7 +352,10 @@ class RunDirectory:
         The pairs that a round trains on, with their texts, and the facts of their selection.
 
         Returns:
-            `tuple[Dataset, dict]` or `None`: `None` if there are none yet or the file is damaged, which is logged.
+            `tuple[Dataset, dict]` or `None`: `None` if there are none yet.
+
+        Raises:
+            ValueError: If the file is damaged or of another run. A run that is past that round goes on without it.
         """
         path = self._pseudo_labels_path(round)
         return read_table(path, self.key(path))
@@ -361,8 +373,10 @@ class RunDirectory:
     def end_checkpoint(self, checkpoint: Path) -> None:
         """Say that a checkpoint is whole, and what its files are."""
         path = checkpoint / CHECKPOINT_MARKER
-        # What a killed process has left of this step is written over; an old sign may not vouch for what is new.
-        path.unlink(missing_ok=True)
+        # What a killed process has left of this step is written over; an old sign may not vouch for what is new. Some file
+        # systems need room to delete, too.
+        with telling_where(path):
+            path.unlink(missing_ok=True)
         self._write(path, {"files": _hashes(checkpoint)})
 
     def last_checkpoint(self, round: int) -> str | None:
@@ -408,11 +422,12 @@ class RunDirectory:
 
     def prune_weights(self, needed: set[int]) -> None:
         """Delete the weights after rounds that are over, but for some."""
-        for round in set(range(-1, self.num_finished)) - needed:
-            self.weights_path(round).unlink(missing_ok=True)
-            for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
-                if round < self.num_finished - 1:
-                    weights.unlink()
+        with telling_where(self.root):
+            for round in set(range(-1, self.num_finished)) - needed:
+                self.weights_path(round).unlink(missing_ok=True)
+                for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
+                    if round < self.num_finished - 1:
+                        weights.unlink()
 
 
 def _hashes(checkpoint: Path) -> dict[str, str]:

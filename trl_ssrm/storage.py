@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from datasets import Dataset, Features, Json, List
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import read_record, write_record, written_aside
+from .files import as_json, read_record, telling_where, write_record, written_aside
 from .sequences import BATCH_ROWS
 
 
@@ -122,21 +123,32 @@ def storable(feature: Any) -> Any:
 
 def read_facts(path: Path, key: str = "") -> dict[str, Any] | None:
     """
-    Read the facts that [`write_table`] wrote.
+    Read the facts that [`write_table`] wrote, to know whether it has to be written.
 
     Returns:
         `dict[str, Any]` or `None`: `None` if the table is not there yet, or if it is damaged or belongs to another key,
         which is logged.
     """
-    if not path.with_suffix(".json").is_file():
-        return None
     try:
-        facts = read_record(path.with_suffix(".json"), key)
-        if facts.pop("table_sha256", None) != file_hash(path):
-            raise ValueError(f"{path} is damaged")
-    except (ValueError, OSError) as error:
+        return _whole_facts(path, key)
+    except ValueError as error:
         logger.warning(f"{error} and is made again.")
         return None
+
+
+def _whole_facts(path: Path, key: str) -> dict[str, Any] | None:
+    """The same, but what is wrong is raised."""
+    if not path.with_suffix(".json").is_file():
+        return None
+    facts = read_record(path.with_suffix(".json"), key)
+    try:
+        is_whole = facts.pop("table_sha256", None) == file_hash(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except OSError:
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path} is damaged")
     return facts
 
 
@@ -151,9 +163,15 @@ def read_table(path: Path, key: str = "") -> tuple[Dataset, dict[str, Any]] | No
             What it must belong to.
 
     Returns:
-        `tuple[Dataset, dict]` or `None`: the dataset, in memory, and the facts; `None` as in [`read_facts`].
+        `tuple[Dataset, dict]` or `None`: the dataset, in memory, and the facts; `None` if it is not there yet.
+
+    Raises:
+        ValueError: If it is damaged or belongs to another key.
     """
-    facts = read_facts(path, key)
+    try:
+        facts = _whole_facts(path, key)
+    except ValueError as error:
+        raise ValueError(f"{error}; put a copy in its place, or start the run anew elsewhere.") from None
     return None if facts is None else (Dataset(pq.read_table(path)), facts)
 
 
@@ -171,9 +189,13 @@ def read_numbers(path: Path, columns: list[str], key: str = "") -> tuple[dict[st
 
     Returns:
         `tuple[dict[str, np.ndarray], dict]` or `None`: the columns, each of shape `(num_rows,)`, by their names, and the
-        facts; `None` as in [`read_facts`].
+        facts; `None` if the table is not there yet, or if it is damaged or belongs to another key, which is logged.
     """
-    facts = read_facts(path, key)
+    try:
+        facts = _whole_facts(path, key)
+    except ValueError as error:
+        logger.warning(f"{error}.")
+        facts = None
     if facts is None:
         return None
     with pq.ParquetFile(path) as file:
@@ -206,41 +228,68 @@ def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Featur
     Raises:
         ValueError: If `features` is `None` and later rows have something that the first ones have not.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     aside = directory / f".rows.{os.getpid()}"
     iterator, schema = iter(rows), None
+    writer: Any = None
     try:
-        with contextlib.ExitStack() as stack:
-            for start in itertools.count(0, BATCH_ROWS):
-                chunk = list(itertools.islice(iterator, BATCH_ROWS))
-                if schema is not None and not chunk:
-                    break
-                part = _as_dataset(chunk, features, start)
-                if schema is None:
-                    schema = part.features.arrow_schema
-                    writer = stack.enter_context(pa.ipc.new_stream(str(aside), schema))
-                elif part.features.arrow_schema != schema:
-                    part = _with_schema(part, schema, start)
+        for start in itertools.count(0, BATCH_ROWS):
+            # Whatever goes wrong in reading is not of this disk.
+            chunk = list(itertools.islice(iterator, BATCH_ROWS))
+            if writer is not None and not chunk:
+                break
+            part = _as_dataset(chunk, features, start)
+            if writer is None:
+                schema = part.features.arrow_schema
+                with telling_where(directory):
+                    directory.mkdir(parents=True, exist_ok=True)
+                    writer = pa.ipc.new_stream(str(aside), schema)
+            elif part.features.arrow_schema != schema:
+                part = _with_schema(part, schema, start)
+            with telling_where(directory):
                 writer.write_table(_as_arrow(part))
-        content = file_hash(aside)
-        path = directory / content[:16] / "rows.arrow"
-        # The cache of what was made of these rows lies beside them.
-        if path.parent.exists() and (not path.is_file() or file_hash(path) != content):
-            shutil.rmtree(path.parent)
-        if not path.is_file():
-            path.parent.mkdir()
-            os.replace(aside, path)
+        with telling_where(directory):
+            # Closed twice, it would write its end twice.
+            closing, writer = writer, None
+            closing.close()
+            return _named_by_content(aside, directory)
     finally:
-        aside.unlink(missing_ok=True)
-    for other in directory.iterdir():
-        if other == path.parent:
-            continue
-        if other.is_dir():
+        # Where there was no room to write, there may be none to close, and nothing to delete.
+        with contextlib.suppress(OSError):
+            if writer is not None:
+                writer.close()
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def _named_by_content(aside: Path, directory: Path) -> Path:
+    """Move a file of rows to where its content says, and delete what else there is."""
+    content = file_hash(aside)
+    path = directory / content[:16] / "rows.arrow"
+    # The cache of what was made of these rows lies beside them.
+    if path.parent.exists() and (not path.is_file() or file_hash(path) != content):
+        shutil.rmtree(path.parent)
+    if not path.is_file():
+        path.parent.mkdir()
+        os.replace(aside, path)
+    # What a process that was killed at it has left; `datasets` writes its cache to a name of this form first.
+    for other in [*directory.iterdir(), *path.parent.glob("tmp*")]:
+        if other.is_dir() and other != path.parent:
             shutil.rmtree(other)
-        else:
-            # Left by a process that was killed at it.
+        elif other.is_file() and other != aside:
             other.unlink()
     return path
+
+
+@contextlib.contextmanager
+def mapping(dataset: Any) -> Iterator[None]:
+    """Name where `datasets` keeps what it makes of the rows of a dataset, if nothing can be written there."""
+    if not isinstance(dataset, Dataset):
+        # What a stream makes is not kept.
+        yield
+        return
+    files = dataset.cache_files
+    with telling_where(Path(files[0]["filename"]).parent if files else Path(tempfile.gettempdir())):
+        yield
 
 
 def _as_dataset(rows: list[dict[str, Any]], features: Features | None, first_row: int) -> Dataset:
@@ -297,7 +346,7 @@ def changed_facts(path: Path, facts: dict[str, Any]) -> str:
         ValueError: If the file is damaged.
     """
     try:
-        then, now = read_record(path), json.loads(json.dumps(facts))
+        then, now = read_record(path), json.loads(json.dumps(as_json(facts)))
     except ValueError as error:
         raise ValueError(f"{error}; put a copy in its place, or choose another `output_dir`.") from None
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))

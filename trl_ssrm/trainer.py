@@ -1,5 +1,6 @@
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from .config import SSRMConfig
 from .data import RunData, by_name, prepare_run_data, report_too_long
 from .files import telling_where
 from .folds import Folds
+from .hub import check_model_is_there
 from .interruption import leaving_with_advice
 from .pair_trainer import PairTrainer
 from .plots import saved_plots
@@ -187,6 +189,9 @@ class SSRMTrainer(PairTrainer):
         is_conversational = None
         is_pairwise = isinstance(args, SSRMConfig) and args.preference_model == "pairwise"
         is_quantized = quantization_config is not None or is_quantized_by_bitsandbytes(model)
+        if self.has_pool or is_pairwise:
+            loading = getattr(args, "model_init_kwargs", None)
+            check_model_is_there(model, **loading if isinstance(loading, dict) else {})
         if self.has_pool:
             args = complete_args(args, model)
             processing_class = processing_class or load_tokenizer(model, args)
@@ -450,6 +455,8 @@ class SSRMTrainer(PairTrainer):
         # from the seed that `RewardTrainer` starts from.
         set_seed(self.args.seed + self.round)
         self.optimizer = None
+        self._num_norms = 0
+        self._num_overflows: Any = 0
         self._leave_engine()
         spread(self.unwrapped_model)
         with self._round_length():
@@ -463,6 +470,12 @@ class SSRMTrainer(PairTrainer):
                     "pairs; lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` as much, set "
                     "`gradient_checkpointing=True`, lower `max_length`, or train an adapter (`peft_config`)."
                 ) from error
+        if num_lost := int(self._num_overflows):
+            logger.warning(
+                f"In {num_lost} of {self._num_norms} steps of round {self.round} the gradients were so large that their norm "
+                "overflowed; clipping makes such gradients zero, so nothing was learned from these steps. Make the rewards "
+                "smaller: scale the weights of the score head down, or start from another checkpoint."
+            )
 
     def write_weights(self, path: Path) -> None:
         """
@@ -547,6 +560,8 @@ class SSRMTrainer(PairTrainer):
             f"The rounds ended after round {last['round']} ({self.termination_reason}); the model is that of round {kept}."
         )
         train_loss = next(log["train_loss"] for log in reversed(self.state.log_history) if "train_loss" in log)
+        # Read from a file, which has no other word for what is not finite.
+        train_loss = math.nan if train_loss is None else train_loss
         metrics = {**last, "termination_reason": self.termination_reason, "kept_round": kept}
         return TrainOutput(last["global_step"], train_loss, metrics)
 
@@ -688,6 +703,16 @@ class SSRMTrainer(PairTrainer):
         if not self.has_pool:
             return super()._get_output_dir(trial)
         return str(self.run.round_dir(self.round))
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Private in `Trainer`: the only place that sees the norm of every step, and not of those alone that are logged.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # Scaling of half precision overflows on purpose.
+        if self.has_pool and norm is not None and not self.args.fp16:
+            norm_of_all = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+            # Added up where it is: to read it would wait for the device.
+            self._num_norms, self._num_overflows = self._num_norms + 1, self._num_overflows + ~norm_of_all.isfinite()
+        return norm
 
     def _save_checkpoint(self, model, trial):
         # Private in `Trainer`, whose libraries each have their own way to say that a disk is full.

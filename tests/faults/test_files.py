@@ -1,6 +1,8 @@
 """Files that are damaged, of another run or place, or that can't be written: what is read and written, without a run."""
 
+import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -14,8 +16,8 @@ from transformers import TrainerState
 
 from trl_ssrm.files import WriteError, delete_left_aside, read_record, write_record, written_aside
 from trl_ssrm.report import read_run
-from trl_ssrm.rounds import RunDirectory
-from trl_ssrm.storage import write_rows
+from trl_ssrm.rounds import CHECKPOINT_MARKER, RunDirectory, run_identity
+from trl_ssrm.storage import changed_facts, write_rows
 
 
 FEATURES = Features({"pair": Value("int64")})
@@ -290,6 +292,60 @@ def test_errors_that_are_not_of_the_disk_stay_what_they_are(tmp_path):
             raise error
 
 
+def test_pairs_that_are_damaged_are_made_again_before_their_round_and_refused_when_they_are_read(tmp_path, caplog):
+    run = make_run(tmp_path)
+    path = run.round_dir(1) / "pseudo_labels.parquet"
+    cut(path)
+    with pytest.raises(ValueError, match="pseudo_labels.parquet is damaged; put a copy in its place"):
+        run.read_pseudo_labels(1)
+    assert run.read_numbers_of_pseudo_labels(1, ["pair"]) is None
+    assert f"{path} is damaged." in caplog.text and "made again" not in caplog.text
+    assert not run.has_pseudo_labels(1)
+    assert f"{path} is damaged and is made again." in caplog.text
+    path.unlink()
+    with pytest.raises(ValueError, match="pseudo_labels.parquet is missing; put a copy in its place"):
+        run.read_pseudo_labels(1)
+    assert run.read_pseudo_labels(2) is None
+
+
+def test_what_can_not_be_deleted_is_named(tmp_path):
+    run = make_run(tmp_path)
+    # A full disk refuses it on some file systems, a folder on all of them.
+    marker = run.round_dir(1) / "checkpoint-4" / CHECKPOINT_MARKER
+    for path in (marker, run.weights_path(0)):
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(WriteError, match=f"{marker} can't be written"):
+        run.end_checkpoint(marker.parent)
+    with pytest.raises(WriteError, match=f"{run.root} can't be written"):
+        run.prune_weights({1})
+
+
+def test_rows_that_do_not_fit_are_named_and_those_that_can_not_be_read_are_not(tmp_path):
+    rows = [{"text": "x" * 1000}] * 5000
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, before[1]))
+    try:
+        with pytest.raises(WriteError, match=f"{tmp_path / 'pool'} can't be written"):
+            write_rows(tmp_path / "pool", rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+    def unreadable():
+        yield from rows
+        raise FileNotFoundError(2, "No such file or directory", "elsewhere")
+
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        write_rows(tmp_path / "pool", unreadable())
+    path = write_rows(tmp_path / "pool", rows)
+    # Of `datasets`: what it has made, and what it was making when its process was killed.
+    (path.parent / "cache-0123.arrow").touch()
+    (path.parent / "tmpabcdef").touch()
+    assert write_rows(tmp_path / "pool", rows) == path
+    assert {each.name for each in path.parent.iterdir()} == {"rows.arrow", "cache-0123.arrow"}
+
+
 def test_record_says_why_it_is_not_read(tmp_path):
     path = tmp_path / "record.json"
     with pytest.raises(ValueError, match="record.json is missing"):
@@ -301,3 +357,32 @@ def test_record_says_why_it_is_not_read(tmp_path):
     path.write_text("[1]")
     with pytest.raises(ValueError, match="is damaged"):
         read_record(path)
+
+
+def test_numbers_that_json_has_no_word_for_are_null_in_files(tmp_path):
+    path = tmp_path / "record.json"
+    value = {"a": [math.inf, {"b": math.nan}, 1e308], "c": (-math.inf, np.float64("nan")), "d": "Infinity"}
+    write_record(path, value, "mine")
+
+    def refuse(constant: str):
+        raise AssertionError(constant)
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    assert read_record(path, "mine") == {"a": [None, {"b": None}, 1e308], "c": [None, None], "d": "Infinity"}
+    assert changed_facts(path, {**value, "d": 1}) == "`d` ('Infinity' then, 1 now)"
+    # As files were that were written before.
+    written = {"a": math.inf, "key": "mine"}
+    checksum = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**written, "sha256": checksum}))
+    assert read_record(path, "mine") == {"a": math.inf}
+
+
+def test_setting_that_is_infinite_is_told_from_others(config, tmp_path):
+    def start(max_grad_norm: float, resume: bool) -> None:
+        identity = run_identity(config(max_grad_norm=max_grad_norm), torch.nn.Linear(1, 1), {})
+        RunDirectory(str(tmp_path)).start(identity, resume)
+
+    start(math.inf, False)
+    start(math.inf, True)
+    with pytest.raises(ValueError, match=r"`max_grad_norm` \('inf' then, 1.0 now\)"):
+        start(1.0, True)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from faults.outcomes import refusal_of
-from trl_ssrm import NonFiniteScoreError, PseudoLabelingCallback, SSRMTrainer
+from trl_ssrm import NonFiniteScoreError, PseudoLabelingCallback, SSRMTrainer, write_report
 from trl_ssrm.calibration import fit_temperature, preference_metrics, reliability_curve
 from trl_ssrm.preference import mean_logits, mean_win_probability, pairwise_logits
 from trl_ssrm.scoring import NonFiniteWeightError
@@ -49,8 +50,8 @@ def facts_are_finite(trainer: SSRMTrainer) -> None:
         raise AssertionError(constant)
 
     for path in trainer.run.root.rglob("*.json"):
-        # The logs are those of `Trainer`, which may hold a norm of a gradient that has overflowed.
-        if path.name not in ("round.json", "trainer_state.json"):
+        # Those of checkpoints are written by `Trainer`.
+        if "checkpoint-" not in path.parent.name:
             json.loads(path.read_text(), parse_constant=refuse)
     for facts in trainer.round_history:
         assert all(math.isfinite(value) for value in facts.values() if isinstance(value, float)), facts
@@ -127,6 +128,29 @@ def test_rewards_far_apart_and_close_together(run, llama, held_out, scale, thres
         assert trainer.round_history[1]["kept"] == 12
     else:
         assert trainer.termination_reason == "nothing_selected"
+
+
+@pytest.mark.parametrize(("scale", "is_lost"), [(1e30, True), (1.0, False)])
+def test_steps_lost_to_gradients_that_overflow_are_told(run, llama, held_out, caplog, scale, is_lost):
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
+    with torch.no_grad():
+        model.score.weight.mul_(scale)
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    # By itself, weight decay would change weights.
+    trainer = run(model=model, weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, eval_dataset=held_out)
+    told = [record.message for record in caplog.records if "norm overflowed" in record.message]
+    assert bool(told) == is_lost
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before) == is_lost
+    facts_are_finite(trainer)
+    norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    assert any(math.isinf(norm) for norm in norms) == is_lost
+    stored = [log["grad_norm"] for log in trainer.run.read_round(1)["log_history"] if "grad_norm" in log]
+    assert stored == [norm if math.isfinite(norm) else None for norm in norms]
+    # Who reads it takes null: the resumed run, with its model card, and the report.
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.termination_reason == "max_rounds"
+    assert [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log] == stored
+    assert "<html" in Path(write_report(str(trainer.args.output_dir))).read_text()
 
 
 @pytest.mark.parametrize(

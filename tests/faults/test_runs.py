@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from conftest import assert_same_weights, weights_of
 from transformers import TrainerCallback
 
 from trl_ssrm import SSRMTrainer
+from trl_ssrm.files import WriteError
 from trl_ssrm.interruption import leaving_with_advice
 
 
@@ -184,9 +186,25 @@ def test_file_system_without_locks_is_told_of(trainer_of, monkeypatch, caplog):
     assert "is on a file system without locks; start one run at a time in it" in caplog.text
 
 
-def test_checkpoint_that_does_not_fit_is_named(trainer_of):
-    import resource
+def test_tokens_of_a_pool_that_do_not_fit_are_named(llama, config, labeled, unlabeled, tmp_path):
+    def make(output_dir: Path) -> SSRMTrainer:
+        args = config(output_dir=str(output_dir), num_rounds=0, max_unlabeled_samples=32)
+        return SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled.to_iterable_dataset())
 
+    # The rows fit, their tokens do not.
+    (rows,) = make(tmp_path / "one").run.root.glob("pool/*/rows.arrow")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (rows.stat().st_size + 100, before[1]))
+    place = tmp_path / "other" / "_rounds" / "pool" / rows.parent.name
+    try:
+        with pytest.raises(WriteError, match=f"^{place} can't be written .*make room"):
+            make(tmp_path / "other")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    make(tmp_path / "other").train()
+
+
+def test_checkpoint_that_does_not_fit_is_named(trainer_of):
     trainer = trainer_of(num_rounds=0, save_strategy="steps", save_steps=3)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # The weights fit, the optimizer with twice as many numbers does not.

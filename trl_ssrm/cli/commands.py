@@ -13,10 +13,12 @@ def label(args: Namespace) -> None:
 
     from .. import PairwiseJudge, SSRMRewardFunction, label_preferences
     from ..comparison import Comparison
+    from ..hub import check_model_is_there
     from ..sources import load_data
     from ..storage import written_aside
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
+    check_model_is_there(args.model_name_or_path)
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "batch_tokens": args.batch_tokens}
     # A pairwise model says of itself that it is one.
     is_pairwise = Comparison.from_pretrained(args.model_name_or_path) is not None
@@ -44,9 +46,12 @@ def evaluate(args: Namespace) -> None:
     """Measure reward models on preference data, and print a table."""
     from ..evaluation import evaluate as measure
     from ..evaluation import evaluation_table
+    from ..hub import check_model_is_there
     from ..sources import load_data
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
+    for model in args.model_name_or_path:
+        check_model_is_there(model)
     evaluations = [
         measure(
             model,

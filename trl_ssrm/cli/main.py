@@ -169,6 +169,9 @@ def make_parser(whole: bool = False) -> OneLineParser:
         for action in command._actions:
             if action.dest in _PATHS:
                 action.complete = _PATHS[action.dest]  # type: ignore[attr-defined]
+            if action.choices is not None:
+                # Those of transformers may be the keys of a dictionary, of which shtab 1.7 wants the first one.
+                action.choices = list(action.choices)
     return parser
 
 

@@ -22,6 +22,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .. import SSRMConfig, SSRMTrainer
+from ..hub import check_model_is_there
 from ..sources import load_data, load_splits
 from .arguments import TrainingParser
 from .dry_run import dry_run
@@ -142,6 +143,7 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
         **(given if isinstance(given, dict) else {}),
     }
     data = load_pairs(train_args, training_args.seed)
+    check_model_is_there(model_args.model_name_or_path, revision=model_args.model_revision)
     tokenizer = None
     if train_args.padding_token is not None:
         tokenizer = AutoTokenizer.from_pretrained(
