@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,7 +21,10 @@ from .layout import LONGEST_SHARED_ROW, SharedRow, laid_out, shared_rows, to_dev
 from .sequences import PairedSequences
 from .sharding import is_sharded, whole
 from .storage import read_tensors, write_tensors
-from .vllm_scoring import VLLMScorer
+
+
+if TYPE_CHECKING:
+    from .vllm_scoring import VLLMScorer
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +78,7 @@ def score_pairs(
     accelerator: Accelerator,
     layout: str,
     batch_tokens: int | None = None,
-    engine: VLLMScorer | None = None,
+    engine: "VLLMScorer | None" = None,
     directory: Path | None = None,
     key: str = "",
     name: str = "dataset",

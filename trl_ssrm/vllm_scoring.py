@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from accelerate.utils.memory import clear_device_cache
@@ -24,6 +23,7 @@ from .adapters import merged
 from .config import SSRMConfig
 from .files import telling_where
 from .layout import classifier_of
+from .scoring import BatchBudget, Scorer
 
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ class VLLMScorer:
         self.gpu_memory_utilization = gpu_memory_utilization
         self.cached_tokens = 0
         self.is_checked = False
+        budget = BatchBudget(None, accelerator.device)
+        self.model_itself = Scorer(model, processing_class.pad_token_id, accelerator, budget, "padded")
         precision = _DTYPE_OF.get(accelerator.mixed_precision)
         self.dtype = precision or str(next(classifier_of(model).parameters()).dtype).removeprefix("torch.")
 
@@ -167,6 +169,10 @@ class VLLMScorer:
         answer = self._ask({"sequences": [self._read_part(ids).tolist() for ids in sequences]})
         self.cached_tokens += answer["cached_tokens"]
         scores = np.array(answer["scores"], dtype=np.float32)
+        failed = np.flatnonzero(~np.isfinite(scores)).tolist()
+        if failed:
+            # One that is not finite stays in memory that is used again, and spoils those behind it.
+            scores[failed] = self.model_itself.score([sequences[position] for position in failed])
         if not self.is_checked and len(sequences):
             self._check(sequences[:NUM_CHECKED], scores[:NUM_CHECKED])
         if progress is not None:
@@ -228,12 +234,7 @@ class VLLMScorer:
 
     def _check(self, sequences: Sequence[np.ndarray], scores: np.ndarray) -> None:
         """Compare a few scores with those of the model itself."""
-        with torch.no_grad(), self.accelerator.autocast():
-            device = next(self.model.parameters()).device
-            batches = [torch.from_numpy(ids)[None].to(device) for ids in sequences]
-            expected = np.array(
-                [self.model(ids, attention_mask=torch.ones_like(ids)).logits.item() for ids in batches]
-            )
+        expected = self.model_itself.score(sequences)
         self.is_checked = True
         difference, size = np.abs(scores - expected).max(), np.abs(expected).max()
         # Nothing can be told from NaN, and who scores with such a model finds out soon.

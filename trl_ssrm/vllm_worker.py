@@ -1,6 +1,6 @@
 """
 The process that vLLM scores in. [`~trl_ssrm.vllm_scoring.VLLMScorer`] starts it and talks to it by lines of JSON. It
-imports nothing of the package, so that it starts no sooner than vLLM does and no later.
+imports nothing of the package, whose own imports take seconds.
 """
 
 import json
