@@ -132,6 +132,7 @@ class SSRMTrainer(PairTrainer):
 
     Raises:
         ValueError: If the data, the settings or the output directory can't be used; the message names what to mend.
+        ImportError: If `use_vllm` is set and vLLM is not installed.
     """
 
     _tag_names = ["trl", "reward-trainer", "ssrm"]
@@ -317,6 +318,7 @@ class SSRMTrainer(PairTrainer):
             NonFiniteScoreError: If the model gives a NaN or infinite reward.
             NonFiniteWeightError: If training makes a weight NaN or infinite.
             torch.OutOfMemoryError: If a batch does not fit into memory in training; the message says what to change.
+            RuntimeError: If vLLM can't run the model, before a round is trained, or fails in scoring.
         """
         if not self.has_pool:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -630,8 +632,10 @@ class SSRMTrainer(PairTrainer):
         Args:
             pool ([`Pool`]):
                 The pool, or a part of it.
-            directory (`Path`, *optional*), key (`str`, *optional*, defaults to `""`):
-                As in [`~trl_ssrm.scoring.score_pairs`].
+            directory (`Path`, *optional*):
+                Where finished shards are kept.
+            key (`str`, *optional*, defaults to `""`):
+                Names the weights and the pairs; a shard with another key is scored again.
 
         Returns:
             [`PairScores`]: the scores at temperature 1, the same in every process.
