@@ -130,6 +130,7 @@ class PseudoLabelingCallback(TrainerCallback):
             "second_opinion": args.second_opinion in ("first_round", "folds"),
             "debias_pseudo_labels": args.debias_pseudo_labels,
             "target_precision": args.target_precision is not None,
+            "use_vllm": args.use_vllm,
         }
         if self.has_own_scores and (names := [f"`{name}`" for name, is_set in needs_own_model.items() if is_set]):
             raise ValueError(
@@ -251,7 +252,7 @@ class PseudoLabelingCallback(TrainerCallback):
             # It does not change from round to round, so neither do its scores.
             return self._ask_teacher(self.teacher, trainer, pool, trainer.run.root / "teacher_scores")
         key = trainer.scores_key(round, pool)
-        scores = trainer.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
+        scores = trainer.score_pool(pool, directory, key)
         temperature = trainer.round_history[round]["temperature"]
         logits = [scores.logits, *trainer.second_opinions(round, temperature)]
         agree = np.all([np.sign(each) == np.sign(logits[0]) for each in logits], axis=0)

@@ -84,6 +84,12 @@ class SSRMConfig(RewardConfig):
             the model allows it (a decoder with `attn_implementation` `"sdpa"` or `"eager"` and no sliding window) and a
             quarter of the tokens is saved. With flash attention batches are packed without padding instead. Rewards
             and losses are the same but for rounding. If `None`, scoring does it, and training does with a pool.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether to score the pool with vLLM, which has to be installed. An engine is started over the weights of each
+            model that scores it, and ended before training goes on. Rewards are the same but for rounding.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU memory that vLLM may take beside what training holds, in `(0, 1]`; without a GPU, of the
+            memory.
 
         > Parameters that control the selection
 
@@ -246,6 +252,14 @@ class SSRMConfig(RewardConfig):
             "training."
         },
     )
+    use_vllm: bool = field(
+        default=False,
+        metadata={"help": "Whether to score the pool with vLLM, which has to be installed."},
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3,
+        metadata={"help": "Share of the GPU memory that vLLM may take beside what training holds."},
+    )
 
     # Parameters that control the selection
     confidence_threshold: float | None = field(
@@ -338,6 +352,7 @@ class SSRMConfig(RewardConfig):
             ("round_num_train_epochs", lambda value: value > 0, "positive"),
             ("max_unlabeled_samples", lambda value: value > 0, "positive"),
             ("score_batch_tokens", lambda value: value > 0, "positive"),
+            ("vllm_gpu_memory_utilization", lambda value: 0 < value <= 1, "in (0, 1]"),
             ("round_patience", lambda value: value > 0, "positive"),
             ("num_folds", lambda value: value == 0 or value >= 2, "0 or at least 2"),
             ("confidence_threshold", lambda value: 0.5 <= value < 1, "in [0.5, 1)"),
@@ -383,6 +398,10 @@ class SSRMConfig(RewardConfig):
         if self.freeze_backbone and self.neftune_noise_alpha is not None:
             raise ValueError(
                 "`neftune_noise_alpha` adds noise to what `freeze_backbone` computes once; leave one out."
+            )
+        if self.use_vllm and self.freeze_backbone:
+            raise ValueError(
+                "`use_vllm` runs the whole model, of which `freeze_backbone` keeps the outcome; leave one out."
             )
         if self.debias_pseudo_labels and self.pseudo_label_weight > 1:
             raise ValueError(

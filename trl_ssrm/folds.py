@@ -109,9 +109,7 @@ class Folds:
             if round < trainer.args.num_rounds and not trainer.pseudo_labeling_callback.has_own_scores:
                 pool = trainer.data.pool.take(trainer.share_of_pool(round + 1))
                 directory, key = weights.parent / "scores", f"{run.weights_hash(weights)} {pool.pairs.fingerprint}"
-                scores = trainer.score_pairs(
-                    pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key
-                )
+                scores = trainer.score_pool(pool, directory, key)
                 logits["pool"] = scores.logits
                 if scores.orders_agree is not None:
                     logits["orders_agree"] = scores.orders_agree

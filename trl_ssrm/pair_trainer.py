@@ -88,7 +88,7 @@ class PairTrainer(RewardTrainer):
             name (`str`):
                 What the pairs are called on the progress bar and in an error.
             kwargs (`dict[str, Any]`):
-                `rows`, `directory` and `key` of [`~trl_ssrm.scoring.score_pairs`].
+                `rows`, `directory`, `key` and `engine` of [`~trl_ssrm.scoring.score_pairs`].
 
         Returns:
             [`PairScores`]: the scores at temperature 1, the same in every process.

@@ -29,6 +29,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -59,6 +60,7 @@ from .storage import (
     write_table,
     write_tensors,
 )
+from .vllm_scoring import DIRECTORY_PREFIX
 
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ _DECISIVE_SETTINGS = (
     *(
         name
         for name in SSRMConfig.__annotations__
-        if name not in ("score_batch_tokens", "track_pseudo_label_accuracy")
+        if name not in ("score_batch_tokens", "vllm_gpu_memory_utilization", "track_pseudo_label_accuracy")
     ),
     *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm"),
@@ -231,6 +233,8 @@ class RunDirectory:
                 "it was started with, or choose another `output_dir`."
             )
         delete_left_aside(self.root)
+        for left in self.root.glob(f"{DIRECTORY_PREFIX}*"):
+            shutil.rmtree(left)
 
     def write_weights(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         """Keep the trainable weights of a model, as [`~trl_ssrm.sharding.whole_weights`] gives them."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,6 +21,10 @@ from .layout import LONGEST_SHARED_ROW, SharedRow, laid_out, shared_rows, to_dev
 from .sequences import PairedSequences, index_type
 from .sharding import is_sharded, whole
 from .storage import read_tensors, write_tensors
+
+
+if TYPE_CHECKING:
+    from .vllm_scoring import VLLMScorer
 
 
 logger = logging.getLogger(__name__)
@@ -73,6 +78,7 @@ def score_pairs(
     accelerator: Accelerator,
     layout: str,
     batch_tokens: int | None = None,
+    engine: "VLLMScorer | None" = None,
     directory: Path | None = None,
     key: str = "",
     name: str = "dataset",
@@ -98,6 +104,9 @@ def score_pairs(
             How sequences lie in a batch, as from [`~trl_ssrm.layout.choose_layout`].
         batch_tokens (`int`, *optional*):
             Size of a batch in tokens, padding included. If `None`, [`BatchBudget`] finds it.
+        engine ([`~trl_ssrm.vllm_scoring.VLLMScorer`], *optional*):
+            Scores instead of the model, in batches and a layout of its own. It is started if there is something to score,
+            and ended with it.
         directory (`Path`, *optional*):
             Where finished shards are kept.
         key (`str`, *optional*, defaults to `""`):
@@ -116,6 +125,7 @@ def score_pairs(
     Raises:
         NonFiniteScoreError: If a score is NaN or infinite, after every other shard was scored and kept.
     """
+    layout = layout if engine is None else engine.layout
     was_training = model.training
     model.eval()
     order = _work_order(pairs, layout)
@@ -137,9 +147,12 @@ def score_pairs(
         found = broadcast_object_list([[number for number, _ in scored]])[0]
         missing = sorted(set(missing) - set(found))
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    scorer = Scorer(model, pad_token_id, accelerator, BatchBudget(batch_tokens, accelerator.device), layout)
+    scorer: Scorer | VLLMScorer = Scorer(
+        model, pad_token_id, accelerator, BatchBudget(batch_tokens, accelerator.device), layout
+    )
     try:
         with (
+            contextlib.ExitStack() as stack,
             ThreadPoolExecutor(max_workers=1) as reader,
             tqdm(
                 total=int(sum(pairs.lengths[order[shards[number]]].sum() for number in mine)),
@@ -149,6 +162,8 @@ def score_pairs(
                 disable=disable_tqdm or not accelerator.is_main_process,
             ) as progress,
         ):
+            if engine is not None and missing:
+                scorer = stack.enter_context(engine)
             # The next shard is read while the model works on this one.
             turns = -(-len(missing) // accelerator.num_processes)
             read = [reader.submit(_read, pairs, order[shards[number]]) for number in mine[:1]]
@@ -409,7 +424,7 @@ def _work_order(pairs: PairedSequences, layout: str) -> np.ndarray:
     """
     position = index_type(len(pairs.lengths))
     first_of = np.arange(len(pairs.lengths), dtype=position)
-    if layout != "shared":
+    if layout not in ("shared", "vllm"):
         return first_of
     # The first sequence that each is connected with, by whatever pairs.
     while True:

@@ -19,7 +19,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def check_sharding(accelerator: Accelerator, freeze_backbone: bool) -> None:
+def check_sharding(accelerator: Accelerator, freeze_backbone: bool, use_vllm: bool) -> None:
     """Refuse ways of spreading a model that the rounds can't work with."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
@@ -30,6 +30,8 @@ def check_sharding(accelerator: Accelerator, freeze_backbone: bool) -> None:
         raise ValueError(
             "`freeze_backbone` trains one layer, which there is no need to shard; launch it with DDP (`--multi_gpu`)."
         )
+    if use_vllm and is_sharded(accelerator):
+        raise ValueError("`use_vllm` takes the weights of one process, which are sharded here; leave one out.")
 
 
 def spread(model: nn.Module) -> None:

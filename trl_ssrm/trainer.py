@@ -44,9 +44,10 @@ from .progress import RoundProgress
 from .report import round_table
 from .rounds import RunDirectory, run_identity
 from .scoring import NonFiniteWeightError
-from .selection import precision_threshold
+from .selection import PairScores, precision_threshold
 from .sharding import check_sharding, spread, whole_weights
 from .trackers import report_run
+from .vllm_scoring import VLLMScorer, check_vllm
 
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class SSRMTrainer(PairTrainer):
 
     Raises:
         ValueError: If the data, the settings or the output directory can't be used; the message names what to mend.
+        ImportError: If `use_vllm` is set and vLLM is not installed.
     """
 
     _tag_names = ["trl", "reward-trainer", "ssrm"]
@@ -200,6 +202,8 @@ class SSRMTrainer(PairTrainer):
             check_arguments(args, data_collator, train_dataset, optimizers, bool(held_out), has_calibration)
             is_conversational = check_labeled_data({"train_dataset": train_dataset, **held_out})
             check_tokenizer(args, processing_class, is_conversational)
+            if args.use_vllm:
+                check_vllm(args, is_quantized)
         elif calibration_dataset is not None:
             raise ValueError("`calibration_dataset` calibrates pseudo-labels, so it needs `unlabeled_dataset`.")
         elif any(isinstance(callback, PseudoLabelingCallback) for callback in callbacks or []):
@@ -259,7 +263,7 @@ class SSRMTrainer(PairTrainer):
                         report_too_long(name, len(data), len(made[name]), self.args.max_length)
             return
 
-        check_sharding(self.accelerator, self.args.freeze_backbone)
+        check_sharding(self.accelerator, self.args.freeze_backbone, self.args.use_vllm)
         self.run = RunDirectory(str(self.args.output_dir))
         # A stream is written to where the run is, and may replace that of another one.
         with contextlib.nullcontext() if isinstance(unlabeled_dataset, Dataset) else self._alone():
@@ -319,6 +323,7 @@ class SSRMTrainer(PairTrainer):
             NonFiniteScoreError: If the model gives a NaN or infinite reward.
             NonFiniteWeightError: If training makes a weight NaN or infinite.
             torch.OutOfMemoryError: If a batch does not fit into memory in training; the message says what to change.
+            RuntimeError: If vLLM can't run the model, before a round is trained, or fails in scoring.
         """
         if not self.has_pool:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -421,6 +426,9 @@ class SSRMTrainer(PairTrainer):
             # In batches that depend on the content alone, so that a resumed run has the same features to the bit.
             for name, pairs in self.data.all_pairs.items():
                 self.score_pairs(pairs, name)
+        if self.args.use_vllm and num_finished == 0 and self.args.num_rounds > 0:
+            # What vLLM can't do shows before a round is trained.
+            self.score_pool(self.data.pool.take(np.arange(1)))
         if num_finished > 0:
             self._load_state(self.round)
             self.state.log_history = self.pseudo_labeling_callback.log_history
@@ -628,9 +636,42 @@ class SSRMTrainer(PairTrainer):
         self.run.read_weights(self.run.weights_path(0), self.unwrapped_model)
         # Round 1 has scored them, unless its share of the pool was another one.
         directory, key = self.run.round_dir(1) / "scores", self.scores_key(0, pool)
-        scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key)
+        scores = self.score_pool(pool, directory, key)
         self.run.read_weights(self.run.weights_path(round), self.unwrapped_model)
         return [scores.logits * temperature / self.round_history[0]["temperature"]]
+
+    def score_pool(self, pool: Pool, directory: Path | None = None, key: str = "") -> PairScores:
+        """
+        Score pairs of the pool with the current weights, with `use_vllm` in an engine that is started over them.
+
+        Args:
+            pool ([`Pool`]):
+                The pool, or a part of it.
+            directory (`Path`, *optional*):
+                Where finished shards are kept.
+            key (`str`, *optional*, defaults to `""`):
+                Names the weights and the pairs; a shard with another key is scored again.
+
+        Returns:
+            [`PairScores`]: the scores at temperature 1, the same in every process.
+
+        Raises:
+            NonFiniteScoreError: If a reward is NaN or infinite.
+            RuntimeError: If vLLM fails.
+        """
+        engine = None
+        if self.args.use_vllm:
+            engine = VLLMScorer(
+                self.unwrapped_model,
+                self.processing_class,
+                self.accelerator,
+                self.run.root,
+                longest=int(self.data.pool.pairs.lengths.max()),
+                gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
+            )
+        return self.score_pairs(
+            pool.pairs, "unlabeled_dataset", rows=pool.rows, directory=directory, key=key, engine=engine
+        )
 
     def scores_key(self, round: int, pool: Pool) -> str:
         """
@@ -668,7 +709,7 @@ class SSRMTrainer(PairTrainer):
         if self.on_main_process(lambda: Path(path).exists()):
             raise ValueError(f"{path} is there already, perhaps with labels in it; choose another file, or delete it.")
         pool = self.data.pool
-        scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows)
+        scores = self.score_pool(pool)
         if self.accelerator.is_main_process:
             write_for_labeling(pool, most_useful(scores, pool, num_pairs), scores, path)
         self.accelerator.wait_for_everyone()
