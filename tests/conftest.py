@@ -61,6 +61,28 @@ def make_tokenizer(**special_tokens) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
 
 
+def llama_config(tokenizer, **settings) -> LlamaConfig:
+    """Configuration of a tiny decoder for the tokens of a tokenizer."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        # The least that 4-bit quantization, by blocks of 64 weights, takes.
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return LlamaConfig(**{**sizes, **tokens, **settings})
+
+
+def bert_config(tokenizer, **settings) -> BertConfig:
+    """Configuration of a tiny encoder with a score head for the tokens of a tokenizer."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return BertConfig(**{**sizes, **tokens, "num_labels": 1, **settings})
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer(pad_token="<|pad|>", eos_token="<|eos|>")
@@ -74,19 +96,7 @@ def llama(tmp_path_factory, tokenizer) -> str:
     """Directory of a tiny decoder with a score head."""
     directory = tmp_path_factory.mktemp("llama")
     set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        # The least that 4-bit quantization, by blocks of 64 weights, takes.
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForSequenceClassification(config).save_pretrained(directory)
+    LlamaForSequenceClassification(llama_config(tokenizer, num_labels=1)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
 
@@ -96,16 +106,7 @@ def bert(tmp_path_factory, tokenizer) -> str:
     """Directory of a tiny encoder with a score head."""
     directory = tmp_path_factory.mktemp("bert")
     set_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    BertForSequenceClassification(config).save_pretrained(directory)
+    BertForSequenceClassification(bert_config(tokenizer)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
 
@@ -124,17 +125,7 @@ def policy(tmp_path_factory) -> str:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     tokenizer.chat_template = CHAT_TEMPLATE
     set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
+    config = llama_config(tokenizer, num_key_value_heads=4, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import (
     AutoModelForSequenceClassification,
     GemmaConfig,
@@ -14,6 +15,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
     set_seed,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trl_ssrm import layout
 from trl_ssrm.backbone import freeze_backbone
@@ -122,7 +124,7 @@ def test_forward_pass_that_fails_leaves_the_attention_as_it_was(sequences):
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "transformers", "launcher"])
 def test_gradients_are_those_of_padded_pairs(sequences, checkpointing):
     pairs = [ids for ids in sequences if len(ids) > 40]
     pairs = pairs[: len(pairs) // 2 * 2]
@@ -132,13 +134,16 @@ def test_gradients_are_those_of_padded_pairs(sequences, checkpointing):
     gradients, num_tokens = {}, {}
     for name in ("padded", "shared", "packed"):
         model = make_model().train()
-        if checkpointing:
+        if checkpointing == "transformers":
             model.gradient_checkpointing_enable()
+        elif checkpointing == "launcher":
+            # As accelerate does it for FSDP.
+            apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
         model.get_input_embeddings().register_forward_pre_hook(
             lambda module, args, name=name: num_tokens.update({name: args[0].numel()})
         )
         with laid_out(model, name, paired_rows):
-            logits = model(**inputs).logits
+            logits = model(**inputs, use_cache=False).logits
         assert logits.shape == (len(pairs), 1)
         chosen, rejected = logits.squeeze(-1).chunk(2)
         torch.nn.functional.logsigmoid(chosen - rejected).mean().backward()

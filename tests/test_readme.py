@@ -16,10 +16,10 @@ import pytest
 import trl
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import as_messages, preference_rows
+from conftest import as_messages, llama_config, preference_rows
 from datasets import Dataset
 from packaging.version import Version
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaForCausalLM, set_seed
 from trl import TrlParser
 
 import trl_ssrm
@@ -78,17 +78,8 @@ def places(tmp_path_factory, tokenizer) -> dict[str, str]:
     """Where a name of the hub is, on this machine."""
     root = tmp_path_factory.mktemp("hub")
     set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = llama_config(tokenizer, **sizes, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     found = {**dict.fromkeys(MODELS, str(root / "model")), "<|endoftext|>": "<|pad|>"}

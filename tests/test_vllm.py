@@ -10,17 +10,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from conftest import TWO_PROCESSES, assert_same_weights, preference_rows, run_script, weights_of
+from conftest import (
+    TWO_PROCESSES,
+    assert_same_weights,
+    bert_config,
+    llama_config,
+    preference_rows,
+    run_script,
+    weights_of,
+)
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors import safe_open
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     BertForSequenceClassification,
     BitsAndBytesConfig,
-    LlamaConfig,
     LlamaForSequenceClassification,
     set_seed,
 )
@@ -118,17 +124,7 @@ def decoder(tmp_path_factory, tokenizer) -> str:
     """Directory of a tiny decoder whose heads have 32 numbers, the least that vLLM computes on a CPU."""
     directory = tmp_path_factory.mktemp("decoder")
     set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = llama_config(tokenizer, num_attention_heads=2, num_key_value_heads=1, num_labels=1)
     return _saved(LlamaForSequenceClassification(config), tokenizer, directory)
 
 
@@ -137,15 +133,7 @@ def encoder(tmp_path_factory, tokenizer) -> str:
     """Directory of a tiny encoder."""
     directory = tmp_path_factory.mktemp("encoder")
     set_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = bert_config(tokenizer, hidden_size=64, num_attention_heads=2)
     return _saved(BertForSequenceClassification(config), tokenizer, directory)
 
 

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, Value, concatenate_datasets
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
 
 from .config import SSRMConfig
 from .data import prompt_groups
@@ -488,39 +486,3 @@ def _length_difference(pool: "Pool", first_is_chosen: np.ndarray) -> np.ndarray:
 
 def _same_labels(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> bool:
     return all(np.array_equal(before[name], now[name]) for name in ("pair", "first_is_chosen"))
-
-
-class RoundCallbackHandler(CallbackHandler):
-    """
-    Callback handler that ends a training run once, after the last round.
-
-    `Trainer` tells its callbacks that training has ended at the end of every round. Trackers close their run then, and
-    what the next round logs would go to another one.
-    """
-
-    def __init__(self, handler: CallbackHandler, report_to: str | list[str] | None):
-        super().__init__(
-            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
-        )
-        self.trackers = tuple(get_reporting_integration_callbacks(report_to))
-
-    def on_train_end(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> TrainerControl:
-        return self._end([c for c in self.callbacks if not isinstance(c, self.trackers)], args, state, control)
-
-    def end_trackers(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
-        """Close the trackers, after the last round."""
-        return self._end(self.open_trackers, args, state, control)
-
-    @property
-    def open_trackers(self) -> list[TrainerCallback]:
-        """list of [`~transformers.TrainerCallback`]: the trackers, which are at work until the last round is over."""
-        return [callback for callback in self.callbacks if isinstance(callback, self.trackers)]
-
-    def _end(self, callbacks: list[TrainerCallback], args, state, control) -> TrainerControl:
-        everyone, self.callbacks = self.callbacks, callbacks
-        try:
-            return super().on_train_end(args, state, control)
-        finally:
-            self.callbacks = everyone

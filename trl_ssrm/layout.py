@@ -198,7 +198,7 @@ def laid_out(
             rows = rows_of([ids[:length] for ids, length in zip(on_cpu, lengths, strict=True)])
         if all(len(row.sequences) < 2 for row in rows):
             # No token sees one behind it, so without a mask those that count don't see the padding either.
-            mask = kwargs["attention_mask"].to(device) if layout == "packed" else None
+            mask = to_device(kwargs["attention_mask"], device) if layout == "packed" else None
             return args, {**kwargs, "input_ids": to_device(input_ids, device), "attention_mask": mask}
         source, branch, positions, ends = _arrange(rows, lengths, on_cpu.shape[1])
         laid["ends"] = tuple(to_device(torch.from_numpy(each), device) for each in ends)

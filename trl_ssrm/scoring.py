@@ -147,9 +147,8 @@ def score_pairs(
         found = broadcast_object_list([[number for number, _ in scored]])[0]
         missing = sorted(set(missing) - set(found))
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    scorer: Scorer | VLLMScorer = Scorer(
-        model, pad_token_id, accelerator, BatchBudget(batch_tokens, accelerator.device), layout
-    )
+    budget = BatchBudget(batch_tokens, accelerator.device)
+    scorer = engine or Scorer(model, pad_token_id, accelerator, budget, layout)
     try:
         with (
             contextlib.ExitStack() as stack,
@@ -163,7 +162,7 @@ def score_pairs(
             ) as progress,
         ):
             if engine is not None and missing:
-                scorer = stack.enter_context(engine)
+                stack.enter_context(engine)
             # The next shard is read while the model works on this one.
             turns = -(-len(missing) // accelerator.num_processes)
             read = [reader.submit(_read, pairs, order[shards[number]]) for number in mine[:1]]

@@ -1,16 +1,58 @@
-"""The report at the end of a run, and its pictures for the trackers that `report_to` names."""
+"""The trackers that `report_to` names: open until the last round is over, and given the pictures of the report then."""
 
 import logging
 from pathlib import Path
 
-from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    get_reporting_integration_callbacks,
+)
+from transformers.trainer_callback import CallbackHandler
 
 from .plots import has_matplotlib, saved_plots
 from .report import write_report
 
 
 logger = logging.getLogger(__name__)
+
+
+class RoundCallbackHandler(CallbackHandler):
+    """
+    Callback handler that ends a training run once, after the last round.
+
+    `Trainer` tells its callbacks that training has ended at the end of every round. Trackers close their run then, and
+    what the next round logs would go to another one.
+    """
+
+    def __init__(self, handler: CallbackHandler, report_to: str | list[str] | None):
+        super().__init__(
+            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
+        )
+        self.trackers = tuple(get_reporting_integration_callbacks(report_to))
+
+    def on_train_end(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> TrainerControl:
+        return self._end([c for c in self.callbacks if not isinstance(c, self.trackers)], args, state, control)
+
+    def end_trackers(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
+        """Close the trackers, after the last round."""
+        return self._end(self.open_trackers, args, state, control)
+
+    @property
+    def open_trackers(self) -> list[TrainerCallback]:
+        """list of [`~transformers.TrainerCallback`]: the trackers, which are at work until the last round is over."""
+        return [callback for callback in self.callbacks if isinstance(callback, self.trackers)]
+
+    def _end(self, callbacks: list[TrainerCallback], args, state, control) -> TrainerControl:
+        everyone, self.callbacks = self.callbacks, callbacks
+        try:
+            return super().on_train_end(args, state, control)
+        finally:
+            self.callbacks = everyone
 
 
 def report_run(output_dir: str, trackers: list[TrainerCallback], step: int) -> None:

@@ -26,7 +26,7 @@ from .adapters import is_quantized_by_bitsandbytes, merged, prepare_quantized, w
 from .annotation import most_useful, write_for_labeling
 from .backbone import freeze_backbone
 from .calibration import calibrated_metrics, fit_temperature, preference_metrics, reliability_curve
-from .callback import PseudoLabelingCallback, RoundCallbackHandler
+from .callback import PseudoLabelingCallback
 from .checks import check_arguments, check_held_out, check_labeled_data, check_tokenizer, highest_precision
 from .collator import ConfidenceFilteredDataCollator
 from .comparison import Comparison
@@ -46,7 +46,7 @@ from .rounds import RunDirectory, run_identity
 from .scoring import NonFiniteWeightError
 from .selection import PairScores, precision_threshold
 from .sharding import check_sharding, spread, whole_weights
-from .trackers import report_run
+from .trackers import RoundCallbackHandler, report_run
 from .vllm_scoring import VLLMScorer, check_vllm
 
 
