@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import (
@@ -20,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl_ssrm import layout
 from trl_ssrm.backbone import freeze_backbone
 from trl_ssrm.layout import LONGEST_SHARED_ROW, choose_layout, common_prefix, laid_out, paired_rows, shared_rows
-from trl_ssrm.scoring import score_sequences
+from trl_ssrm.scoring import BatchBudget, Scorer, score_sequences
 
 
 FAMILIES = {
@@ -80,6 +82,21 @@ def test_adapter_is_laid_out_too(sequences):
     np.testing.assert_allclose(
         score_sequences(model, sequences, PAD, "shared"), one_by_one(model, sequences), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_mixed_precision_is_laid_out_too(attention, sequences):
+    # A launcher puts autocast around the model, which then computes in bfloat16 though its parameters are float32.
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(
+        make_model(attention=attention, initializer_range=0.2)
+    )
+    AcceleratorState._reset_state(True)  # private: the precision of the first accelerator is that of all after it
+    assert model.dtype == torch.float32 and choose_layout(model) == "shared"
+    padded, shared = (
+        Scorer(model, PAD, None, BatchBudget(256, model.device), name).score(as_arrays(sequences))
+        for name in ("padded", "shared")
+    )
+    np.testing.assert_allclose(shared, padded, atol=2e-2 * np.abs(padded).max())
 
 
 def test_tokens_behind_the_last_one_that_counts_change_nothing(sequences):

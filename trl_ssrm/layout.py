@@ -336,6 +336,9 @@ def _is_right(model: nn.Module, layout: str, vocab_size: int, pad_token_id: int)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
     was_training = model.training
     model.eval()
+    # Under autocast, which a launcher puts around the model, it computes in less than its parameters have.
+    precision: list[torch.dtype] = []
+    handle = classifier_of(model).score.register_forward_hook(lambda head, args, out: precision.append(out.dtype))
     try:
         # Not in inference mode, in which FSDP can't gather weights.
         with torch.no_grad():
@@ -346,9 +349,10 @@ def _is_right(model: nn.Module, layout: str, vocab_size: int, pad_token_id: int)
         logger.info(f"{layout!r}: {error}")
         return False
     finally:
+        handle.remove()
         model.train(was_training)
     if not expected.isfinite().all():
         # Nothing can be told from it, and who scores with such a model finds out soon.
         return True
-    tolerance = TOLERANCE.get(parameter.dtype, TOLERANCE[torch.bfloat16])
+    tolerance = TOLERANCE.get(precision[0], TOLERANCE[torch.bfloat16])
     return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
