@@ -1,3 +1,5 @@
+import json
+import math
 import os
 import re
 import runpy
@@ -29,8 +31,8 @@ LEARNING = {"learning_rate": 3e-3, "gradient_accumulation_steps": 1, "save_strat
 
 def arguments(name: str, settings: dict) -> list[str]:
     path = RECIPES / f"{name}.py"
-    command = [str(path), "--config", str(path.with_suffix(".yaml"))]
-    for setting, value in settings.items():
+    command = [str(path)]
+    for setting, value in {"config": path.with_suffix(".yaml"), **settings}.items():
         command += [f"--{setting}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return command
 
@@ -41,6 +43,8 @@ def run_recipe(capsys, monkeypatch):
 
     def run(name: str, **settings) -> str:
         monkeypatch.setattr(sys, "argv", arguments(name, {**SETTINGS, **settings}))
+        # As Python does it for a script.
+        monkeypatch.syspath_prepend(str(Path(sys.argv[0]).parent))
         capsys.readouterr()
         runpy.run_path(sys.argv[0], run_name="__main__")
         return capsys.readouterr().out
@@ -134,6 +138,33 @@ def test_benchmark_of_quality_makes_its_table_and_its_plot(run_recipe, bert, tmp
     assert (tmp_path / "run" / "quality-0.250.png").read_bytes().startswith(b"\x89PNG")
     again = run_recipe("benchmark/quality", **settings)
     assert again[again.index("| Arm") :].splitlines() == table and "{'dataset'" not in again
+
+
+def test_benchmark_of_quality_trains_the_whole_model(run_recipe, bert, tmp_path):
+    rows = [as_messages(row) for row in preference_rows(200, seed=5)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "pairs.parquet"))
+    settings = {
+        "dataset_paths": [tmp_path / "pairs.parquet"],
+        "config": RECIPES / "benchmark" / "quality_whole.yaml",
+        "model_name_or_path": bert,
+        "output_dir": tmp_path / "run",
+        "num_seeds": 1,
+        "max_prompts": 96,
+        "label_fractions": [0.25],
+        "arms": ["paper"],
+        "steps": [4],
+        "learning_rate": 3e-3,
+        "num_rounds": 1,
+        "eos_token": "<|eos|>",
+    }
+    output = run_recipe("benchmark/quality", **settings)
+    assert "| paper |" in output
+    results = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [entry["arm"] for entry in results] == ["labels", "labels, all steps", "paper", "all labels"]
+    # A head alone, on what a model with random weights makes of these texts, would not learn them.
+    losses = {entry["arm"]: entry["metrics"]["test"]["log_loss"] for entry in results}
+    assert losses["all labels"] < losses["labels"] < math.log(2)
+    assert not list((tmp_path / "run").glob("features-*"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="The kind of memory is told by Linux.")

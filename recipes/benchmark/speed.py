@@ -150,6 +150,8 @@ def settings(output_dir: str, max_length: int, script_args: SpeedArguments, **mo
         "output_dir": output_dir,
         "max_length": max_length,
         "bf16": script_args.mixed_precision == "bf16",
+        # Said to mean it, or transformers takes bf16 for a mistake there.
+        "use_cpu": not torch.accelerator.is_available(),
         "gradient_checkpointing": False,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 8,
