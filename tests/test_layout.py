@@ -7,6 +7,10 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import (
     AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
     GemmaConfig,
     GemmaForSequenceClassification,
     LlamaConfig,
@@ -17,7 +21,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
     set_seed,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_ssrm import layout
 from trl_ssrm.backbone import freeze_backbone
@@ -29,6 +33,8 @@ FAMILIES = {
     "llama": (LlamaForSequenceClassification, LlamaConfig),
     "qwen3": (Qwen3ForSequenceClassification, Qwen3Config),
     "gemma": (GemmaForSequenceClassification, GemmaConfig),
+    "gemma2": (Gemma2ForSequenceClassification, Gemma2Config),
+    "gemma3": (Gemma3TextForSequenceClassification, Gemma3TextConfig),
     "mistral": (MistralForSequenceClassification, MistralConfig),
 }
 PAD = 0
@@ -39,7 +45,7 @@ def make_model(family="llama", attention="sdpa", **settings):
     model_class, config_class = FAMILIES[family]
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = config_class(vocab_size=200, num_labels=1, pad_token_id=PAD, num_key_value_heads=2, **sizes, **settings)
-    if family in ("qwen3", "gemma"):
+    if family in ("qwen3", "gemma", "gemma2", "gemma3"):
         config.head_dim = 16
     config._attn_implementation = attention
     return model_class(config).eval()
@@ -74,6 +80,28 @@ def test_every_layout_gives_the_rewards_of_one_sequence_at_a_time(family, attent
     for name in ("padded", "shared", "packed"):
         found = score_sequences(model, sequences, PAD, name, batch_tokens=256)
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
+
+
+# Of the sequences some are shorter and some longer than the smaller window; layers of one kind, and of two.
+@pytest.mark.parametrize("window", [16, 4096])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("mistral", "sdpa"), ("mistral", "eager"), ("gemma2", "eager"), ("gemma3", "sdpa"), ("gemma3", "eager")],
+)
+def test_windows_of_attention_are_those_of_one_sequence_at_a_time(family, attention, window, sequences):
+    kinds = {} if family == "mistral" else {"layer_types": ["sliding_attention", "full_attention"]}
+    model = make_model(family, attention, sliding_window=window, **kinds)
+    assert choose_layout(model) == "shared"
+    expected = one_by_one(model, sequences)
+    for name in ("padded", "shared", "packed"):
+        found = score_sequences(model, sequences, PAD, name, batch_tokens=256)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
+    if window == 16:
+        # It hides something.
+        without = score_sequences(
+            make_model(family, attention, sliding_window=4096, **kinds), sequences, PAD, "padded"
+        )
+        assert np.abs(without - expected).max() > 1e-3
 
 
 def test_adapter_is_laid_out_too(sequences):
@@ -141,8 +169,9 @@ def test_forward_pass_that_fails_leaves_the_attention_as_it_was(sequences):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("window", [None, 16, 4096])
 @pytest.mark.parametrize("checkpointing", [None, "transformers", "launcher"])
-def test_gradients_are_those_of_padded_pairs(sequences, checkpointing):
+def test_gradients_are_those_of_padded_pairs(sequences, checkpointing, window):
     pairs = [ids for ids in sequences if len(ids) > 40]
     pairs = pairs[: len(pairs) // 2 * 2]
     length = max(map(len, pairs))
@@ -150,12 +179,14 @@ def test_gradients_are_those_of_padded_pairs(sequences, checkpointing):
     inputs = {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long()}
     gradients, num_tokens = {}, {}
     for name in ("padded", "shared", "packed"):
-        model = make_model().train()
+        model = (make_model() if window is None else make_model("mistral", sliding_window=window)).train()
         if checkpointing == "transformers":
             model.gradient_checkpointing_enable()
         elif checkpointing == "launcher":
             # As accelerate does it for FSDP.
-            apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+            apply_activation_checkpointing(
+                model, check_fn=lambda module: isinstance(module, GradientCheckpointingLayer)
+            )
         model.get_input_embeddings().register_forward_pre_hook(
             lambda module, args, name=name: num_tokens.update({name: args[0].numel()})
         )
@@ -199,11 +230,20 @@ def test_common_prefix_leaves_each_sequence_a_token_of_its_own():
 
 def test_models_that_would_read_it_wrongly_are_padded(bert):
     assert choose_layout(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=1)) == "padded"
-    assert choose_layout(make_model("mistral")) == "padded"  # a sliding window
-    assert choose_layout(make_model("mistral", sliding_window=None)) == "shared"
+    chunked = make_model("qwen3", layer_types=["chunked_attention", "full_attention"])
+    assert choose_layout(chunked) == "padded"
     frozen = make_model()
     freeze_backbone(frozen)
     assert choose_layout(frozen) == "padded"
+
+
+def test_model_that_ignores_its_window_is_found_out(caplog):
+    model = make_model()
+    assert choose_layout(model) == "shared"
+    model.config.sliding_window = 4096
+    assert choose_layout(model) == "padded"
+    assert "does not read sequences laid out as 'shared'; they are padded" in caplog.text
+    assert model.config.sliding_window == 4096
 
 
 def test_model_that_ignores_positions_is_found_out(caplog):

@@ -81,9 +81,9 @@ class SSRMConfig(RewardConfig):
             that fits into its memory; in any case it is halved where a batch does not fit.
         share_prompts (`bool`, *optional*):
             Whether what two completions have in common, their prompt, is computed once, in scoring and in training, where
-            the model allows it (a decoder with `attn_implementation` `"sdpa"` or `"eager"` and no sliding window) and a
-            quarter of the tokens is saved. With flash attention batches are packed without padding instead. Rewards
-            and losses are the same but for rounding. If `None`, scoring does it, and training does with a pool.
+            the model allows it (a decoder with `attn_implementation` `"sdpa"` or `"eager"`) and a quarter of the tokens
+            is saved. With flash attention batches are packed without padding instead. Rewards and losses are the same
+            but for rounding. If `None`, scoring does it, and training does with a pool.
         use_vllm (`bool`, *optional*, defaults to `False`):
             Whether to score the pool with vLLM, which has to be installed. An engine is started over the weights of each
             model that scores it, and ended before training goes on. Rewards are the same but for rounding.

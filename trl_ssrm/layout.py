@@ -22,6 +22,8 @@ LEAST_SAVED = 0.25
 LONGEST_SHARED_ROW = 4096
 # How far the rewards of a layout may be from those of padded sequences, relative to their size, on the probe.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Number of tokens of a sequence of the probe.
+PROBE_LENGTH = 24
 # Name under which the attention over rows with several sequences is known to transformers.
 SHARED_ROWS_ATTENTION = "sdpa_shared_rows"
 
@@ -62,14 +64,23 @@ def choose_layout(model: nn.Module) -> str:
         return "padded"
     config = classifier.config.get_text_config()  # type: ignore[attr-defined]
     attention = config._attn_implementation or ""  # private, and the only place that says it
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layers != {"full_attention"} or getattr(config, "pad_token_id", None) is None:
+    if not windows_of_layers(config).keys() <= {"full_attention", "sliding_attention"}:
         return "padded"
-    # Without `layer_types`, a window is that of every layer.
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None:
+    if getattr(config, "pad_token_id", None) is None:
         return "padded"
     layout = "packed" if "flash" in attention else "shared" if attention in ("sdpa", "eager") else "padded"
-    if layout != "padded" and not _is_right(model, layout, config.vocab_size, config.pad_token_id):
+    if layout == "padded":
+        return layout
+    is_right = _is_right(model, layout, config.vocab_size, config.pad_token_id)
+    window = getattr(config, "sliding_window", None)
+    if is_right and layout == "shared" and window is not None:
+        # Again with one that the few tokens are longer than: a model may have it in its configuration alone.
+        config.sliding_window = min(window, PROBE_LENGTH // 2)
+        try:
+            is_right = _is_right(model, layout, config.vocab_size, config.pad_token_id)
+        finally:
+            config.sliding_window = window
+    if not is_right:
         logger.warning(f"{type(classifier).__name__} does not read sequences laid out as {layout!r}; they are padded.")
         return "padded"
     return layout
@@ -78,6 +89,25 @@ def choose_layout(model: nn.Module) -> str:
 def classifier_of(model: Any) -> Any:
     """The sequence classifier itself, of which a PEFT model is a shell."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def windows_of_layers(config: Any) -> dict[str, int | None]:
+    """
+    How many tokens, itself included, a token sees at most in each kind of layer that a model has.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]):
+            That of the text model.
+
+    Returns:
+        `dict[str, int | None]`: `None` for all. The kinds are those of `layer_types`; a model without has one,
+        `"full_attention"`, whose window is that of every layer.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return {"full_attention": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
 def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
@@ -182,6 +212,7 @@ def laid_out(
     classifier = classifier_of(model)
     config = classifier.config.get_text_config()
     attention = config._attn_implementation
+    windows = windows_of_layers(config)
     laid: dict[str, Any] = {}
 
     def rearrange(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -198,17 +229,28 @@ def laid_out(
             rows = rows_of([ids[:length] for ids, length in zip(on_cpu, lengths, strict=True)])
         if all(len(row.sequences) < 2 for row in rows):
             # No token sees one behind it, so without a mask those that count don't see the padding either.
-            mask = to_device(kwargs["attention_mask"], device) if layout == "packed" else None
-            return args, {**kwargs, "input_ids": to_device(input_ids, device), "attention_mask": mask}
+            padding = to_device(kwargs["attention_mask"], device) if layout == "packed" else None
+            return args, {**kwargs, "input_ids": to_device(input_ids, device), "attention_mask": padding}
         source, branch, positions, ends = _arrange(rows, lengths, on_cpu.shape[1])
         laid["ends"] = tuple(to_device(torch.from_numpy(each), device) for each in ends)
-        mask = None
+        mask: torch.Tensor | dict[str, torch.Tensor] | None = None
         if layout == "shared":
+            # A window that no sequence is longer than hides nothing.
+            longest = int(lengths.max())
+            narrow = {kind: window if window and window < longest else None for kind, window in windows.items()}
             # What is computed again in the backward pass is so with the attention that the model has by then.
             is_split = attention == "sdpa" and not (torch.is_grad_enabled() and _is_checkpointed(classifier))
+            is_split &= not any(narrow.values())
             ends_of_first = [int(lengths[row.sequences[0]]) for row in rows if len(row.sequences) > 1]
             start = min(ends_of_first) if is_split else 0
-            mask = _mask(to_device(torch.from_numpy(branch), device), start, attention, next(classifier.parameters()))
+            mask = _masks(
+                to_device(torch.from_numpy(branch), device),
+                to_device(torch.from_numpy(positions), device),
+                start,
+                narrow,
+                attention,
+                next(classifier.parameters()),
+            )
             config._attn_implementation = SHARED_ROWS_ATTENTION if is_split else attention
         kwargs = {
             **kwargs,
@@ -284,20 +326,35 @@ def _is_checkpointed(model: nn.Module) -> bool:
     return any(getattr(module, name, False) for module in model.modules() for name in names)
 
 
-def _mask(branch: torch.Tensor, start: int, attention: str, parameter: torch.Tensor) -> torch.Tensor:
+def _masks(
+    branch: torch.Tensor,
+    positions: torch.Tensor,
+    start: int,
+    windows: dict[str, int | None],
+    attention: str,
+    parameter: torch.Tensor,
+) -> torch.Tensor | dict[str, torch.Tensor]:
     """
     Which token sees which, of shape `(rows, 1, length - start, length)`, for the tokens from `start` on: what is before
-    it, in its own sequence.
+    it, in its own sequence and in its window. One for all layers or, where some have a window and some may not, as
+    transformers takes them: one for each kind.
     """
     length = branch.shape[1]
     before = torch.ones(length - start, length, dtype=torch.bool, device=branch.device).tril(start)
     own = branch[:, start:, None] == branch[:, None, :]
     own |= (branch[:, None, :] == 0) & (branch[:, start:, None] >= 0)
-    seen = (before & own)[:, None]
-    if attention != "eager":
-        return seen
-    least = torch.finfo(parameter.dtype).min
-    return torch.zeros(seen.shape, dtype=parameter.dtype, device=branch.device).masked_fill_(~seen, least)
+    distance = positions[:, start:, None] - positions[:, None, :]
+
+    def mask(window: int | None) -> torch.Tensor:
+        seen = (before & own if window is None else before & own & (distance < window))[:, None]
+        if attention != "eager":
+            return seen
+        least = torch.finfo(parameter.dtype).min
+        return torch.zeros(seen.shape, dtype=parameter.dtype, device=branch.device).masked_fill_(~seen, least)
+
+    masks = {window: mask(window) for window in set(windows.values())}
+    of_kind = {kind: masks[window] for kind, window in windows.items()}
+    return of_kind if "sliding_attention" in of_kind else of_kind["full_attention"]
 
 
 def _shared_rows_attention(
@@ -329,7 +386,7 @@ def _is_right(model: nn.Module, layout: str, vocab_size: int, pad_token_id: int)
     """Whether the rewards of a few made-up sequences are the same in a layout."""
     parameter = next(model.parameters())
     # No padding token among them, and none that could be special: far from both ends of the vocabulary.
-    draw = np.random.default_rng(0).integers(vocab_size // 4, vocab_size // 2 + 1, size=(4, 24))
+    draw = np.random.default_rng(0).integers(vocab_size // 4, vocab_size // 2 + 1, size=(4, PROBE_LENGTH))
     draw[draw == pad_token_id] += 1
     draw[1:, :16] = draw[0, :16]
     input_ids = torch.from_numpy(draw).to(parameter.device)
