@@ -52,6 +52,17 @@ def test_pairs_are_those_that_the_rewards_say(llama, rewards, tmp_path, pairing)
         assert row["confidence"] == pytest.approx(1 / (1 + np.exp(-margin)), abs=1e-6)
 
 
+def test_completions_that_an_encoder_has_no_positions_for_are_left_out(bert, tmp_path, caplog):
+    rows = rows_with_completions(3)
+    rows[1]["completions"][2] += "z" * 600
+    labels = label_preferences(bert, Dataset.from_list(rows), str(tmp_path), pairing="all")
+    assert len(labels) == 6 + 3 + 6
+    assert "1 (completions longer than max_length=512)" in caplog.text
+    reward = SSRMRewardFunction(bert)
+    with pytest.raises(ValueError, match=r"has 6\d\d tokens, but the reward model has positions for 512; shorten"):
+        reward(["say 1"], ["z" * 600])
+
+
 def test_random_completion_is_drawn_from_the_seed(llama, tmp_path):
     data = Dataset.from_list(rows_with_completions(20))
     rejected = [

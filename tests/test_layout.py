@@ -17,15 +17,27 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
     Qwen3Config,
     Qwen3ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     set_seed,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_ssrm import layout
 from trl_ssrm.backbone import freeze_backbone
-from trl_ssrm.layout import LONGEST_SHARED_ROW, choose_layout, common_prefix, laid_out, paired_rows, shared_rows
+from trl_ssrm.layout import (
+    LONGEST_SHARED_ROW,
+    choose_layout,
+    common_prefix,
+    laid_out,
+    num_positions,
+    paired_rows,
+    shared_rows,
+)
 from trl_ssrm.scoring import BatchBudget, Scorer, score_sequences
 
 
@@ -200,6 +212,22 @@ def test_gradients_are_those_of_padded_pairs(sequences, checkpointing, window):
     for other in ("shared", "packed"):
         for name, gradient in gradients[other].items():
             torch.testing.assert_close(gradient, gradients["padded"][name], atol=1e-6, rtol=1e-4)
+
+
+def test_positions_are_those_that_were_learned(bert):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 50, "pad_token_id": 1}
+    roberta = RobertaForSequenceClassification(RobertaConfig(**sizes, max_position_embeddings=40))
+    opt = OPTForSequenceClassification(
+        OPTConfig(**sizes, word_embed_proj_dim=16, ffn_dim=16, max_position_embeddings=40)
+    )
+    for model, length in ((roberta, 38), (opt, 40)):
+        assert num_positions(model) == length
+        with torch.inference_mode():
+            model(input_ids=torch.full((1, length), 7))
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=torch.full((1, length + 1), 7))
+    assert num_positions(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=1)) == 512
+    assert num_positions(make_model()) is None
 
 
 def test_little_in_common_is_left_as_it_is():

@@ -488,6 +488,19 @@ def test_long_rows_are_counted(llama, config, labeled, unlabeled, caplog):
     assert "Left out of `train_dataset`: 1 (longer than max_length=60)" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["train_dataset", "unlabeled_dataset", "eval_dataset"])
+def test_sequence_that_the_model_has_no_positions_for_is_refused_before_training(
+    bert, config, labeled, unlabeled, held_out, name
+):
+    data = {"train_dataset": labeled, "unlabeled_dataset": unlabeled, "eval_dataset": held_out}
+    data[name] = concatenate_datasets([data[name], data[name].select([0]).map(lambda row: {"chosen": "x" * 600})])
+    args = config(max_length=None, eos_token="<|eos|>", num_rounds=0, num_train_epochs=1)
+    with pytest.raises(ValueError, match=rf"`{name}` has a sequence of 6\d\d tokens, .* set `max_length=512`"):
+        SSRMTrainer(bert, args, **data)
+    args.max_length = 512
+    assert SSRMTrainer(bert, args, **data).train().metrics["termination_reason"] == "max_rounds"
+
+
 # ---- Speed ----
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import check_columns, check_padding, check_prompts
 from .hub import check_model_is_there
-from .layout import choose_layout
+from .layout import choose_layout, num_positions
 from .loading import load_policy, load_reward_model
 from .markup import as_literal, special_tokens_of
 from .scoring import NonFiniteScoreError, score_sequences
@@ -128,6 +128,7 @@ class SSRMRewardFunction:
         self.reward_clip_range = reward_clip_range
         self.batch_tokens = batch_tokens
         self.layout = choose_layout(self.model)
+        self.num_positions = num_positions(self.model)
         self.device = device
 
     def __call__(self, prompts: list, completions: list, **kwargs: Any) -> list[float]:
@@ -148,6 +149,7 @@ class SSRMRewardFunction:
 
         Raises:
             NonFiniteScoreError: If a reward is NaN or infinite.
+            ValueError: If the model has no positions for so many tokens.
         """
         columns = {name: kwargs.get(name) for name in ("tools", "chat_template_kwargs")}
         if self.baseline_column is None:
@@ -193,6 +195,7 @@ class SSRMRewardFunction:
 
         Raises:
             NonFiniteScoreError: If a reward is NaN or infinite.
+            ValueError: If the model has no positions for so many tokens.
         """
         nothing = [None] * len(prompts)
         return self.score_tokenized(
@@ -212,7 +215,17 @@ class SSRMRewardFunction:
 
         Returns:
             `np.ndarray` of shape `(num_sequences,)`, float64.
+
+        Raises:
+            NonFiniteScoreError: If a reward is NaN or infinite.
+            ValueError: If the model has no positions for so many tokens.
         """
+        longest = max(map(len, sequences), default=0)
+        if self.num_positions is not None and longest > self.num_positions:
+            raise ValueError(
+                f"A prompt with its completion has {longest} tokens, but the reward model has positions for "
+                f"{self.num_positions}; shorten the prompts, or limit the completions (`max_completion_length`)."
+            )
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(self.device or PartialState().device)
         rewards = score_sequences(

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from trl import maybe_extract_prompt
 
+from .layout import num_positions
 from .pool import Pool, build_pool, report_dropped
 from .rounds import RunDirectory
 from .sequences import BATCH_ROWS, PairedSequences, group_numbers, iterate_rows
@@ -89,7 +90,7 @@ def prepare_run_data(
 
     Raises:
         ValueError: If every row of a dataset is too long, `calibration_dataset` shares pairs with `train_dataset`, or
-            token IDs are beyond the vocabulary of the model.
+            token IDs are beyond the vocabulary of the model, or sequences beyond its positions.
     """
     args, tokenizer = trainer.args, trainer.processing_class
     without_filter = copy.copy(args)
@@ -110,8 +111,10 @@ def prepare_run_data(
         report_too_long(name, len(given), len(prepared), args.max_length)
         check_vocabulary(prepared, f"{name}_dataset", trainer.model)
         held_out[name] = PairedSequences.from_tokenized(prepared)
+        check_positions(held_out[name], f"{name}_dataset", trainer.model)
     check_vocabulary(labeled, "train_dataset", trainer.model)
     labeled_pairs = PairedSequences.from_tokenized(labeled)
+    check_positions(labeled_pairs, "train_dataset", trainer.model)
     known_pairs = {"the labeled pairs": set(labeled_pairs.pair_keys())}
     known_pairs |= {name: set(pairs.pair_keys()) for name, pairs in held_out.items()}
     if common := known_pairs["the labeled pairs"] & known_pairs.get("calibration", set()):
@@ -131,6 +134,7 @@ def prepare_run_data(
         by_pair=trainer.comparison is not None,
         stream_dir=RunDirectory(str(args.output_dir)).root / "pool",
     )
+    check_positions(pool.pairs, "unlabeled_dataset", trainer.model)
     margins = list(labeled["margin"]) if "margin" in labeled.column_names else None
     return RunData(labeled, labeled_pairs, margins, held_out, pool)
 
@@ -153,6 +157,16 @@ def check_vocabulary(dataset: Dataset, name: str, model: Any) -> None:
                 f"`{name}` has the token ID {largest}, but the model has {vocab_size} tokens; tokenize it with the "
                 "tokenizer of the model."
             )
+
+
+def check_positions(pairs: PairedSequences, name: str, model: Any) -> None:
+    """Refuse sequences that the model has no positions for, which would end training with an index out of range."""
+    longest, positions = int(pairs.lengths.max(initial=0)), num_positions(model)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"`{name}` has a sequence of {longest} tokens, but the model has positions for {positions}; set "
+            f"`max_length={positions}`, which leaves such pairs out."
+        )
 
 
 def by_name(dataset: Any, name: str) -> dict[str, Any]:

@@ -135,7 +135,8 @@ def evaluate(
             Whether to leave out the progress bar.
         max_length (`int`, *optional*):
             Longest sequence in tokens that a scalar model can read; a comparison with a longer one counts as a tie, and
-            is counted as `not_judged`. Default: that of its tokenizer. For a judge, set that of its comparison.
+            is counted as `not_judged`. Default: that of its tokenizer, or of its learned positions. For a judge, set that of its
+            comparison.
 
     Returns:
         [`Evaluation`]: with the metrics `num_rows`, `accuracy`, `accuracy_low` and `accuracy_high` (Wilson's 95 %
@@ -264,7 +265,9 @@ def _pair_logits(
         except NonFiniteScoreError as error:
             raise _in_rows(error, ends, first_row) from error
         return np.split(logits, ends[:-1])
-    longest = scorer.processing_class.model_max_length if max_length is None else max_length
+    longest = max_length
+    if longest is None:
+        longest = min(scorer.processing_class.model_max_length, scorer.num_positions or math.inf)
     sequences = []
     for number, row in enumerate(rows, first_row):
         with tokenizing(f"Row {number} of `dataset`"):

@@ -64,8 +64,8 @@ def label_preferences(
             Divisor of the margin that calibrates the confidence, such as the one that [`SSRMTrainer`] fitted.
             Positive.
         max_length (`int`, *optional*):
-            Longest sequence in tokens of the reward model; longer completions are left out. For a judge, set that of
-            its comparison.
+            Longest sequence in tokens of the reward model; longer completions are left out. If `None`, as many as the model
+            has learned positions for, if it has. For a judge, set that of its comparison.
         seed (`int`, *optional*, defaults to `42`):
             Seed of `"best_vs_random"`.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
@@ -137,8 +137,8 @@ def best_of_n(
         output_dir (`str`):
             Directory for the result, the same for all processes.
         max_length (`int`, *optional*):
-            Longest sequence in tokens of the reward model; longer completions are left out. For a judge, set that of
-            its comparison.
+            Longest sequence in tokens of the reward model; longer completions are left out. If `None`, as many as the model
+            has learned positions for, if it has. For a judge, set that of its comparison.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to leave out the progress bar.
 
@@ -232,6 +232,7 @@ def _score_rows(
     max_length: int | None,
     dropped: Counter[str],
 ) -> list[ScoredCompletions]:
+    longest = reward_function.num_positions if max_length is None else max_length
     sequences, row_of, completions = [], [], []
     for number, row in enumerate(rows, first_row):
         template = [row.get(name) for name in TEMPLATE_COLUMNS]
@@ -239,8 +240,8 @@ def _score_rows(
         for completion in completions_of(row):
             with tokenizing(f"Row {number} of `dataset`"):
                 ids = reward_function.tokenize(row["prompt"], completion, *template)
-            if max_length is not None and len(ids) > max_length:
-                dropped[f"completions longer than max_length={max_length}"] += 1
+            if longest is not None and len(ids) > longest:
+                dropped[f"completions longer than max_length={longest}"] += 1
                 continue
             sequences.append(ids)
             row_of.append(number)
