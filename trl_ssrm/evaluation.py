@@ -265,9 +265,8 @@ def _pair_logits(
         except NonFiniteScoreError as error:
             raise _in_rows(error, ends, first_row) from error
         return np.split(logits, ends[:-1])
-    longest = max_length
-    if longest is None:
-        longest = min(scorer.processing_class.model_max_length, scorer.num_positions or math.inf)
+    readable = min(scorer.processing_class.model_max_length, scorer.num_positions or math.inf)
+    longest = readable if max_length is None else max_length
     sequences = []
     for number, row in enumerate(rows, first_row):
         with tokenizing(f"Row {number} of `dataset`"):
