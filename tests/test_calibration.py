@@ -5,6 +5,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 from trl_ssrm.calibration import (
     adaptive_calibration_error,
     calibrated_metrics,
+    calibration_error_floor,
     expected_calibration_error,
     fit_temperature,
     preference_metrics,
@@ -46,6 +47,15 @@ def test_ece_does_not_let_bins_cancel():
     confidence = np.array([0.6] * 10 + [1.0] * 10)
     is_correct = np.array([True] * 10 + [True] * 6 + [False] * 4)
     assert expected_calibration_error(confidence, is_correct) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("num_pairs", [100, 1000])
+def test_ece_floor_is_that_of_labels_drawn_from_the_confidence(num_pairs):
+    draw = np.random.default_rng(0)
+    confidence = draw.uniform(0.5, 1.0, size=num_pairs)
+    drawn = [expected_calibration_error(confidence, draw.random(num_pairs) < confidence) for _ in range(1000)]
+    assert calibration_error_floor(confidence) == pytest.approx(np.mean(drawn), rel=0.05)
+    assert np.mean(drawn) > 0.02
 
 
 def test_temperature_is_recovered(logits):

@@ -26,9 +26,9 @@ def preference_metrics(logits: np.ndarray, temperature: float = 1.0) -> dict[str
     Returns:
         `dict[str, float]`: `accuracy` (a tie is wrong), `log_loss` in nats, `brier`, the mean squared distance of the
         probability of the chosen completion from 1, `ece`, the expected calibration error over 15 bins of equal width
-        ([On Calibration of Modern Neural Networks](https://huggingface.co/papers/1706.04599)), and `adaptive_ece`, over
-        15 bins of as many pairs each ([Measuring Calibration in Deep
-        Learning](https://huggingface.co/papers/1904.01685)).
+        ([On Calibration of Modern Neural Networks](https://huggingface.co/papers/1706.04599)), `ece_floor`, what it would
+        be by chance if the confidence were right (see [`calibration_error_floor`]), and `adaptive_ece`, over 15 bins of
+        as many pairs each ([Measuring Calibration in Deep Learning](https://huggingface.co/papers/1904.01685)).
     """
     scaled = logits.astype(np.float64) / temperature
     confidence, is_correct = sigmoid(np.abs(scaled)), scaled > 0
@@ -37,6 +37,7 @@ def preference_metrics(logits: np.ndarray, temperature: float = 1.0) -> dict[str
         "log_loss": float(np.mean(np.logaddexp(0.0, -scaled))),
         "brier": float(np.mean((1 - sigmoid(scaled)) ** 2)),
         "ece": expected_calibration_error(confidence, is_correct),
+        "ece_floor": calibration_error_floor(confidence),
         "adaptive_ece": adaptive_calibration_error(confidence, is_correct),
     }
 
@@ -52,7 +53,8 @@ def calibrated_metrics(logits: np.ndarray, temperature: float) -> dict[str, floa
             Divisor of the logits.
 
     Returns:
-        `dict[str, float]`: `calibrated_log_loss`, `calibrated_brier`, `calibrated_ece` and `calibrated_adaptive_ece`.
+        `dict[str, float]`: `calibrated_log_loss`, `calibrated_brier`, `calibrated_ece`, `calibrated_ece_floor` and
+        `calibrated_adaptive_ece`.
     """
     metrics = preference_metrics(logits, temperature)
     return {f"calibrated_{name}": value for name, value in metrics.items() if name != "accuracy"}
@@ -100,6 +102,22 @@ def expected_calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -
     """
     gap = np.bincount(_bin_of(confidence), weights=confidence - is_correct, minlength=NUM_ECE_BINS)
     return float(np.abs(gap).sum() / len(confidence))
+
+
+def calibration_error_floor(confidence: np.ndarray) -> float:
+    """
+    The expected calibration error that a model has by chance if its confidence is right: of few pairs it is well above 0
+    ([Mitigating Bias in Calibration Error Estimation](https://huggingface.co/papers/2012.08668)).
+
+    Args:
+        confidence (`np.ndarray` of shape `(num_pairs,)`):
+            Probability of the predicted label.
+
+    Returns:
+        `float`: the mean over labels drawn from the confidence, the sum over a bin taken as normal.
+    """
+    variance = np.bincount(_bin_of(confidence), weights=confidence * (1 - confidence), minlength=NUM_ECE_BINS)
+    return float(np.sqrt(2 / np.pi * variance).sum() / len(confidence))
 
 
 def adaptive_calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:

@@ -135,13 +135,13 @@ def evaluate(
             Whether to leave out the progress bar.
         max_length (`int`, *optional*):
             Longest sequence in tokens that a scalar model can read; a comparison with a longer one counts as a tie, and
-            is counted as `not_judged`. Default: that of its tokenizer, or of its learned positions. For a judge, set that of its
-            comparison.
+            is counted as `not_judged`. Default: that of its tokenizer, or of its learned positions. For a judge, set that
+            of its comparison.
 
     Returns:
         [`Evaluation`]: with the metrics `num_rows`, `accuracy`, `accuracy_low` and `accuracy_high` (Wilson's 95 %
         interval, as if no two rows had the same prompt), `ties` and `not_judged` (numbers of rows); of pairs also
-        `log_loss`, `brier`, `ece` and `adaptive_ece`, as in [`preference_metrics`]; of RM-Bench `easy`,
+        `log_loss`, `brier`, `ece`, `ece_floor` and `adaptive_ece`, as in [`preference_metrics`]; of RM-Bench `easy`,
         `normal` and `hard` instead of the interval; and under `"all"` the final `score` of a published benchmark,
         if all of its subsets or domains are there.
 

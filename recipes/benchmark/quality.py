@@ -30,7 +30,10 @@ from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
 from trl_ssrm.backbone import freeze_backbone
 
 
-METRICS = ("accuracy", "log_loss", "ece", "calibrated_log_loss", "calibrated_ece")
+METRICS = (
+    *("accuracy", "log_loss", "ece", "ece_floor"),
+    *("calibrated_log_loss", "calibrated_ece", "calibrated_ece_floor"),
+)
 
 # What each arm changes in the settings that all of them share.
 PAPER = {
@@ -307,9 +310,10 @@ def table(results: list[dict], arms: list[str], part: str) -> str:
     value = {(entry["seed"], entry["arm"]): entry["metrics"][part] for entry in results}
     seeds = sorted({seed for seed, _ in value})
     lines = [
-        "| Arm | Accuracy | − labels | Share of the gap | Log-loss | ECE | Calibrated log-loss | Calibrated ECE | Kept | Right |"
+        "| Arm | Accuracy | − labels | Share of the gap | Log-loss | ECE | by chance "
+        "| Calibrated log-loss | ECE | by chance | Kept | Right |"
     ]
-    lines.append("|---|" + "---:|" * 9)
+    lines.append("|---|" + "---:|" * 11)
     for arm in arms:
         have = [seed for seed in seeds if (seed, arm) in value]
         if not have:
