@@ -27,6 +27,7 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     BitsAndBytesConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     set_seed,
 )
@@ -126,6 +127,15 @@ def decoder(tmp_path_factory, tokenizer) -> str:
     set_seed(0)
     config = llama_config(tokenizer, num_attention_heads=2, num_key_value_heads=1, num_labels=1)
     return _saved(LlamaForSequenceClassification(config), tokenizer, directory)
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory, tokenizer) -> str:
+    """Directory of a tiny causal language model, for a pairwise model."""
+    directory = tmp_path_factory.mktemp("language_model")
+    set_seed(0)
+    config = llama_config(tokenizer, num_attention_heads=2, num_key_value_heads=1)
+    return _saved(LlamaForCausalLM(config), tokenizer, directory)
 
 
 @pytest.fixture(scope="module")
@@ -274,14 +284,16 @@ def scored_by(directory) -> set[str]:
 
 
 @needs_vllm
-@pytest.mark.parametrize("kind", ["full", "lora", "folds"])
-def test_run_keeps_the_same_pairs(decoder, config, labeled, unlabeled, held_out, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["full", "lora", "folds", "pairwise"])
+def test_run_keeps_the_same_pairs(decoder, language_model, config, labeled, unlabeled, held_out, tmp_path, kind):
     lora = LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"]) if kind == "lora" else None
     # All of the weights learn this pool in a round, and the labels would not change in another.
     settings = {"num_rounds": 2 if lora else 1, "num_folds": 2 if kind == "folds" else 0}
+    if kind == "pairwise":
+        settings |= {"preference_model": "pairwise", "max_length": 256, "confidence_threshold": 0.5}
     plain, by_vllm = (
         run(
-            decoder,
+            language_model if kind == "pairwise" else decoder,
             config(
                 output_dir=str(tmp_path / str(use_vllm)),
                 use_vllm=use_vllm,
