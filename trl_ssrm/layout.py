@@ -362,10 +362,13 @@ def _masks(
     before = torch.ones(length - start, length, dtype=torch.bool, device=branch.device).tril(start)
     own = branch[:, start:, None] == branch[:, None, :]
     own |= (branch[:, None, :] == 0) & (branch[:, start:, None] >= 0)
-    distance = positions[:, start:, None] - positions[:, None, :]
 
     def mask(window: int | None) -> torch.Tensor:
-        seen = (before & own if window is None else before & own & (distance < window))[:, None]
+        seen = before & own
+        if window is not None:
+            # Rows are long: numbers of four bytes, and only where they are needed.
+            seen &= positions[:, start:, None].int() - positions[:, None, :].int() < window
+        seen = seen[:, None]
         if attention != "eager":
             return seen
         least = torch.finfo(parameter.dtype).min
