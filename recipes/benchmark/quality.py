@@ -229,8 +229,8 @@ class Benchmark:
         freeze_lowest_layers(model, self.script_args.num_frozen_layers)
         return model
 
-    def train(self, seed: int, labeled, pool, callbacks=None, **settings) -> SSRMTrainer:
-        """A trainer whose run is over."""
+    def train(self, seed: int, labeled, pool, callbacks=None, **settings) -> tuple[list[dict], int]:
+        """Facts of the rounds of a run, and the round whose model it ended with."""
         output_dir = f"{self.training_args.output_dir}/run"
         shutil.rmtree(output_dir, ignore_errors=True)
         args = replace(self.training_args, seed=seed, output_dir=output_dir, **settings)
@@ -245,14 +245,12 @@ class Benchmark:
         )
         # Every training ends with a collection of garbage, which would look at tens of thousands of features.
         gc.freeze()
-        trainer.train()
-        return trainer
+        kept_round = trainer.train().metrics["kept_round"]
+        return trainer.round_history, kept_round
 
-    def measure(self, trainer: SSRMTrainer) -> dict[str, dict[str, float]]:
-        """Metrics of the model that a trainer has ended with, by part."""
-        last = trainer.round_history[-1]
-        # With folds, the round that the run has found best on its labels.
-        facts = trainer.round_history[trainer.best_round] if trainer.args.num_folds else last
+    def measure(self, rounds: list[dict], kept_round: int) -> dict[str, dict[str, float]]:
+        """Metrics of the model that a run has ended with, by part."""
+        last, facts = rounds[-1], rounds[kept_round]
         metrics = {}
         for part in ("dev", "test"):
             # Without folds the run has found no temperature.
@@ -262,7 +260,7 @@ class Benchmark:
             }
             metrics[part] = {
                 **found,
-                "kept_round": facts["round"],
+                "kept_round": kept_round,
                 "temperature": facts["temperature"],
                 "kept": last.get("kept", 0),
                 "pseudo_label_accuracy": last.get("pseudo_label_accuracy"),
@@ -278,8 +276,10 @@ class Benchmark:
         for steps in script_args.steps:
             for weight_decay in script_args.weight_decays:
                 settings = {"max_steps": steps, "weight_decay": weight_decay}
-                trainer = self.train(seed, labeled, pool[:2], num_rounds=0, **{**PAPER, "num_folds": 5}, **settings)
-                losses[steps, weight_decay] = trainer.round_history[0]["cross_fit_log_loss"]
+                (facts,), _ = self.train(
+                    seed, labeled, pool[:2], num_rounds=0, **{**PAPER, "num_folds": 5}, **settings
+                )
+                losses[steps, weight_decay] = facts["cross_fit_log_loss"]
         steps, weight_decay = min(losses, key=lambda key: losses[key])
         return {"max_steps": steps, "weight_decay": weight_decay}
 
@@ -287,22 +287,22 @@ class Benchmark:
         """Metrics of an arm, by part."""
         labeled, pool = self.draw(seed, fraction)
         if arm == "labels":
-            return self.measure(self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
+            return self.measure(*self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
         if arm == "labels, all steps":
             settings = {**settings, "max_steps": settings["max_steps"] * (1 + self.training_args.num_rounds)}
-            return self.measure(self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
+            return self.measure(*self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
         if arm == "all labels":
             # More data bears more steps: their number is chosen on the dev part.
             lengths = [settings["max_steps"] * factor for factor in self.script_args.all_labels_lengths]
             runs = [
-                self.measure(self.train(seed, labeled + pool[2:], pool[:2], num_rounds=0, **PAPER, max_steps=length))
+                self.measure(*self.train(seed, labeled + pool[2:], pool[:2], num_rounds=0, **PAPER, max_steps=length))
                 for length in lengths
             ]
             return min(runs, key=lambda metrics: metrics["dev"]["log_loss"])
         is_gold = arm.endswith(", true labels")
         callbacks = [Gold()] if is_gold else None
         changes = ARMS[arm.removesuffix(", true labels")]
-        return self.measure(self.train(seed, labeled, pool, callbacks, **{**settings, **changes}))
+        return self.measure(*self.train(seed, labeled, pool, callbacks, **{**settings, **changes}))
 
 
 def table(results: list[dict], arms: list[str], part: str) -> str:
