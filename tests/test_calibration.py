@@ -68,6 +68,17 @@ def test_fitted_temperature_has_the_lowest_log_loss(logits):
     assert losses[0] == min(losses)
 
 
+def test_model_is_made_surer_only_where_many_pairs_ask_for_it(logits):
+    # Of the model whose logits are half of what they should be, few pairs and many.
+    unsure = logits / 6
+    assert fit_temperature(unsure) == pytest.approx(0.5, rel=0.1)
+    assert fit_temperature(unsure) > 0.5
+    few = [fit_temperature(unsure[start : start + 20]) for start in range(0, 2000, 20)]
+    assert min(few) > 0.1 and np.mean(np.array(few) >= 1) > 0.3
+    # Less sure it is made in any case.
+    assert fit_temperature(logits[:60]) > 1
+
+
 def test_pairs_that_are_all_right_leave_the_temperature_alone():
     assert fit_temperature(np.array([0.1, 2.0, 3.0])) == 1.0
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -182,8 +183,9 @@ AT_THE_END = {"num_train_epochs": 1, "num_folds": 0, "confidence_threshold": 0.5
 class Shell:
     """Runs commands as a shell would, the parts that take hours cut short; each program by its own parser."""
 
-    def __init__(self, places: dict[str, str]):
+    def __init__(self, places: dict[str, str], add_to_path: Callable[[str], None]):
         self.places = places
+        self.add_to_path = add_to_path
         self.ran: list[str] = []
 
     def __call__(self, line: str) -> None:
@@ -229,6 +231,8 @@ class Shell:
 
     def python(self, words: list[str]) -> None:
         path = ROOT / words[0]
+        # As Python does it for a script.
+        self.add_to_path(str(path.parent))
         if path.stem == "ppo" and not HAS_PPO:
             with pytest.raises(SystemExit):
                 runpy.run_path(str(path))
@@ -278,7 +282,7 @@ def shell(places, llama, tmp_path, monkeypatch) -> Shell:
         rows = preference_rows(16, seed=seed)
         Dataset.from_list([{**row, "domain": "half" if i % 2 else "other"} for i, row in enumerate(rows)]).to_csv(name)
     Path("recipes").symlink_to(ROOT / "recipes")
-    return Shell(places)
+    return Shell(places, monkeypatch.syspath_prepend)
 
 
 @pytest.mark.parametrize(
