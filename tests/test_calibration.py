@@ -75,6 +75,8 @@ def test_model_is_made_surer_only_where_many_pairs_ask_for_it(logits):
     assert fit_temperature(unsure) > 0.5
     few = [fit_temperature(unsure[start : start + 20]) for start in range(0, 2000, 20)]
     assert min(few) > 0.1 and np.mean(np.array(few) >= 1) > 0.3
+    # Also where the best one is the lowest that is allowed.
+    assert 0.1 < fit_temperature(np.array([0.3, 0.3, 0.3, -0.05])) < 1
     # Less sure it is made in any case.
     assert fit_temperature(logits[:60]) > 1
 

@@ -123,19 +123,13 @@ def test_weights_that_a_killed_run_has_left_are_deleted(llama, config, labeled, 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory, tokenizer) -> str:
     """Directory of a tiny decoder whose heads have 32 numbers, the least that vLLM computes on a CPU."""
-    directory = tmp_path_factory.mktemp("decoder")
-    set_seed(0)
-    config = llama_config(tokenizer, num_attention_heads=2, num_key_value_heads=1, num_labels=1)
-    return _saved(LlamaForSequenceClassification(config), tokenizer, directory)
+    return _saved_llama(LlamaForSequenceClassification, tokenizer, tmp_path_factory, num_labels=1)
 
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory, tokenizer) -> str:
     """Directory of a tiny causal language model, for a pairwise model."""
-    directory = tmp_path_factory.mktemp("language_model")
-    set_seed(0)
-    config = llama_config(tokenizer, num_attention_heads=2, num_key_value_heads=1)
-    return _saved(LlamaForCausalLM(config), tokenizer, directory)
+    return _saved_llama(LlamaForCausalLM, tokenizer, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +139,12 @@ def encoder(tmp_path_factory, tokenizer) -> str:
     set_seed(0)
     config = bert_config(tokenizer, hidden_size=64, num_attention_heads=2)
     return _saved(BertForSequenceClassification(config), tokenizer, directory)
+
+
+def _saved_llama(model_class, tokenizer, tmp_path_factory, **settings) -> str:
+    set_seed(0)
+    config = llama_config(tokenizer, num_attention_heads=2, num_key_value_heads=1, **settings)
+    return _saved(model_class(config), tokenizer, tmp_path_factory.mktemp(model_class.__name__))
 
 
 def _saved(model, tokenizer, directory) -> str:

@@ -175,23 +175,28 @@ def fit_temperature(logits: np.ndarray) -> float:
 
     for inverse_temperature, wrong_side in ((lowest, slope(lowest) >= 0), (highest, slope(highest) <= 0)):
         if wrong_side:
+            temperature = _least_sharpening(logits, 1 / inverse_temperature)
             logger.warning(
                 f"No temperature within {list(TEMPERATURE_RANGE)} is best for the {len(logits)} calibration pairs; "
-                f"{1 / inverse_temperature:g} is used. Give `calibration_dataset` more pairs."
+                f"{temperature:g} is used. Give `calibration_dataset` more pairs."
             )
-            return 1 / inverse_temperature
+            return temperature
     for _ in range(60):
         middle = (lowest * highest) ** 0.5
         lowest, highest = (middle, highest) if slope(middle) < 0 else (lowest, middle)
-    temperature = 1 / middle
-    return _least_sharpening(logits, temperature) if temperature < 1 else temperature
+    return _least_sharpening(logits, 1 / middle)
 
 
 def _least_sharpening(logits: np.ndarray, best: float) -> float:
-    """The highest temperature from the best one to 1 whose log-loss is within one standard error of that of the best."""
+    """
+    The highest temperature from the best one to 1 whose log-loss is within one standard error of that of the best; the
+    best one itself, if it is not below 1.
+    """
+    if best >= 1:
+        return best
     lowest_losses = np.logaddexp(0.0, -logits / best)
     for temperature in np.geomspace(1.0, best, num=50):
         excess = np.logaddexp(0.0, -logits / temperature) - lowest_losses
-        if excess.mean() <= excess.std() / np.sqrt(len(logits)):
+        if excess.mean() <= excess.std(ddof=1) / np.sqrt(len(logits)):
             return float(temperature)
     return best

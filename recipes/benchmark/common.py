@@ -1,14 +1,12 @@
-"""What the benchmarks of quality share: the split by prompt, the models, and intervals over seeds."""
+"""What the benchmarks of quality share: the split by prompt, the model, and intervals over seeds."""
 
 import importlib.util
 import math
 import random
-import re
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from torch import nn
 
 
 Row = TypeVar("Row")
@@ -35,14 +33,6 @@ def split_by_prompt(rows_of: dict[str, list[Row]], max_prompts: int | None = Non
     test, dev = len(prompts) // 4, len(prompts) // 4 + len(prompts) // 8
     cut = {"test": prompts[:test], "dev": prompts[test:dev], "train": prompts[dev:]}
     return {part: [rows_of[prompt] for prompt in names] for part, names in cut.items()}
-
-
-def freeze_lowest_layers(model: nn.Module, num_layers: int) -> None:
-    """Don't train the embeddings and the lowest layers; with 0 layers, train all."""
-    for name, parameter in model.named_parameters():
-        layer = re.search(r"\.layers?\.(\d+)\.", name)
-        is_low = int(layer[1]) < num_layers if layer else "embed" in name
-        parameter.requires_grad_(not (num_layers and is_low))
 
 
 def half_interval(values: list[float]) -> float:

@@ -11,12 +11,13 @@ Results are kept line by line in `output_dir/results.jsonl`; what is there is no
 
 import json
 import random
+import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from common import default_model_path, freeze_lowest_layers, interval, split_by_prompt
+from common import default_model_path, interval, split_by_prompt
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import TrlParser
@@ -78,7 +79,10 @@ def make_model(script_args: BenchmarkArguments, training_args: SSRMConfig, path:
         model = load_pairwise_model(path, Comparison().label_token_ids(tokenizer))
     else:
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
-    freeze_lowest_layers(model, script_args.num_frozen_layers)
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"\.layers?\.(\d+)\.", name)
+        is_low = int(layer[1]) < script_args.num_frozen_layers if layer else "embed" in name
+        parameter.requires_grad_(not (script_args.num_frozen_layers and is_low))
     return model
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from common import default_model_path, freeze_lowest_layers, half_interval, interval, split_by_prompt
+from common import default_model_path, half_interval, interval, split_by_prompt
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import TrlParser
@@ -133,9 +133,6 @@ class BenchmarkArguments:
         metadata={"help": "Lengths of the arm with all labels to choose from, in lengths of round 0."},
     )
     max_prompts: int | None = field(default=None, metadata={"help": "Prompts to take, drawn once. Default: all."})
-    num_frozen_layers: int = field(
-        default=0, metadata={"help": "Lowest layers that are not trained, where the backbone is not frozen whole."}
-    )
     max_prompt_tokens: int = field(default=64, metadata={"help": "Tokens kept of a prompt, from its end."})
     max_answer_tokens: int = field(default=160, metadata={"help": "Tokens kept of an answer, from its start."})
 
@@ -225,9 +222,7 @@ class Benchmark:
         set_seed(seed)
         if self.frozen is not None:
             return self.frozen.with_new_head()
-        model = AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=1, dtype="float32")
-        freeze_lowest_layers(model, self.script_args.num_frozen_layers)
-        return model
+        return AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=1, dtype="float32")
 
     def train(self, seed: int, labeled, pool, callbacks=None, **settings) -> tuple[list[dict], int]:
         """Facts of the rounds of a run, and the round whose model it ended with."""
