@@ -37,8 +37,8 @@ from trl import (
 )
 
 from trl_ssrm import SSRMConfig, SSRMRewardFunction, SSRMTrainer, generate_completions, label_preferences
-from trl_ssrm.files import write_record
-from trl_ssrm.storage import changed_facts
+from trl_ssrm.io.files import write_record
+from trl_ssrm.io.storage import changed_facts
 
 
 @dataclass

@@ -14,9 +14,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-import trl_ssrm.generation
-import trl_ssrm.labeling
-import trl_ssrm.shards
+import trl_ssrm.alignment.generation
+import trl_ssrm.alignment.labeling
+import trl_ssrm.alignment.shards
 from trl_ssrm import Comparison, PairwiseJudge, generate_completions, label_preferences
 
 
@@ -27,10 +27,10 @@ def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "", sha
     """
     if sharded:
         os.environ |= {"ACCELERATE_USE_FSDP": "True", "FSDP_CPU_RAM_EFFICIENT_LOADING": "True"}
-    trl_ssrm.labeling.SHARD_ROWS = 8
-    trl_ssrm.generation.SHARD_BATCHES = 2
+    trl_ssrm.alignment.labeling.SHARD_ROWS = 8
+    trl_ssrm.alignment.generation.SHARD_BATCHES = 2
     place, written = "generation", []
-    write_table = trl_ssrm.shards.write_table
+    write_table = trl_ssrm.alignment.shards.write_table
 
     def write_or_die(path, *args) -> None:
         if place == kill_at and len(written) == 2:
@@ -38,7 +38,7 @@ def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "", sha
         write_table(path, *args)
         written.append(path.name)
 
-    trl_ssrm.shards.write_table = write_or_die
+    trl_ssrm.alignment.shards.write_table = write_or_die
     prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in conftest.letter_rows(30, seed=1)])
     completions = generate_completions(
         policy,

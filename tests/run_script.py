@@ -15,10 +15,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-import trl_ssrm.scoring
+import trl_ssrm.scoring.score
 from trl_ssrm import SSRMConfig, SSRMTrainer
-from trl_ssrm.sharding import whole_weights
-from trl_ssrm.storage import content_hash
+from trl_ssrm.io.storage import content_hash
+from trl_ssrm.models.sharding import whole_weights
 
 
 def main(
@@ -33,9 +33,9 @@ def main(
 ) -> None:
     """`kill_in_scoring_for` is a round; the process that gets the second shard of its scores is killed."""
     # A few sequences a shard.
-    trl_ssrm.scoring.SHARD_TOKENS = 512
+    trl_ssrm.scoring.score.SHARD_TOKENS = 512
     scored = []
-    write_shard = trl_ssrm.scoring.write_tensors
+    write_shard = trl_ssrm.scoring.score.write_tensors
 
     def count_shard(path, tensors, key):
         if trainer.round + 1 == kill_in_scoring_for and path.name.startswith("shard-00001"):
@@ -43,7 +43,7 @@ def main(
         scored.append([trainer.round + 1, int(path.name.split("-")[1])])
         write_shard(path, tensors, key)
 
-    trl_ssrm.scoring.write_tensors = count_shard
+    trl_ssrm.scoring.score.write_tensors = count_shard
     args = SSRMConfig(
         **{
             "output_dir": output_dir,

@@ -6,7 +6,7 @@ from conftest import as_messages, preference_rows
 from datasets import Dataset
 
 from trl_ssrm import PairScores, SSRMTrainer, load_labels
-from trl_ssrm.annotation import most_useful
+from trl_ssrm.rounds.annotation import most_useful
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, log_loss
 
-from trl_ssrm.calibration import (
+from trl_ssrm.rounds.calibrate import fit_temperature
+from trl_ssrm.scoring.metrics import (
     adaptive_calibration_error,
     calibrated_metrics,
     calibration_error_floor,
     expected_calibration_error,
-    fit_temperature,
     preference_metrics,
     reliability_curve,
 )

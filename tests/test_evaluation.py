@@ -18,8 +18,14 @@ from trl_ssrm import (
     evaluation_table,
     export_for_rewardbench,
 )
-from trl_ssrm.benchmarks import REWARDBENCH_SECTIONS, best_is_right, final_score, rm_bench_levels, section_scores
-from trl_ssrm.evaluation import sign_test, wilson_interval
+from trl_ssrm.evaluation.benchmarks import (
+    REWARDBENCH_SECTIONS,
+    best_is_right,
+    final_score,
+    rm_bench_levels,
+    section_scores,
+)
+from trl_ssrm.evaluation.evaluate import sign_test, wilson_interval
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_ssrm import PseudoLabelingCallback, SSRMTrainer
-from trl_ssrm.data import prompt_groups
+from trl_ssrm.data.prompts import prompt_groups
 
 
 def make(llama, args, labeled, unlabeled, **kwargs) -> SSRMTrainer:

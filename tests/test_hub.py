@@ -23,8 +23,8 @@ from trl_ssrm import (
     load_reward_model,
 )
 from trl_ssrm.cli.main import main
-from trl_ssrm.hub import check_model_is_there
-from trl_ssrm.loading import load_policy
+from trl_ssrm.io.hub import check_model_is_there
+from trl_ssrm.models.loading import load_policy
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/such", "a/b/c", "~/none", "runs/my model", "runs/"])
@@ -55,8 +55,8 @@ def test_model_that_was_kept_needs_no_hub(tmp_path):
 def ask(endpoint: str) -> tuple[str, float]:
     """What is said of a model that is not here, and how long it took, in a process that may ask a hub."""
     code = (
-        "import time, trl_ssrm.hub\nstart = time.monotonic()\n"
-        "try:\n    trl_ssrm.hub.check_model_is_there('runs/none')\n    said = 'nothing'\n"
+        "import time, trl_ssrm.io.hub\nstart = time.monotonic()\n"
+        "try:\n    trl_ssrm.io.hub.check_model_is_there('runs/none')\n    said = 'nothing'\n"
         "except ValueError as error:\n    said = str(error)\n"
         "print(said, time.monotonic() - start, sep='\\n')"
     )

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-import trl_ssrm.labeling
+import trl_ssrm.alignment.labeling
 from trl_ssrm import NonFiniteScoreError, SSRMRewardFunction, best_of_n, generate_completions, label_preferences
 
 
@@ -145,7 +145,7 @@ def test_labels_are_what_trl_trains_on(policy, llama, tmp_path, columns):
 def test_shards_do_not_change_the_labels(llama, tmp_path, monkeypatch):
     data = Dataset.from_list(rows_with_completions(20))
     whole = label_preferences(llama, data, str(tmp_path / "whole"), pairing="best_vs_random")
-    monkeypatch.setattr(trl_ssrm.labeling, "SHARD_ROWS", 3)
+    monkeypatch.setattr(trl_ssrm.alignment.labeling, "SHARD_ROWS", 3)
     in_shards = label_preferences(llama, data, str(tmp_path / "shards"), pairing="best_vs_random")
     assert len(list((tmp_path / "shards").glob("*.parquet"))) == 7
     assert in_shards["rejected"][:] == whole["rejected"][:]
@@ -153,7 +153,7 @@ def test_shards_do_not_change_the_labels(llama, tmp_path, monkeypatch):
 
 
 def test_shard_of_which_nothing_is_left_does_no_harm(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(trl_ssrm.labeling, "SHARD_ROWS", 2)
+    monkeypatch.setattr(trl_ssrm.alignment.labeling, "SHARD_ROWS", 2)
     ties = [{"prompt": "a", "completions": ["same", "same"]}] * 2
     rows = rows_with_completions(4)
     labels = label_preferences(llama, Dataset.from_list([*ties, *rows, *ties]), str(tmp_path))

@@ -28,17 +28,17 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_ssrm import layout
-from trl_ssrm.backbone import freeze_backbone
-from trl_ssrm.layout import (
+from trl_ssrm.models.backbone import freeze_backbone
+from trl_ssrm.models.classifier import num_positions
+from trl_ssrm.scoring.layout import (
     LONGEST_SHARED_ROW,
     choose_layout,
     common_prefix,
     laid_out,
-    num_positions,
     paired_rows,
     shared_rows,
 )
-from trl_ssrm.scoring import BatchBudget, Scorer, score_sequences
+from trl_ssrm.scoring.score import BatchBudget, Scorer, score_sequences
 
 
 FAMILIES = {

@@ -35,7 +35,7 @@ from trl_ssrm import (
     load_ppo_models,
     load_reward_model,
 )
-from trl_ssrm.preference import mean_win_probability, orders_agree, pairwise_logits
+from trl_ssrm.scoring.preference import mean_win_probability, orders_agree, pairwise_logits
 
 
 CHAT_TEMPLATE = (

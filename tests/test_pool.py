@@ -9,9 +9,9 @@ import pytest
 from conftest import as_messages, preference_rows
 from datasets import Dataset, IterableDataset
 
-from trl_ssrm.checks import check_preference_dataset
-from trl_ssrm.pool import build_pool
-from trl_ssrm.sequences import PairedSequences
+from trl_ssrm.data.build_pool import build_pool
+from trl_ssrm.data.checks import check_preference_dataset
+from trl_ssrm.data.sequences import PairedSequences
 
 
 def tokenize(dataset: Dataset) -> Dataset:

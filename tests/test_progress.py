@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from trl_ssrm import SSRMTrainer
-from trl_ssrm.progress import RoundProgress, rounds_so_far
-from trl_ssrm.report import round_line
+from trl_ssrm.reporting.progress import RoundProgress, rounds_so_far
+from trl_ssrm.reporting.report import round_line
 
 
 HISTORY = [

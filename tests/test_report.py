@@ -12,10 +12,10 @@ from conftest import preference_rows
 from datasets import Dataset
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
-from trl_ssrm.plots import TITLES, plot_rounds
-from trl_ssrm.pool_summary import as_text, shorten
-from trl_ssrm.report import round_line, round_table, write_report
-from trl_ssrm.trackers import report_run
+from trl_ssrm.reporting.labeling_summary import as_text, shorten
+from trl_ssrm.reporting.plots import TITLES, plot_rounds
+from trl_ssrm.reporting.report import round_line, round_table, write_report
+from trl_ssrm.reporting.trackers import report_run
 
 
 HISTORY = [
@@ -174,7 +174,7 @@ def test_report_of_rounds_that_a_callback_ended(copy, reason, words):
 
 
 def test_report_needs_no_torch(copy):
-    program = "import sys; from trl_ssrm.report import write_report; write_report(sys.argv[1]); print('torch' in sys.modules)"
+    program = "import sys; from trl_ssrm.reporting.report import write_report; write_report(sys.argv[1]); print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program, str(copy)],
         capture_output=True,
@@ -288,8 +288,8 @@ def test_hidden_labels_leave_no_trace_in_what_is_kept(llama, config, labeled, un
 
 @pytest.mark.parametrize("kept_threshold", [None, 1.0])
 def test_labeling_that_keeps_nothing_is_reported(trainer, copy, kept_threshold):
-    from trl_ssrm.pool_summary import summarize_labeling
-    from trl_ssrm.selection import PairScores
+    from trl_ssrm.reporting.labeling_summary import summarize_labeling
+    from trl_ssrm.scoring.pair_scores import PairScores
 
     pool = trainer.data.pool
     scores = PairScores(np.zeros(len(pool)))

@@ -7,9 +7,9 @@ from conftest import TWO_PROCESSES, assert_same_weights, preference_rows, run_sc
 from datasets import Dataset
 
 from trl_ssrm import SSRMTrainer
-from trl_ssrm.files import written_aside
-from trl_ssrm.rounds import RunDirectory
-from trl_ssrm.sharding import whole_weights
+from trl_ssrm.io.files import written_aside
+from trl_ssrm.models.sharding import whole_weights
+from trl_ssrm.rounds.run_directory import RunDirectory
 
 
 run = partial(run_script, "run_script.py")

@@ -8,11 +8,11 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ssrm import NonFiniteScoreError, scoring
-from trl_ssrm.layout import choose_layout
-from trl_ssrm.preference import scalar_logits
-from trl_ssrm.scoring import score_pairs
-from trl_ssrm.sequences import PairedSequences
-from trl_ssrm.storage import read_tensors, write_tensors
+from trl_ssrm.data.sequences import PairedSequences
+from trl_ssrm.io.storage import read_tensors, write_tensors
+from trl_ssrm.scoring.layout import choose_layout
+from trl_ssrm.scoring.preference import scalar_logits
+from trl_ssrm.scoring.score import score_pairs
 
 
 @pytest.fixture(scope="module", params=["llama", "bert"])

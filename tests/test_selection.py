@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from trl_ssrm.selection import (
-    PairScores,
+from trl_ssrm.rounds.select import (
     above_threshold,
     adaptive_threshold,
     balanced,
@@ -11,6 +10,7 @@ from trl_ssrm.selection import (
     wilson_lower_bound,
     within_quota,
 )
+from trl_ssrm.scoring.pair_scores import PairScores
 
 
 def test_confidence_is_the_larger_probability_to_the_bit():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from trl_ssrm.sequences import PairedSequences, group_numbers, select_rows
+from trl_ssrm.data.sequences import PairedSequences, group_numbers, select_rows
 
 
 def paired(*pairs: tuple[list[int], list[int]]) -> PairedSequences:

@@ -4,7 +4,7 @@ import pytest
 from conftest import as_messages, preference_rows
 from datasets import Dataset, DatasetDict
 
-from trl_ssrm.sources import load_data, load_splits
+from trl_ssrm.io.sources import load_data, load_splits
 
 
 ROWS = preference_rows(3)

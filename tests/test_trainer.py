@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from trl import RewardConfig, RewardTrainer
 
 from trl_ssrm import ConfidenceFilteredDataCollator, PseudoLabelingCallback, SSRMConfig, SSRMTrainer
-from trl_ssrm.pair_trainer import weighted_loss
+from trl_ssrm.rounds.pair_trainer import weighted_loss
 
 
 def losses_of(trainer) -> list[float]:

@@ -33,11 +33,11 @@ from transformers import (
 )
 
 from trl_ssrm import NonFiniteScoreError, PseudoLabelingCallback, SSRMTrainer, scoring, vllm_scoring
-from trl_ssrm.layout import choose_layout
-from trl_ssrm.scoring import score_pairs
-from trl_ssrm.sequences import PairedSequences
-from trl_ssrm.sharding import check_sharding
-from trl_ssrm.vllm_scoring import VLLMScorer
+from trl_ssrm.data.sequences import PairedSequences
+from trl_ssrm.models.sharding import check_sharding
+from trl_ssrm.scoring.layout import choose_layout
+from trl_ssrm.scoring.score import score_pairs
+from trl_ssrm.scoring.vllm_scoring import VLLMScorer
 
 
 os.environ["VLLM_NO_USAGE_STATS"] = "1"

@@ -6,29 +6,29 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Comparison": "comparison",
-    "ConfidenceFilteredDataCollator": "collator",
-    "Evaluation": "evaluation",
-    "NonFiniteScoreError": "scoring",
-    "NonFiniteWeightError": "scoring",
-    "PairScores": "selection",
-    "PairwiseJudge": "judge",
-    "PseudoLabelingCallback": "callback",
+    "Comparison": "models.comparison",
+    "ConfidenceFilteredDataCollator": "data.collator",
+    "Evaluation": "evaluation.evaluate",
+    "NonFiniteScoreError": "scoring.score",
+    "NonFiniteWeightError": "scoring.score",
+    "PairScores": "scoring.pair_scores",
+    "PairwiseJudge": "alignment.judge",
+    "PseudoLabelingCallback": "rounds.callback",
     "SSRMConfig": "config",
-    "SSRMRewardFunction": "alignment",
+    "SSRMRewardFunction": "alignment.reward_function",
     "SSRMTrainer": "trainer",
-    "best_of_n": "labeling",
-    "evaluate": "evaluation",
-    "evaluation_table": "evaluation",
-    "export_for_rewardbench": "benchmarks",
-    "generate_completions": "generation",
-    "label_preferences": "labeling",
-    "load_labels": "annotation",
-    "load_pairwise_model": "loading",
-    "load_ppo_models": "alignment",
-    "load_reward_model": "loading",
-    "ssrm_reward": "alignment",
-    "write_report": "report",
+    "best_of_n": "alignment.labeling",
+    "evaluate": "evaluation.evaluate",
+    "evaluation_table": "evaluation.evaluate",
+    "export_for_rewardbench": "evaluation.exports",
+    "generate_completions": "alignment.generation",
+    "label_preferences": "alignment.labeling",
+    "load_labels": "rounds.annotation",
+    "load_pairwise_model": "models.loading",
+    "load_ppo_models": "alignment.ppo",
+    "load_reward_model": "models.loading",
+    "ssrm_reward": "alignment.reward_function",
+    "write_report": "reporting.report",
 }
 
 __all__ = [
@@ -57,27 +57,27 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .alignment import SSRMRewardFunction as SSRMRewardFunction
-    from .alignment import load_ppo_models as load_ppo_models
-    from .annotation import load_labels as load_labels
-    from .benchmarks import export_for_rewardbench as export_for_rewardbench
-    from .callback import PseudoLabelingCallback as PseudoLabelingCallback
-    from .collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
-    from .comparison import Comparison as Comparison
+    from .alignment.generation import generate_completions as generate_completions
+    from .alignment.judge import PairwiseJudge as PairwiseJudge
+    from .alignment.labeling import best_of_n as best_of_n
+    from .alignment.labeling import label_preferences as label_preferences
+    from .alignment.ppo import load_ppo_models as load_ppo_models
+    from .alignment.reward_function import SSRMRewardFunction as SSRMRewardFunction
     from .config import SSRMConfig as SSRMConfig
-    from .evaluation import Evaluation as Evaluation
-    from .evaluation import evaluate as evaluate
-    from .evaluation import evaluation_table as evaluation_table
-    from .generation import generate_completions as generate_completions
-    from .judge import PairwiseJudge as PairwiseJudge
-    from .labeling import best_of_n as best_of_n
-    from .labeling import label_preferences as label_preferences
-    from .loading import load_pairwise_model as load_pairwise_model
-    from .loading import load_reward_model as load_reward_model
-    from .report import write_report as write_report
-    from .scoring import NonFiniteScoreError as NonFiniteScoreError
-    from .scoring import NonFiniteWeightError as NonFiniteWeightError
-    from .selection import PairScores as PairScores
+    from .data.collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
+    from .evaluation.evaluate import Evaluation as Evaluation
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.evaluate import evaluation_table as evaluation_table
+    from .evaluation.exports import export_for_rewardbench as export_for_rewardbench
+    from .models.comparison import Comparison as Comparison
+    from .models.loading import load_pairwise_model as load_pairwise_model
+    from .models.loading import load_reward_model as load_reward_model
+    from .reporting.report import write_report as write_report
+    from .rounds.annotation import load_labels as load_labels
+    from .rounds.callback import PseudoLabelingCallback as PseudoLabelingCallback
+    from .scoring.pair_scores import PairScores as PairScores
+    from .scoring.score import NonFiniteScoreError as NonFiniteScoreError
+    from .scoring.score import NonFiniteWeightError as NonFiniteWeightError
     from .trainer import SSRMTrainer as SSRMTrainer
 
 

@@ -22,32 +22,36 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 from trl import RewardConfig
 
-from .adapters import is_quantized_by_bitsandbytes, merged, prepare_quantized, with_score_head
-from .annotation import most_useful, write_for_labeling
-from .backbone import freeze_backbone
-from .calibration import calibrated_metrics, fit_temperature, preference_metrics, reliability_curve
-from .callback import PseudoLabelingCallback
-from .checks import check_arguments, check_held_out, check_labeled_data, check_tokenizer, highest_precision
-from .collator import ConfidenceFilteredDataCollator
-from .comparison import Comparison
 from .config import SSRMConfig
-from .data import RunData, by_name, prepare_run_data, report_too_long
-from .files import telling_where
-from .folds import Folds
-from .hub import check_model_is_there
-from .interruption import leaving_with_advice
-from .pair_trainer import PairTrainer
-from .plots import saved_plots
-from .pool import Pool
-from .preparation import complete_args, load_tokenizer, prepare_pairwise
-from .progress import RoundProgress
-from .report import round_table
-from .rounds import RunDirectory, run_identity
-from .scoring import NonFiniteWeightError
-from .selection import PairScores, precision_threshold
-from .sharding import check_sharding, spread, whole_weights
-from .trackers import RoundCallbackHandler, report_run
-from .vllm_scoring import VLLMScorer, check_vllm
+from .data.checks import check_labeled_data
+from .data.collator import ConfidenceFilteredDataCollator
+from .data.pool import Pool
+from .io.files import telling_where
+from .io.hub import check_model_is_there
+from .models.adapters import is_quantized_by_bitsandbytes, merged, prepare_quantized, with_score_head
+from .models.backbone import freeze_backbone
+from .models.comparison import Comparison
+from .models.pairwise import prepare_pairwise
+from .models.sharding import check_sharding, spread, whole_weights
+from .models.tokenizers import check_tokenizer, load_tokenizer
+from .reporting.plots import saved_plots
+from .reporting.progress import RoundProgress
+from .reporting.report import round_table
+from .reporting.trackers import RoundCallbackHandler, report_run
+from .rounds.annotation import most_useful, write_for_labeling
+from .rounds.calibrate import fit_temperature
+from .rounds.callback import PseudoLabelingCallback
+from .rounds.folds import Folds
+from .rounds.interruption import leaving_with_advice
+from .rounds.pair_trainer import PairTrainer
+from .rounds.run_data import RunData, by_name, prepare_run_data, report_too_long
+from .rounds.run_directory import RunDirectory, run_identity
+from .rounds.select import precision_threshold
+from .rounds.settings import check_arguments, check_held_out, complete_args, highest_precision
+from .scoring.metrics import calibrated_metrics, preference_metrics, reliability_curve
+from .scoring.pair_scores import PairScores
+from .scoring.score import NonFiniteWeightError
+from .scoring.vllm_scoring import VLLMScorer, check_vllm
 
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 from trl import TrlParser
 
 from trl_ssrm import Comparison, SSRMConfig, SSRMTrainer, load_pairwise_model
-from trl_ssrm.calibration import preference_metrics
-from trl_ssrm.sequences import PairedSequences
+from trl_ssrm.data.sequences import PairedSequences
+from trl_ssrm.scoring.metrics import preference_metrics
 
 
 METRICS = ("accuracy", "log_loss", "ece")

@@ -27,7 +27,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 from trl import TrlParser
 
 from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
-from trl_ssrm.backbone import freeze_backbone
+from trl_ssrm.models.backbone import freeze_backbone
 
 
 METRICS = (

@@ -47,9 +47,9 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer, TrlParser
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
-from trl_ssrm.layout import choose_layout, shared_rows
-from trl_ssrm.scoring import BatchBudget, score_pairs
-from trl_ssrm.sequences import PairedSequences
+from trl_ssrm.data.sequences import PairedSequences
+from trl_ssrm.scoring.layout import choose_layout, shared_rows
+from trl_ssrm.scoring.score import BatchBudget, score_pairs
 
 
 Row = dict[str, str]

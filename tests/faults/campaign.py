@@ -229,7 +229,7 @@ def is_refused(outcome: Outcome, output_dir: Path) -> bool:
     for log in outcome.logs:
         errors = list(re.finditer(r"^([\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$", log, re.MULTILINE))
         frames = re.findall(r'File "([^"]+)"', log[: errors[-1].start()]) if errors else []
-        is_own = errors and errors[-1][1].startswith(("ValueError: ", "trl_ssrm.files.WriteError: "))
+        is_own = errors and errors[-1][1].startswith(("ValueError: ", "trl_ssrm.io.files.WriteError: "))
         if is_own and str(output_dir) in errors[-1][1] and "/trl_ssrm/" in frames[-1]:
             return True
     return False

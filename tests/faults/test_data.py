@@ -26,9 +26,10 @@ from trl_ssrm import (
     label_preferences,
     load_labels,
 )
-from trl_ssrm.checks import check_preference_dataset, check_prompts
-from trl_ssrm.markup import as_literal, special_tokens_of, strings_of
-from trl_ssrm.pool import build_pool, check_format, completions_of, named_completions
+from trl_ssrm.data.build_pool import build_pool
+from trl_ssrm.data.checks import check_preference_dataset, check_prompts
+from trl_ssrm.data.formats import check_format, completions_of, named_completions
+from trl_ssrm.data.markup import as_literal, special_tokens_of, strings_of
 
 
 # A check alone takes no time.

@@ -14,10 +14,10 @@ from datasets import Dataset, Features, Value
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from trl_ssrm.files import WriteError, delete_left_aside, read_record, write_record, written_aside
-from trl_ssrm.report import read_run
-from trl_ssrm.rounds import CHECKPOINT_MARKER, RunDirectory, run_identity
-from trl_ssrm.storage import changed_facts, write_rows
+from trl_ssrm.io.files import WriteError, delete_left_aside, read_record, write_record, written_aside
+from trl_ssrm.io.storage import changed_facts, write_rows
+from trl_ssrm.reporting.report import read_run
+from trl_ssrm.rounds.run_directory import CHECKPOINT_MARKER, RunDirectory, run_identity
 
 
 FEATURES = Features({"pair": Value("int64")})

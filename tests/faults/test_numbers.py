@@ -14,10 +14,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from faults.outcomes import refusal_of
 from trl_ssrm import NonFiniteScoreError, PseudoLabelingCallback, SSRMTrainer, write_report
-from trl_ssrm.calibration import fit_temperature, preference_metrics, reliability_curve
-from trl_ssrm.preference import mean_logits, mean_win_probability, pairwise_logits
-from trl_ssrm.scoring import NonFiniteWeightError
-from trl_ssrm.selection import PairScores, adaptive_threshold, fraction_threshold, precision_threshold
+from trl_ssrm.rounds.calibrate import fit_temperature
+from trl_ssrm.rounds.select import adaptive_threshold, fraction_threshold, precision_threshold
+from trl_ssrm.scoring.metrics import preference_metrics, reliability_curve
+from trl_ssrm.scoring.pair_scores import PairScores
+from trl_ssrm.scoring.preference import mean_logits, mean_win_probability, pairwise_logits
+from trl_ssrm.scoring.score import NonFiniteWeightError
 
 
 def pairs(num_rows: int, seed: int) -> Dataset:

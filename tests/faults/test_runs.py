@@ -15,8 +15,8 @@ from conftest import assert_same_weights, weights_of
 from transformers import TrainerCallback
 
 from trl_ssrm import SSRMTrainer
-from trl_ssrm.files import WriteError
-from trl_ssrm.interruption import leaving_with_advice
+from trl_ssrm.io.files import WriteError
+from trl_ssrm.rounds.interruption import leaving_with_advice
 
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_pseudo_labels_that_the_end_of_the_rounds_depends_on_are_not_done_withou
 
 
 def test_scores_that_lie_at_the_place_of_others_are_not_taken_for_theirs(trainer_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_ssrm.scoring.SHARD_TOKENS", 256)
+    monkeypatch.setattr("trl_ssrm.scoring.score.SHARD_TOKENS", 256)
     trainer = trainer_of()
     pairs, directory = trainer.data.pool.pairs, tmp_path / "scores"
     expected = trainer.score_pairs(pairs, "unlabeled_dataset", directory=directory, key="key").logits
@@ -161,7 +161,7 @@ def test_second_run_in_a_directory_is_refused_while_the_first_is_alive(
 ):
     trainer = trainer_of(num_rounds=0)
     with monkeypatch.context() as patch:
-        patch.setattr("trl_ssrm.rounds.SECONDS_TO_WAIT_FOR_LOCK", 0.1)
+        patch.setattr("trl_ssrm.rounds.run_directory.SECONDS_TO_WAIT_FOR_LOCK", 0.1)
         with pytest.raises(ValueError, match="Another run is at work in .*run; wait for its end"):
             trainer.train()
         # A stream would be written over that of the other run.

@@ -26,7 +26,7 @@ from trl_ssrm import (
     label_preferences,
     load_reward_model,
 )
-from trl_ssrm.rounds import RunDirectory
+from trl_ssrm.rounds.run_directory import RunDirectory
 
 
 PACKAGE = Path(trl_ssrm.__file__).parent

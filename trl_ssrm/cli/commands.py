@@ -12,10 +12,10 @@ def label(args: Namespace) -> None:
     from accelerate import PartialState
 
     from .. import PairwiseJudge, SSRMRewardFunction, label_preferences
-    from ..comparison import Comparison
-    from ..hub import check_model_is_there
-    from ..sources import load_data
-    from ..storage import written_aside
+    from ..io.files import written_aside
+    from ..io.hub import check_model_is_there
+    from ..io.sources import load_data
+    from ..models.comparison import Comparison
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     check_model_is_there(args.model_name_or_path)
@@ -44,10 +44,10 @@ def label(args: Namespace) -> None:
 
 def evaluate(args: Namespace) -> None:
     """Measure reward models on preference data, and print a table."""
-    from ..evaluation import evaluate as measure
-    from ..evaluation import evaluation_table
-    from ..hub import check_model_is_there
-    from ..sources import load_data
+    from ..evaluation.evaluate import evaluate as measure
+    from ..evaluation.evaluate import evaluation_table
+    from ..io.hub import check_model_is_there
+    from ..io.sources import load_data
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     for model in args.model_name_or_path:
@@ -72,7 +72,7 @@ def evaluate(args: Namespace) -> None:
 
 def report(args: Namespace) -> None:
     """Write the report of a run."""
-    from ..report import write_report
+    from ..reporting.report import write_report
 
     print(f"Report: {write_report(args.output_dir, args.path)}")
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..rounds import run_identity
-from ..sequences import PairedSequences
+from ..data.sequences import PairedSequences
+from ..rounds.run_directory import run_identity
 
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from datasets import Dataset
 from trl import ModelConfig, get_peft_config
 
 from .. import SSRMConfig, SSRMTrainer
-from ..calibration import preference_metrics
-from ..plots import plot_rounds
-from ..sequences import PairedSequences
-from ..sources import load_data
+from ..data.sequences import PairedSequences
+from ..io.sources import load_data
+from ..reporting.plots import plot_rounds
+from ..scoring.metrics import preference_metrics
 from .arguments import TrainingParser
 from .main import QUICKSTART_HELP
 

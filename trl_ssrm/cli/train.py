@@ -22,8 +22,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .. import SSRMConfig, SSRMTrainer
-from ..hub import check_model_is_there
-from ..sources import load_data, load_splits
+from ..io.hub import check_model_is_there
+from ..io.sources import load_data, load_splits
 from .arguments import TrainingParser
 from .dry_run import dry_run
 from .errors import ERROR, INTERRUPTED, sentence, tell

@@ -1,0 +1,275 @@
+"""From rows in an accepted format to a pool of tokenized pairs."""
+
+import hashlib
+import itertools
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, Features, IterableDataset
+
+from ..io.storage import BATCH_ROWS, mapping, write_rows
+from .checks import check_is_dataset, check_not_empty, check_row
+from .formats import (
+    TEMPLATE_COLUMNS,
+    check_format,
+    columns_of_pairs,
+    completion_feature,
+    completions_of,
+    in_words,
+    named_completions,
+    report_dropped,
+)
+from .pool import Pool
+from .sequences import PairedSequences, index_type, iterate_rows
+
+
+def build_pool(
+    dataset: Dataset | IterableDataset,
+    tokenize: Callable[[Dataset], Dataset],
+    seed: int,
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    is_conversational: bool | None = None,
+    with_gold: bool = False,
+    known_pairs: dict[str, set] | None = None,
+    by_pair: bool = False,
+    stream_dir: Path | None = None,
+) -> Pool:
+    """
+    Turn an unlabeled dataset into a [`Pool`]. A row with `n` completions gives `n * (n - 1) / 2` pairs.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `prompt` and `completions` (two or more), with `prompt`, `completion_a` and `completion_b`, or
+            with `chosen` and `rejected`, whose labels are hidden.
+        tokenize (`Callable[[Dataset], Dataset]`):
+            Adds `chosen_ids` and `rejected_ids` to a preference dataset and keeps its rows.
+        seed (`int`):
+            Decides, with the row and the tokens of the two completions, which of them is the first.
+        max_length (`int`, *optional*):
+            Longest sequence in tokens; pairs with a longer one are dropped.
+        max_samples (`int`, *optional*):
+            Number of rows to take. Required for an [`~datasets.IterableDataset`].
+        is_conversational (`bool`, *optional*):
+            Whether the labeled data is conversational; the pool has to be so too. If `None`, the first row decides.
+        with_gold (`bool`, *optional*, defaults to `False`):
+            Whether to keep the gold labels, for metrics.
+        known_pairs (`dict[str, set]`, *optional*):
+            Pair keys of other datasets by the name of each; pairs among them are dropped.
+        by_pair (`bool`, *optional*, defaults to `False`):
+            Whether a sequence depends on both completions of a pair, as those of a pairwise model do.
+        stream_dir (`Path`, *optional*):
+            Directory for the rows of an [`~datasets.IterableDataset`], the same for all processes; required for one.
+            They are written as they come, and only the last such rows are kept.
+
+    Returns:
+        [`Pool`]
+
+    Raises:
+        ValueError: If the dataset is not of an accepted format, a row has no text or fewer than two completions, or no
+            pair is left.
+    """
+    name = "unlabeled_dataset"
+    check_is_dataset(dataset, name)
+    if isinstance(dataset, IterableDataset):
+        if max_samples is None:
+            raise ValueError(f"`{name}` is an `IterableDataset`; set `max_unlabeled_samples` to the rows to take.")
+        assert stream_dir is not None
+        dataset = written_out(dataset.take(max_samples), stream_dir, dataset.features)
+    elif max_samples is not None:
+        dataset = dataset.select(range(min(max_samples, len(dataset))))
+    check_not_empty(dataset, name)
+    check_format(dataset, name)
+    columns = set(dataset.column_names)
+    if with_gold and ("completions" in columns or "chosen" not in columns):
+        raise ValueError(
+            f"`track_pseudo_label_accuracy` needs gold labels, but `{name}` has no `chosen` and `rejected`; turn it off."
+        )
+    has_prompt = "prompt" in columns
+    num_completions = array("i")
+    for number, row in enumerate(iterate_rows(dataset, columns_of_pairs(dataset))):
+        completions = completions_of(row)
+        if is_conversational is None:
+            is_conversational = isinstance(next(iter(completions), None), list)
+        texts = {"prompt": row["prompt"]} if has_prompt else {}
+        check_row(texts | named_completions(row), f"row {number} of `{name}`", is_conversational)
+        if len(completions) < 2:
+            raise ValueError(f"Row {number} of `{name}` has {len(completions)} completions; give it two or more.")
+        num_completions.append(len(completions))
+
+    tokenized = PairedSequences.from_tokenized(tokenize(_two_by_two(dataset, by_pair)))
+    rows, positions, first, second = _all_pairs(tokenized, np.frombuffer(num_completions, dtype=np.int32), by_pair)
+    # The order is drawn from the seed, the row and the tokens, never from the order in the input, which may be the label.
+    is_turned = _is_turned(seed, rows, first, second, tokenized.digests)
+    first[is_turned], second[is_turned] = second[is_turned], first[is_turned]
+    positions[is_turned] = positions[is_turned, ::-1]
+    reason_of = _reasons(tokenized, first, second, max_length, known_pairs or {})
+    is_kept = np.ones(len(rows), dtype=bool)
+    dropped: dict[str, int] = {}
+    for reason, is_so in reason_of:
+        is_so &= is_kept
+        is_kept &= ~is_so
+        if is_so.any():
+            dropped[reason] = int(is_so.sum())
+    report_dropped(name, dropped)
+    if not is_kept.any():
+        raise ValueError(f"No pair of `{name}` is left ({in_words(dropped)}); give it other rows, or mend that.")
+    if not is_kept.all():
+        # One after the other, since all of them together are large.
+        rows = rows[is_kept]
+        positions = positions[is_kept]
+        first = first[is_kept]
+        second = second[is_kept]
+    return Pool(
+        source=dataset,
+        rows=rows,
+        completions=positions,
+        pairs=tokenized.pair_up(first, second, in_place=True),
+        # The completions of a preference row are `chosen` and `rejected`, in that order.
+        gold=positions[:, 0] == 0 if with_gold else None,
+        dropped=dropped,
+    )
+
+
+def written_out(rows: Iterable[dict[str, Any]], directory: Path, features: Features | None = None) -> Dataset:
+    """
+    Rows on disk instead of in memory.
+
+    Args:
+        rows (`Iterable[dict[str, Any]]`):
+            The rows, of which the main process writes those that it has.
+        directory (`Path`):
+            Where, the same for all processes; only the last rows written there are kept.
+        features ([`~datasets.Features`], *optional*):
+            Their columns and types. If `None`, they are those of the first thousand rows.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows, memory-mapped, the same in every process.
+    """
+    path = write_rows(directory, rows, features) if PartialState().is_main_process else None
+    return Dataset.from_file(str(broadcast_object_list([path])[0]))
+
+
+def _all_pairs(
+    tokenized: PairedSequences, num_completions: np.ndarray, by_pair: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Row, positions of the two completions, and positions of their two sequences, of each pair of completions."""
+    num_pairs = num_completions * (num_completions - 1) // 2
+    rows = np.repeat(np.arange(len(num_completions), dtype=index_type(len(num_completions))), num_pairs)
+    positions_of = {
+        number: np.array(list(itertools.combinations(range(number), 2)), dtype=np.int64)
+        for number in np.unique(num_completions).tolist()
+    }
+    positions = np.empty((len(rows), 2), dtype=np.min_scalar_type(max(positions_of)))
+    sequences = np.empty((2, len(rows)), dtype=tokenized.first.dtype)
+    start = start_tokenized = 0
+    for begin in range(0, len(num_completions), BATCH_ROWS):
+        numbers = num_completions[begin : begin + BATCH_ROWS]
+        own = np.concatenate([positions_of[number] for number in numbers.tolist()])
+        pairs = slice(start, start := start + len(own))
+        positions[pairs] = own
+        if by_pair:
+            continue
+        both = slice(start_tokenized, start_tokenized := start_tokenized + int(((numbers + 1) // 2).sum()))
+        of_completion = np.stack([tokenized.first[both], tokenized.second[both]], axis=1).ravel()
+        # A completion without a partner was tokenized twice.
+        of_completion = np.delete(of_completion, np.cumsum(numbers + numbers % 2)[numbers % 2 == 1] - 1)
+        starts = np.repeat(np.cumsum(numbers) - numbers, num_pairs[begin : begin + BATCH_ROWS])
+        sequences[:, pairs] = of_completion[starts + own.T]
+    if by_pair:
+        sequences[0], sequences[1] = tokenized.first, tokenized.second
+    return rows, positions, sequences[0], sequences[1]
+
+
+def _is_turned(seed: int, rows: np.ndarray, first: np.ndarray, second: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """Whether the two completions of a pair change places."""
+    is_turned = np.empty(len(rows), dtype=bool)
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = slice(start, start + BATCH_ROWS)
+        own = [digests[sequences[batch]].tobytes() for sequences in (first, second)]
+        for number, row in enumerate(rows[batch].tolist()):
+            one, other = (_draw(seed, row, each[16 * number : 16 * number + 16]) for each in own)
+            is_turned[start + number] = other < one
+    return is_turned
+
+
+def _reasons(
+    tokenized: PairedSequences,
+    first: np.ndarray,
+    second: np.ndarray,
+    max_length: int | None,
+    known_pairs: dict[str, set],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Why pairs are left out, and which of them; of several reasons the first one counts."""
+    yield "identical completions", first == second
+    if max_length is not None:
+        yield f"longer than max_length={max_length}", tokenized.lengths[np.minimum(first, second)] > max_length
+    # What two pairs share if they hold the same sequences.
+    keys = np.minimum(first, second).astype(np.int64)
+    keys *= len(tokenized.lengths)
+    keys += np.maximum(first, second)
+    position_of = _positions_of(
+        tokenized, {digest for known in known_pairs.values() for key in known for digest in key}
+    )
+    for name, known in known_pairs.items():
+        found = [(position_of[one], position_of[other]) for one, other in known if {one, other} <= position_of.keys()]
+        known_keys = [min(pair) * len(tokenized.lengths) + max(pair) for pair in found]
+        yield f"overlap with {name}", np.isin(keys, np.array(known_keys, dtype=np.int64))
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    is_duplicate = np.zeros(len(keys), dtype=bool)
+    is_duplicate[order[1:][keys[1:] == keys[:-1]]] = True
+    yield "duplicate", is_duplicate
+
+
+def _positions_of(tokenized: PairedSequences, digests: set[bytes]) -> dict[bytes, int]:
+    """Positions of the sequences with some hashes, where there are such."""
+    return {
+        digest: position
+        for position, digest in enumerate(map(np.ndarray.tobytes, tokenized.digests))
+        if digest in digests
+    }
+
+
+def _pairs_to_tokenize(num_completions: int, by_pair: bool) -> list[tuple[int, int]]:
+    """`RewardTrainer` tokenizes two completions a row, so they go through it so; one without a partner goes twice."""
+    if by_pair:
+        return list(itertools.combinations(range(num_completions), 2))
+    return [(start, min(start + 1, num_completions - 1)) for start in range(0, num_completions, 2)]
+
+
+def _two_by_two(dataset: Dataset, by_pair: bool) -> Dataset:
+    shared = [column for column in ("prompt", *TEMPLATE_COLUMNS) if column in dataset.column_names]
+    feature = completion_feature(dataset)
+
+    def split(batch: dict[str, list]) -> dict[str, list]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        split_rows: dict[str, list] = {name: [] for name in (*shared, "chosen", "rejected")}
+        for row in rows:
+            completions = completions_of(row)
+            for first, second in _pairs_to_tokenize(len(completions), by_pair):
+                for name in shared:
+                    split_rows[name].append(row[name])
+                split_rows["chosen"].append(completions[first])
+                split_rows["rejected"].append(completions[second])
+        return split_rows
+
+    features = Features({**{name: dataset.features[name] for name in shared}, "chosen": feature, "rejected": feature})
+    with mapping(dataset):
+        return dataset.map(
+            split,
+            batched=True,
+            remove_columns=dataset.column_names,
+            features=features,
+            desc="Splitting the unlabeled dataset into completions",
+        )
+
+
+def _draw(seed: int, row: int, digest: bytes) -> bytes:
+    return hashlib.blake2b(json.dumps([seed, row]).encode() + digest, digest_size=8).digest()

@@ -1,0 +1,104 @@
+"""The unlabeled pool: accepted formats -> tokenized pairs without labels."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features
+from trl import maybe_extract_prompt
+
+from ..io.storage import BATCH_ROWS, storable
+from .formats import columns_of_pairs, completion_feature, completions_of
+from .sequences import PairedSequences, is_everything
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """
+    Unlabeled pairs: tokenized, free of labels, in an order that the labels did not decide.
+
+    Args:
+        source ([`~datasets.Dataset`]):
+            The rows that the pairs come from.
+        rows (`np.ndarray` of shape `(num_pairs,)`, int32, or int64 where the positions need it):
+            Row of `source` that each pair comes from, ascending.
+        completions (`np.ndarray` of shape `(num_pairs, 2)`, of the smallest unsigned type that holds them):
+            Positions of the first and the second completion among those of the row.
+        pairs ([`PairedSequences`]):
+            Their token IDs, in the same order.
+        gold (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
+            Whether the first completion is the preferred one, where that is tracked.
+        dropped (`dict[str, int]`):
+            Number of pairs that were left out, by reason.
+    """
+
+    source: Dataset
+    rows: np.ndarray
+    completions: np.ndarray
+    pairs: PairedSequences
+    gold: np.ndarray | None
+    dropped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, pairs: np.ndarray) -> "Pool":
+        """Some of the pairs."""
+        if is_everything(pairs, len(self)):
+            return self
+        gold = None if self.gold is None else self.gold[pairs]
+        return Pool(self.source, self.rows[pairs], self.completions[pairs], self.pairs.take(pairs), gold, self.dropped)
+
+    def texts(self, pair: int, first_is_chosen: bool) -> dict[str, Any]:
+        """`dict` with the keys `prompt`, `chosen` and `rejected`: the text or messages of a pair, oriented."""
+        (texts,) = next(self.iterate_texts(np.array([pair]), np.array([first_is_chosen])))
+        return texts
+
+    def iterate_texts(self, pairs: np.ndarray, first_is_chosen: np.ndarray) -> Iterator[list[dict[str, Any]]]:
+        """
+        The text or messages of some pairs, in batches that are all that is in memory.
+
+        Args:
+            pairs (`np.ndarray` of shape `(n,)`, int64):
+                Which of them.
+            first_is_chosen (`np.ndarray` of shape `(n,)`, bool):
+                Whether the first completion of each is the preferred one.
+
+        Yields:
+            `list[dict[str, Any]]` of length at most [`BATCH_ROWS`]: of each pair the keys `prompt`, `chosen` and
+            `rejected`.
+        """
+        source = self.source.select_columns(columns_of_pairs(self.source))
+        for start in range(0, len(pairs), BATCH_ROWS):
+            batch = pairs[start : start + BATCH_ROWS]
+            rows, place = np.unique(self.rows[batch], return_inverse=True)
+            columns = source[rows.tolist()]
+            texts = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            yield [
+                _oriented(texts[row], *(positions if is_first else reversed(positions)))
+                for row, positions, is_first in zip(
+                    place.tolist(),
+                    self.completions[batch].tolist(),
+                    first_is_chosen[start : start + BATCH_ROWS].tolist(),
+                    strict=True,
+                )
+            ]
+
+    @property
+    def text_features(self) -> Features:
+        """[`~datasets.Features`]: types of what `iterate_texts` yields."""
+        completion = completion_feature(self.source)
+        prompt = self.source.features.get("prompt", completion)
+        features = {"prompt": prompt, "chosen": completion, "rejected": completion}
+        return Features({name: storable(feature) for name, feature in features.items()})
+
+
+def _oriented(row: dict[str, Any], chosen: int, rejected: int) -> dict[str, Any]:
+    completions = completions_of(row)
+    prompt = {"prompt": row["prompt"]} if row.get("prompt") is not None else {}
+    return maybe_extract_prompt({**prompt, "chosen": completions[chosen], "rejected": completions[rejected]})

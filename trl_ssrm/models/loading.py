@@ -1,0 +1,243 @@
+"""Checkpoints, checked and loaded whole in every process."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import disable_fsdp_ram_efficient_loading
+from peft import PeftConfig
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.integrations import deepspeed
+from transformers.utils import cached_file, find_adapter_config_file, logging
+
+from ..io.hub import check_model_is_there
+from .adapters import adapter_shapes, merge_adapter
+from .comparison import Comparison
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_reward_model(
+    model_name_or_path: str, dtype: str | torch.dtype = "float32", trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """
+    Load a reward model for use, an adapter merged into its base model.
+
+    Args:
+        model_name_or_path (`str`):
+            Directory or model ID of a sequence classifier with one label, or of an adapter for one.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
+            Precision to load it in. `"auto"` is that of the checkpoint.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the checkpoint.
+        kwargs (`dict[str, Any]`):
+            Further arguments of [`~transformers.PreTrainedModel.from_pretrained`].
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: the model, in evaluation mode, on the CPU unless `kwargs` say otherwise.
+
+    Raises:
+        ValueError: If the model has several labels, if it is a pairwise model, or if it has weights that the checkpoint
+            does not hold: a score head that was never trained is random; if there is no such model.
+    """
+    check_model_is_there(model_name_or_path, **kwargs)
+    if Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None:
+        raise ValueError(
+            f"{model_name_or_path} is a pairwise model, which gives no reward to a single completion; use `PairwiseJudge`, "
+            "or let it teach a scalar model."
+        )
+    return _load_classifier(model_name_or_path, dtype, trust_remote_code, **kwargs)
+
+
+def _load_classifier(
+    model_name_or_path: str, dtype: str | torch.dtype, trust_remote_code: bool, **kwargs: Any
+) -> PreTrainedModel:
+    loading = {"trust_remote_code": trust_remote_code, **kwargs}
+    base = model_name_or_path
+    is_adapter = find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None
+    if is_adapter:
+        adapter_config = PeftConfig.from_pretrained(model_name_or_path, revision=kwargs.get("revision"))
+        base, loading["revision"] = adapter_config.base_model_name_or_path, adapter_config.revision
+        check_model_is_there(base, f"the base model of {model_name_or_path}", **loading)
+    config = AutoConfig.from_pretrained(base, revision=loading.get("revision"), trust_remote_code=trust_remote_code)
+    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise ValueError(
+            f"{base} has {config.num_labels} labels, but a reward model has one; train it with `num_labels=1`."
+        )
+    with whole_in_every_process():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, dtype=dtype, output_loading_info=True, **loading
+        )
+    missing = set(info["missing_keys"])
+    if is_adapter:
+        shapes = adapter_shapes(model_name_or_path, revision=kwargs.get("revision"))
+        for name in missing & shapes.keys():
+            if shapes[name][0] != 1:
+                raise ValueError(
+                    f"{model_name_or_path} has {shapes[name][0]} labels, but a reward model has one; train it with "
+                    "`num_labels=1`."
+                )
+        missing -= shapes.keys()
+    if missing:
+        raise ValueError(
+            f"{model_name_or_path} holds no weights for {', '.join(sorted(missing))}, which would be random; give the "
+            "directory that a reward trainer saved, not the model that it started from."
+        )
+    if is_adapter:
+        model = merge_adapter(model, model_name_or_path, revision=kwargs.get("revision"))
+    return model.eval()
+
+
+def load_pairwise_model(
+    model_name_or_path: str,
+    label_token_ids: tuple[int, int],
+    dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """
+    Load a pairwise preference model: a sequence classifier with one label over comparisons.
+
+    A checkpoint of a causal language model becomes one by its own answer: the logit that the answer shown first is
+    preferred is that of the first label minus that of the second, so the score layer is the difference of their rows in
+    the output embedding.
+
+    Args:
+        model_name_or_path (`str`):
+            Directory or model ID of a causal language model, or of a pairwise preference model or an adapter for one.
+        label_token_ids (`tuple[int, int]`):
+            Token IDs of the two labels.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
+            Precision to load it in. `"auto"` is that of the checkpoint.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the checkpoint.
+        kwargs (`dict[str, Any]`):
+            Further arguments of [`~transformers.PreTrainedModel.from_pretrained`], such as `quantization_config`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: the model, in evaluation mode.
+
+    Raises:
+        ValueError: If the model is an encoder or a scalar reward model, or has other weights missing than those of the
+            score layer; if there is no such model.
+    """
+    check_model_is_there(model_name_or_path, **kwargs)
+    was_pairwise = Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None
+    is_adapter = find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None
+    if is_adapter and was_pairwise:
+        return _load_classifier(model_name_or_path, dtype, trust_remote_code, **kwargs)
+    with whole_in_every_process(), suppress_load_report():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            model_name_or_path,
+            num_labels=1,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    check_answers_behind(model)
+    if is_adapter or not (info["missing_keys"] or was_pairwise):
+        raise ValueError(
+            f"{model_name_or_path} is a scalar reward model, whose score is none of a comparison; start from a causal "
+            "language model."
+        )
+    if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
+        raise ValueError(f"{model_name_or_path} holds no weights for {', '.join(missing)}; give a whole checkpoint.")
+    if info["missing_keys"]:
+        rows = _output_embedding(model, model_name_or_path, sorted(info["unexpected_keys"]), label_token_ids, kwargs)
+        with torch.no_grad():
+            model.score.weight.copy_(rows[:1] - rows[1:])
+    return model.eval()
+
+
+def check_answers_behind(model: Any) -> None:
+    """Refuse a model that can't answer behind a comparison."""
+    if not hasattr(model, "score"):
+        raise ValueError(
+            f"A pairwise preference model answers behind the comparison, which {type(model).__name__} can't; start from "
+            "a causal language model."
+        )
+
+
+def _output_embedding(
+    model: PreTrainedModel, name_or_path: str, unused: list[str], token_ids: tuple[int, int], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Rows of the output embedding of the causal language model that a classifier was loaded from, in float32."""
+    embedding: Any = model.get_input_embeddings().weight
+    # A tied one is not stored; of an untied one, the classifier has no use.
+    names = [name for name in unused if name.endswith(".weight") and name.split(".")[-2] in ("lm_head", "embed_out")]
+    config = model.config.get_text_config()
+    if not names and not config.tie_word_embeddings:
+        raise ValueError(
+            f"{name_or_path} stores its output embedding under none of the usual names; tie or rename it."
+        )
+    between = [
+        name for name in ("logits_scaling", "logit_scale", "final_logit_softcapping") if getattr(config, name, None)
+    ]
+    between += [name for name in unused if name.endswith("lm_head.bias")]
+    if between:
+        logger.warning(
+            f"The language model has {', '.join(between)} between its last hidden state and its answer, which the score "
+            "layer leaves out: before training, its probabilities are not those of the language model."
+        )
+    if not names:
+        return embedding[list(token_ids)].float()
+    found = {"revision": kwargs.get("revision"), "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name_or_path, "model.safetensors.index.json", **found)
+    files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
+    path = cached_file(name_or_path, files.get(names[0], "model.safetensors"), revision=kwargs.get("revision"))
+    with safe_open(path, framework="pt") as file:
+        stored = file.get_slice(names[0])
+        return torch.cat([stored[token_id : token_id + 1] for token_id in token_ids]).to(embedding.device).float()
+
+
+@contextlib.contextmanager
+def suppress_load_report() -> Iterator[None]:
+    """Keep transformers from warning of a missing score layer that is about to be made."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load_policy(
+    model_name_or_path: str, dtype: str | torch.dtype = "float32", trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """The causal language model of a directory or model ID, arguments as in [`load_reward_model`]."""
+    check_model_is_there(model_name_or_path, **kwargs)
+    with whole_in_every_process():
+        return AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
+        )
+
+
+@contextlib.contextmanager
+def whole_in_every_process() -> Iterator[None]:
+    """
+    Load models whole, whatever the launcher shards.
+
+    Under FSDP transformers loads a model in the first process only, and under DeepSpeed ZeRO-3 a part of it in each,
+    for a trainer to put together. Models that score and generate beside a trainer have none to do that.
+    """
+    fsdp = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    # Private in transformers: there is a function that unsets it, and none that gives it back.
+    zero3 = deepspeed._hf_deepspeed_config_weak_ref
+    disable_fsdp_ram_efficient_loading()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero3
+        if fsdp is None:
+            del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
+        else:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp

@@ -1,0 +1,344 @@
+"""Pictures of a run, out of what it leaves on disk. Needs matplotlib (`pip install "trl-ssrm[plots]"`) and no torch."""
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..io.files import written_aside
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# Text and axes. In a page it takes the color of the text around it, which makes it readable on light and on dark.
+INK = "#010203"
+# At least 3:1 against white and against the dark of the page.
+BLUE, ORANGE, GREEN, PURPLE, GRAY, RED = "#3a7fc8", "#cc7016", "#26946a", "#9568d0", "#868c96", "#d8463e"
+SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"))
+STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10.0},
+    # Text stays text; names of datasets are no formulas; the same run gives the same bytes.
+    **{"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "trl-ssrm"},
+}
+# Narrow, so that the text can be read where the page is as narrow as a phone.
+WIDTH = 4.6
+
+TITLES = {
+    "accuracy": "Held-out accuracy by round",
+    "log_loss": "Held-out log-loss by round",
+    "selection": "Coverage and precision of the pseudo-labels",
+    "reliability": "Reliability before and after calibration",
+    "confidence": "Confidence in the pool by round",
+    "margin": "Margins in the pool by round",
+    "length": "Length bias of what was kept",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """
+    A picture of a run.
+
+    Args:
+        name (`str`):
+            One of the keys of `TITLES`, and the name of its file.
+        description (`str`):
+            What it shows, in words and numbers, for those who can't see it.
+        figure ([`~matplotlib.figure.Figure`]):
+            The picture.
+    """
+
+    name: str
+    description: str
+    figure: "Figure"
+
+    @property
+    def title(self) -> str:
+        """`str`: heading."""
+        return TITLES[self.name]
+
+    def save(self, path: Path) -> None:
+        """Write it as PNG, on white."""
+        with written_aside(path) as aside:
+            self.figure.savefig(aside, format="png", dpi=150, facecolor="white")
+        # It is laid out now, which takes half of the time of drawing.
+        self.figure.set_layout_engine("none")
+
+    @property
+    def svg(self) -> str:
+        """`str`: the same for a page: without a background, without a size of its own, in the color of the text."""
+        with _style():
+            file = io.StringIO()
+            self.figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
+        svg = file.getvalue()
+        svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        # Several of them stand in one page, where each ID may stand once.
+        svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", svg)
+        return re.sub(r'^<svg([^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', r"<svg\1\2", svg)
+
+
+def has_matplotlib() -> bool:
+    """`bool`: whether there can be pictures."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def saved_plots(directory: Path) -> dict[str, Path]:
+    """`dict[str, Path]`: files of the pictures in a directory by their titles."""
+    paths = {title: directory / f"{name}.png" for name, title in TITLES.items()}
+    return {title: path for title, path in paths.items() if path.is_file()}
+
+
+def plot_rounds(
+    round_history: list[dict[str, Any]],
+    path: str,
+    references: dict[str, dict[str, float]] | None = None,
+    name: str = "eval",
+) -> None:
+    """
+    Draw held-out accuracy and log-loss over the rounds. Needs matplotlib (`pip install trl-ssrm[plots]`).
+
+    Args:
+        round_history (`list[dict[str, Any]]`):
+            Facts of each round, as in [`SSRMTrainer.round_history`].
+        path (`str`):
+            Image file to write.
+        references (`dict[str, dict[str, float]]`, *optional*):
+            Metrics of other models by their name, with the keys `accuracy` and `log_loss`, drawn as level lines.
+        name (`str`, *optional*, defaults to `"eval"`):
+            Held-out set whose metrics are drawn.
+    """
+    from matplotlib.figure import Figure
+
+    rounds = [facts["round"] for facts in round_history]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, metric, words in zip(panels, ("accuracy", "log_loss"), ("accuracy", "log-loss"), strict=True):
+        panel.plot(rounds, [facts[f"{name}_{metric}"] for facts in round_history], marker="o", label="SSRM")
+        for number, (title, metrics) in enumerate((references or {}).items()):
+            panel.axhline(metrics[metric], linestyle="--", color=f"C{number + 1}", label=title)
+        panel.set(xlabel="round", ylabel=f"held-out {words}", xticks=rounds)
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def draw_plots(
+    round_history: list[dict[str, Any]],
+    shown_round: dict[str, Any] | None,
+    labelings: dict[int, dict[str, Any]],
+    summaries: dict[int, dict[str, Any]],
+) -> list[Plot]:
+    """
+    Draw all that the facts of a run allow.
+
+    Args:
+        round_history (`list[dict[str, Any]]`):
+            Facts of each round, as in [`SSRMTrainer.round_history`].
+        shown_round (`dict[str, Any]`, *optional*):
+            The round whose calibration is drawn: its `facts`, and as `reliability` the curves of [`reliability_curve`]
+            `before` and `after` the temperature, by held-out dataset.
+        labelings (`dict[int, dict[str, Any]]`):
+            Facts of each labeling of the pool by the round that it was for.
+        summaries (`dict[int, dict[str, Any]]`):
+            What [`summarize_labeling`] gave, by the same.
+
+    Returns:
+        `list[Plot]`: without those that there is nothing to draw for.
+    """
+    with _style():
+        plots = [_metric_plot(round_history, metric) for metric in ("accuracy", "log_loss")]
+        plots += [_selection_plot(labelings), _reliability_plot(shown_round)]
+        plots += [_histogram_plot(name, summaries, labelings) for name in ("confidence", "margin", "length")]
+    return [plot for plot in plots if plot is not None]
+
+
+def held_out_names(facts: dict[str, Any]) -> list[str]:
+    """`list[str]`: names of the held-out datasets that a round was measured on, those that calibrate it last."""
+    names = [name.removesuffix("_log_loss") for name in facts if name.endswith("_log_loss")]
+    names = [name for name in names if not name.endswith("_calibrated")]
+    return sorted(names, key=lambda name: (name in ("calibration", "cross_fit"), name))
+
+
+def in_words(name: str) -> str:
+    """`str`: a held-out dataset in words."""
+    return {"cross_fit": "cross-fit"}.get(name, name.replace("_", " "))
+
+
+def _metric_plot(history: list[dict[str, Any]], metric: str) -> Plot | None:
+    names = held_out_names(history[0]) if history else []
+    if not names:
+        return None
+    words, rounds = metric.replace("_", "-"), [facts["round"] for facts in history]
+    figure, axes = _figure(3.2)
+    described = []
+    for number, name in enumerate(names):
+        color, marker = SERIES[number % len(SERIES)]
+        values = [facts[f"{name}_{metric}"] for facts in history]
+        axes.plot(rounds, values, color=color, marker=marker, label=in_words(name))
+        described.append(f"{in_words(name)} {_numbers(values)}")
+        if (calibrated := f"{name}_calibrated_{metric}") in history[0]:
+            values = [facts[calibrated] for facts in history]
+            axes.plot(
+                rounds, values, color=color, marker=marker, ls=":", mfc="none", label=f"{in_words(name)}, calibrated"
+            )
+            described.append(f"{in_words(name)}, calibrated {_numbers(values)}")
+        if len(rounds) > 1:
+            label = "labeled only" if number == len(names) - 1 else None
+            axes.axhline(
+                history[0][f"{name}_{metric}"], color=GRAY if len(names) == 1 else color, ls="--", label=label
+            )
+    axes.set(xlabel="round", ylabel=f"held-out {words}", xticks=rounds)
+    _legend(axes)
+    reference = " Dashed: round 0, which is labeled-only." if len(rounds) > 1 else ""
+    return Plot(metric, f"Held-out {words} from round 0 on: {'; '.join(described)}.{reference}", figure)
+
+
+def _selection_plot(labelings: dict[int, dict[str, Any]]) -> Plot | None:
+    if not labelings:
+        return None
+    figure, axes = _figure(3.9)
+    described = []
+    for (name, label), (color, marker) in zip(
+        (
+            ("coverage", "coverage"),
+            ("pseudo_label_accuracy", "precision"),
+            ("mean_confidence", "mean confidence"),
+        ),
+        SERIES,
+        strict=False,
+    ):
+        known = {round: facts[name] for round, facts in labelings.items() if name in facts}
+        if known:
+            axes.plot(list(known), list(known.values()), color=color, marker=marker, label=label)
+            described.append(f"{label}, {_by_round(known)}")
+    axes.set(xlabel="round that was labeled for", ylabel="share", xticks=list(labelings), ylim=(-0.03, 1.03))
+    _legend(axes)
+    return Plot("selection", f"{'; '.join(described).capitalize()}.", figure)
+
+
+def _reliability_plot(shown_round: dict[str, Any] | None) -> Plot | None:
+    if shown_round is None or not shown_round["reliability"]:
+        return None
+    from matplotlib.figure import Figure
+
+    # A dataset that fitted no temperature says more of it.
+    reliability = shown_round["reliability"]
+    name = min(reliability, key=lambda name: (name in ("calibration", "cross_fit"), name))
+    curves, place = reliability[name], f"{in_words(name)}, round {shown_round['facts']['round']}"
+    if curves["before"] == curves["after"]:
+        curves = {"as it is": curves["before"]}
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    axes.plot([0.5, 1], [0.5, 1], color=GRAY, ls="--", label="as right as sure")
+    described = []
+    for (when, curve), (color, marker) in zip(curves.items(), SERIES, strict=False):
+        confidence, accuracy, count = ([each[key] for each in curve] for key in ("confidence", "accuracy", "count"))
+        words = f"{when} the temperature" if when in ("before", "after") else when
+        axes.plot(confidence, accuracy, color=color, marker=marker, label=words)
+        below.plot(confidence, count, color=color, marker=marker, ms=4, ls=":")
+        points = (f"{sure:.2f}: {right:.2f}" for sure, right in zip(confidence, accuracy, strict=True))
+        described.append(f"{words}, {', '.join(points)}")
+    lowest = min(each["accuracy"] for curve in curves.values() for each in curve)
+    axes.set(ylabel=f"accuracy ({place})", xlim=(0.49, 1.01), ylim=(min(0.5, lowest) - 0.03, 1.03))
+    axes.yaxis.label.set_fontsize(9)
+    below.set(xlabel="confidence", ylabel="pairs", ylim=(0, None))
+    below.grid(alpha=0.3)
+    _legend(axes)
+    return Plot("reliability", f"Accuracy by confidence ({place}): {'; '.join(described)}.", figure)
+
+
+def _histogram_plot(name: str, summaries: dict[int, Any], labelings: dict[int, dict[str, Any]]) -> Plot | None:
+    summaries = {round: summary for round, summary in summaries.items() if name in summary["histograms"]}
+    if not summaries:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 0.9 + 1.35 * len(summaries)), layout="constrained")
+    rows = figure.subplots(len(summaries), 1, sharex=True, squeeze=False)[:, 0]
+    described = []
+    for axes, (round, summary) in zip(rows, summaries.items(), strict=True):
+        histogram, threshold = summary["histograms"][name], summary["threshold"]
+        edges, facts = histogram["edges"], labelings.get(round, {})
+        counts = {group: histogram[group] for group in ("pool", "kept", "wrong") if group in histogram}
+        title = f"round {round}"
+        if name == "length":
+            # Shares of each group: what was kept against the pool, whatever their sizes.
+            axes.stairs(_shares(counts["pool"]), edges, color=GRAY, lw=1.5, label="pool")
+            axes.stairs(_shares(counts["kept"]), edges, color=BLUE, fill=True, alpha=0.6, label="kept")
+            axes.axvline(0, color=INK, lw=0.8)
+            of = {"kept": facts.get("chosen_longer"), "pool": facts.get("chosen_longer_in_pool")}
+            longer = ", ".join(f"{share:.0%} of {group}" for group, share in of.items() if share is not None)
+            title += f" · preferred is longer: {longer}" if longer else ""
+            axes.set_ylabel("share")
+        else:
+            axes.stairs(counts["pool"], edges, color=GRAY, fill=True, alpha=0.55, label="pool")
+            axes.stairs(counts["kept"], edges, color=BLUE, fill=True, label="kept")
+            if "wrong" in counts:
+                axes.stairs(counts["wrong"], edges, color=RED, fill=True, label="kept and wrong")
+            if threshold is not None and threshold < 1:
+                margin = summary["temperature"] * math.log(threshold / (1 - threshold))
+                place = threshold if name == "confidence" else margin
+                axes.axvline(place, color=INK, ls="--", lw=1, label="threshold")
+                title += f" · threshold {place:.3f}"
+            axes.set_ylabel("pairs")
+        axes.set_title(title, loc="left", fontsize=10)
+        sizes = ", ".join(f"{sum(count)} {_GROUP_IN_WORDS[group]}" for group, count in counts.items())
+        described.append(f"{title}: {sizes}")
+    rows[-1].set_xlabel(_AXES[name])
+    handles, labels = rows[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
+    return Plot(name, f"Histograms of the {_AXES[name]}. {'; '.join(described)}.", figure)
+
+
+_GROUP_IN_WORDS = {"pool": "pairs in the pool", "kept": "kept", "wrong": "kept and wrong"}
+_AXES = {
+    "confidence": "confidence in the pseudo-label",
+    "margin": "margin of the pseudo-label, a pair logit",
+    "length": "tokens that the preferred completion has more",
+}
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def _figure(height: float) -> "tuple[Figure, Axes]":
+    # Without pyplot, which keeps what it draws and asks for a screen.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _legend(axes: "Axes") -> None:
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
+
+
+def _shares(counts: list[int]) -> list[float]:
+    return [count / max(1, sum(counts)) for count in counts]
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
+def _by_round(values: dict[int, float]) -> str:
+    return ", ".join(f"round {round} {value:.3f}" for round, value in values.items())

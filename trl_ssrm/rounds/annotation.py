@@ -1,0 +1,163 @@
+"""Ask people for the labels that would help most, and bring their answers back."""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from ..data.checks import check_row
+from ..data.formats import report_dropped
+from ..data.prompts import prompt_groups
+from ..io.files import written_aside
+from ..scoring.pair_scores import PairScores
+
+
+if TYPE_CHECKING:
+    from ..data.pool import Pool
+
+
+logger = logging.getLogger(__name__)
+
+# How many uncertain pairs there are to choose from for each that is asked for.
+NUM_CANDIDATES = 10
+NUM_BUCKETS = 1024
+
+
+def most_useful(scores: PairScores, pool: "Pool", num_pairs: int) -> np.ndarray:
+    """
+    Pairs whose labels would help most: those that the model is least sure of, not two of one prompt, and far from one
+    another.
+
+    Of the least certain pairs, ten times as many as asked for, each next one is that whose tokens have the least in
+    common with those taken so far, beginning with the least certain one ([A Geometric
+    Approach](https://huggingface.co/papers/1708.00489) to the choice of a subset, on counts of tokens).
+
+    Args:
+        scores ([`PairScores`]):
+            Scores of the pairs.
+        pool ([`Pool`]):
+            The pairs.
+        num_pairs (`int`):
+            Number of pairs to choose.
+
+    Returns:
+        `np.ndarray` of shape `(at most num_pairs,)`, int64: positions in the pool, in the order in which they were
+        taken.
+    """
+    prompts = prompt_groups(pool.source)[pool.rows]
+    by_uncertainty = np.argsort(scores.confidence, kind="stable")
+    _, first_of_prompt = np.unique(prompts[by_uncertainty], return_index=True)
+    candidates = by_uncertainty[np.sort(first_of_prompt)][: NUM_CANDIDATES * num_pairs]
+    counts = np.stack([_token_counts(pool, pair) for pair in candidates.tolist()])
+    taken = [0]
+    similarity = counts @ counts[0]
+    while len(taken) < min(num_pairs, len(candidates)):
+        similarity[taken] = np.inf
+        taken.append(int(similarity.argmin()))
+        similarity = np.maximum(similarity, counts @ counts[taken[-1]])
+    return candidates[taken]
+
+
+def _token_counts(pool: "Pool", pair: int) -> np.ndarray:
+    """Which tokens the two sequences hold, as a vector of length 1."""
+    pairs = pool.pairs
+    both = (int(pairs.first[pair]), int(pairs.second[pair]))
+    ids = np.concatenate([np.asarray(pairs.sequences[position]["input_ids"], dtype=np.int64) for position in both])
+    counts = np.sqrt(np.bincount(ids % NUM_BUCKETS, minlength=NUM_BUCKETS))
+    return counts / np.linalg.norm(counts)
+
+
+def write_for_labeling(pool: "Pool", pairs: np.ndarray, scores: PairScores, path: str) -> None:
+    """
+    Write pairs for a labeling tool, one JSON object a line.
+
+    Args:
+        pool ([`Pool`]):
+            The pairs.
+        pairs (`np.ndarray` of shape `(n,)`, int64):
+            Which of them.
+        scores ([`PairScores`]):
+            Scores of the pool.
+        path (`str`):
+            File to write: `prompt`, `completion_a` and `completion_b`, `probability`, what the model thinks of the
+            first, and `label`, which is `null` until someone writes `"a"`, `"b"` or `"tie"`.
+    """
+    with written_aside(Path(path)) as aside, aside.open("w", encoding="utf-8") as file:
+        for pair in pairs.tolist():
+            texts = pool.texts(pair, first_is_chosen=True)
+            row = {
+                "prompt": texts.get("prompt"),
+                "completion_a": texts["chosen"],
+                "completion_b": texts["rejected"],
+                "probability": round(float(scores.probability[pair]), 6),
+                "label": None,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def load_labels(path: str) -> Dataset:
+    """
+    Read pairs back that people have labeled, to be put beside the labeled pairs.
+
+    Args:
+        path (`str`):
+            File that [`SSRMTrainer.export_for_labeling`] wrote, with `label` filled in: `"a"` or `"b"` for the preferred
+            completion, `"tie"` for neither, `null` for one that nobody has looked at.
+
+    Returns:
+        [`~datasets.Dataset`]: `prompt`, `chosen` and `rejected`. Ties and pairs without a label are left out, and
+        counted in the log.
+
+    Raises:
+        ValueError: If a line is no such object, a label is another one, a pair has no text, or no pair is labeled.
+    """
+    rows: list[dict[str, Any]] = []
+    left_out = {"a tie": 0, "without a label": 0}
+    # Not by `splitlines`: JSON leaves other line ends within a text as they are.
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as that.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {path}"
+        try:
+            row = json.loads(line)
+        # Brackets within brackets, a thousand deep, are JSON too.
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON ({error}); mend it, or delete the line.") from error
+        if not isinstance(row, dict) or not {"completion_a", "completion_b", "label"} <= row.keys():
+            raise ValueError(
+                f"{where} needs `completion_a`, `completion_b` and `label`; add them, or delete the line."
+            )
+        if row["label"] is None or row["label"] == "tie":
+            left_out["a tie" if row["label"] else "without a label"] += 1
+            continue
+        if row["label"] not in ("a", "b"):
+            raise ValueError(f"{where} has the label {row['label']!r}; make it 'a', 'b', 'tie' or null.")
+        chosen, rejected = (
+            ("completion_a", "completion_b") if row["label"] == "a" else ("completion_b", "completion_a")
+        )
+        prompt = {} if row.get("prompt") is None else {"prompt": row["prompt"]}
+        pair = {**prompt, "chosen": row[chosen], "rejected": row[rejected]}
+        first = rows[0] if rows else pair
+        check_row(pair, where, isinstance(first["chosen"], list))
+        if pair.keys() != first.keys():
+            raise ValueError(
+                f"{where} has {'a' if prompt else 'no'} `prompt`, unlike those before; give it to all or none."
+            )
+        rows.append(pair)
+    report_dropped(path, left_out)
+    if not rows:
+        raise ValueError(f"{path} has no pair with a label; write 'a' or 'b' into `label`.")
+    try:
+        return Dataset.from_list(rows)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"The messages in {path} have fields of different types ({error}); give all the same."
+        ) from error

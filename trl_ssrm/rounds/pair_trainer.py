@@ -1,0 +1,224 @@
+"""What one round trains and scores with: pairs that have weights, soft labels or two orders, in any launcher."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import RewardTrainer
+
+from ..config import SSRMConfig
+from ..data.collator import ConfidenceFilteredDataCollator
+from ..data.sequences import PairedSequences
+from ..data.tokenization import tokenized_or_refused, with_literal_messages
+from ..io.storage import mapping
+from ..models.comparison import Comparison, tokenize_comparisons
+from ..models.sharding import is_sharded
+from ..scoring.layout import choose_layout, laid_out, paired_rows
+from ..scoring.pair_scores import PairScores
+from ..scoring.preference import LOGITS_OF, orders_agree
+from ..scoring.score import score_pairs
+
+
+T = TypeVar("T")
+
+
+class PairTrainer(RewardTrainer):
+    """
+    [`~trl.RewardTrainer`] for pairs that have a weight, a soft label or two orders besides, which can score pairs too. It
+    knows nothing of rounds; [`SSRMTrainer`] does.
+    """
+
+    # What `Trainer` leaves open, and what `SSRMTrainer` sets.
+    args: SSRMConfig
+    model: Any
+    processing_class: PreTrainedTokenizerBase
+    data_collator: ConfidenceFilteredDataCollator
+    _signature_columns: list[str]  # type: ignore[assignment]
+    has_pool: bool
+    comparison: Comparison | None
+
+    @property
+    def unwrapped_model(self) -> Any:
+        """[`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: the model, without what a launcher wraps it in."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @functools.cached_property
+    def layout(self) -> str:
+        """`str`: how sequences lie before the model in scoring; see [`~trl_ssrm.scoring.layout.choose_layout`]."""
+        is_off = isinstance(self.args, SSRMConfig) and self.args.share_prompts is False
+        # The same in every process: rounding decides where a model is near the tolerance.
+        return broadcast_object_list(["padded" if is_off else choose_layout(self.unwrapped_model)])[0]
+
+    @functools.cached_property
+    def _training_layout(self) -> str:
+        """The same in training, where the halves of a batch are pairs, and where no pool means to do as the parent does."""
+        args = self.args
+        is_on = isinstance(args, SSRMConfig) and (self.has_pool if args.share_prompts is None else args.share_prompts)
+        has_pairs = self.comparison is None or args.comparison_orders == "both"
+        # A compiled model would be compiled anew for each length, one that is copied to several devices has no hooks, and
+        # dropout differs from sequence to sequence.
+        is_plain = not args.torch_compile and args.n_gpu <= 1 and args.disable_dropout
+        return self.layout if is_on and has_pairs and is_plain else "padded"
+
+    def on_main_process(self, function: Callable[[], T]) -> T:
+        """
+        Run a function in the main process, and give its result to all of them.
+
+        Args:
+            function (`Callable[[], T]`):
+                Function whose result can be pickled.
+
+        Returns:
+            `T`: its result.
+        """
+        return broadcast_object_list([function() if self.accelerator.is_main_process else None])[0]
+
+    def score_pairs(self, pairs: PairedSequences, name: str, **kwargs: Any) -> PairScores:
+        """
+        Score pairs with the current weights.
+
+        Args:
+            pairs ([`PairedSequences`]):
+                What to score.
+            name (`str`):
+                What the pairs are called on the progress bar and in an error.
+            kwargs (`dict[str, Any]`):
+                `rows`, `directory`, `key` and `engine` of [`~trl_ssrm.scoring.score.score_pairs`].
+
+        Returns:
+            [`PairScores`]: the scores at temperature 1, the same in every process.
+
+        Raises:
+            NonFiniteScoreError: If a reward is NaN or infinite.
+        """
+        scores = score_pairs(
+            self.unwrapped_model,
+            pairs,
+            pad_token_id=self.processing_class.pad_token_id,
+            accelerator=self.accelerator,
+            layout=self.layout,
+            batch_tokens=self.args.score_batch_tokens,
+            name=name,
+            disable_tqdm=bool(self.args.disable_tqdm),
+            **kwargs,
+        )
+        kind = "scalar" if self.comparison is None else "pairwise"
+        return PairScores(LOGITS_OF[kind](scores), orders_agree=None if kind == "scalar" else orders_agree(scores))
+
+    # ---- Training ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with laid_out(self.unwrapped_model, self._training_layout, paired_rows):
+            return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        if self.comparison is not None:
+            return self._compute_comparison_loss(model, inputs, return_outputs)
+        # The parent would hand them to the model.
+        label, weight = inputs.pop("label", None), inputs.pop("weight", None)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if weight is not None:
+            rewards_chosen, rewards_rejected = torch.chunk(outputs.logits.squeeze(-1), chunks=2)
+            logits = rewards_chosen - rewards_rejected
+            if "margin" in inputs:
+                logits = logits - inputs["margin"]
+            loss = weighted_loss(logits, label, weight)
+            if self.args.center_rewards_coefficient is not None:
+                centered = weight * (rewards_chosen + rewards_rejected) ** 2
+                loss += self.args.center_rewards_coefficient * torch.mean(centered)
+        return (loss, outputs) if return_outputs else loss
+
+    def _compute_comparison_loss(self, model, inputs, return_outputs):
+        """The same loss for a pairwise model, whose score is the pair logit itself, in the order that is shown."""
+        label, weight, margin = inputs.pop("label"), inputs.pop("weight"), inputs.pop("margin", 0.0)
+        outputs = model(**inputs, use_cache=False)
+        logits = outputs.logits.squeeze(-1)
+        loss = weighted_loss(logits - margin, label, weight)
+        mode = "train" if self.model.training else "eval"
+        # Private in `RewardTrainer`: where its `log` finds what to log.
+        accuracy = ((logits > 0) == (label > 0.5)).float().mean()
+        # An evaluation asks in one order; the facts of a round are of both.
+        name = "accuracy" if mode == "train" else "accuracy_in_one_order"
+        self._metrics[mode][name].append(self.accelerator.gather_for_metrics(accuracy).mean().item())
+        return (loss, outputs) if return_outputs else loss
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        with mapping(dataset):
+            return self._tokenized(dataset, processing_class, args, dataset_name)
+
+    def _tokenized(self, dataset, processing_class, args, dataset_name):
+        # They would be taken for the collator's own.
+        taken = [name for name in ("probability", "weight") if name in (dataset.column_names or [])]
+        if taken and (self.has_pool or self.comparison is not None):
+            dataset = dataset.remove_columns(taken)
+        # Private in `RewardTrainer`, which takes a dataset with these two columns as tokenized.
+        if self.comparison is not None and "chosen_ids" not in (dataset.column_names or []):
+            dataset = tokenize_comparisons(
+                dataset, processing_class, self.comparison, args.max_length, args.dataset_num_proc
+            )
+        if not self.has_pool:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        is_one = dataset_name in ("train", "eval", "calibration", "unlabeled")
+        name = f"{dataset_name}_dataset" if is_one else f"eval_dataset_{dataset_name}"
+        prepare = super()._prepare_dataset
+        return tokenized_or_refused(
+            lambda rows: prepare(rows, processing_class, args, dataset_name),
+            with_literal_messages(dataset, processing_class, name),
+            name,
+        )
+
+    def _set_signature_columns_if_needed(self):
+        # Private in `Trainer`: the only place that says which columns reach the collator.
+        super()._set_signature_columns_if_needed()
+        if "probability" not in self._signature_columns:
+            self._signature_columns += ["probability", "weight"]
+
+    # Both are private in `Trainer`: the only place that sees the dataset before its columns are left out.
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(self._with_lengths(train_dataset or self.train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(self._with_lengths(eval_dataset))
+
+    def _with_lengths(self, dataset):
+        """With the lengths that `train_sampling_strategy` asks for, which the parent can't tell of pairs."""
+        by_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        name = self.args.length_column_name
+        if not by_length or not isinstance(dataset, Dataset) or name in dataset.column_names:
+            return dataset
+
+        def measure(*columns: list[list[int]]) -> dict[str, list[int]]:
+            return {name: [max(map(len, pair)) for pair in zip(*columns, strict=True)]}
+
+        columns = ["chosen_ids", "rejected_ids"]
+        with mapping(dataset):
+            return dataset.map(measure, batched=True, input_columns=columns, desc="Measuring lengths")
+
+    # ---- Launchers ----
+
+    def _leave_engine(self) -> None:
+        """Take the model out of the DeepSpeed engine of the round before: an engine has one optimizer and one schedule."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.model_wrapped is not self.model:
+            engine: Any = self.model_wrapped
+            engine.destroy()
+            self.accelerator.free_memory()
+            self.model_wrapped, self.deepspeed = self.model, None
+
+    def _shard(self) -> None:
+        """Spread a model that is not trained first, after a resumption, over the processes as for training."""
+        if is_sharded(self.accelerator) and self.model_wrapped is self.model and not self.accelerator._models:
+            set_seed(self.args.seed)
+            # Private in `Trainer`: the only place that knows how each launcher wants its model.
+            self._prepare_for_training(1, None, None)
+            self.optimizer = self.lr_scheduler = None
+
+
+def weighted_loss(logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The parent's loss with a weight and a target probability for each pair; with 1 and 1 it is the same."""
+    losses = label * nn.functional.logsigmoid(logits) + (1 - label) * nn.functional.logsigmoid(-logits)
+    return -(weight * losses).mean()

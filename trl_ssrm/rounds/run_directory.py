@@ -1,0 +1,444 @@
+"""
+What a run leaves on disk, and how it is resumed from it.
+
+```
+output_dir/_rounds/
+    run.json                   settings and data that the run was started with
+    initial.safetensors        trainable weights before round 0
+    pool/                      rows of a pool that is a stream, and the cache of what was made of them
+    round_1/
+        scores/                rewards of the pool under the weights of round 0
+        pseudo_labels.parquet  kept pairs: what round 1 trains on beside the labeled pairs
+        labeling.json          histograms of how the pool was labeled and a few pairs, for the report
+        fold_0/                what the model without the first part of the labels says, and its weights
+        checkpoint-*/          as of any trainer
+        weights.safetensors    trainable weights after round 1
+        trainer_state.json     written after the weights: the round is trained
+        round.json             facts of the round and logs up to here, written last: the round is over
+    end.json                   why the rounds ended and which of them is kept: the run is over
+```
+
+Every file is written aside and renamed, and carries a checksum and a key that names the run and the place in it, so that
+a damaged file, and one of another run or round, is not taken for what it should be.
+"""
+
+import errno
+import functools
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch import nn
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .. import __version__
+from ..config import SSRMConfig
+from ..io.files import WriteError, delete_left_aside, read_record, telling_where, write_record
+from ..io.storage import (
+    changed_facts,
+    content_hash,
+    file_hash,
+    read_facts,
+    read_numbers,
+    read_table,
+    read_tensors,
+    write_table,
+    write_tensors,
+)
+from ..models.sharding import fill, shape_of, trainable_parameters
+from ..scoring.vllm_scoring import DIRECTORY_PREFIX
+
+
+logger = logging.getLogger(__name__)
+
+# To be raised when files of a run are read in another way than before: a run of another version is refused.
+FORMAT = 2
+
+# Written into a checkpoint when all of it is on disk, with the checksums of its files. `Trainer` itself gives no sign of
+# that, and would resume from half a checkpoint.
+CHECKPOINT_MARKER = "checkpoint_complete"
+
+# Workers that load data outlive a killed process by some seconds, and may hold its lock until then.
+SECONDS_TO_WAIT_FOR_LOCK = 10
+
+# Told in the report, whatever they were when the round ended.
+_REPORTED_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft")
+
+# Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
+_DECISIVE_SETTINGS = (
+    *(
+        name
+        for name in SSRMConfig.__annotations__
+        if name not in ("score_batch_tokens", "vllm_gpu_memory_utilization", "track_pseudo_label_accuracy")
+    ),
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm"),
+    *("seed", "data_seed", "bf16", "fp16", "max_length", "center_rewards_coefficient", "disable_dropout"),
+    *("load_best_model_at_end", "metric_for_best_model", "neftune_noise_alpha", "train_sampling_strategy"),
+)
+
+
+def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
+    """
+    What decides the result of a run.
+
+    Args:
+        args ([`SSRMConfig`]):
+            Settings of the run.
+        model ([`~torch.nn.Module`]):
+            Model of the run; its class and the shapes of its parameters count.
+        data (`dict[str, Any]`):
+            Fingerprints of the datasets, by their names.
+
+    Returns:
+        `dict[str, Any]`: JSON values by the names of what they stand for.
+    """
+    settings = args.to_dict()
+    shapes = sorted((name, shape_of(parameter)) for name, parameter in model.named_parameters())
+    return {
+        "format": FORMAT,
+        **{name: _as_told(settings[name]) for name in _DECISIVE_SETTINGS},
+        "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "model": f"{type(model).__name__} {content_hash(shapes)}",
+        **data,
+    }
+
+
+def _as_told(setting: Any) -> Any:
+    """A setting as JSON keeps it apart from others: `max_grad_norm` may be infinite."""
+    return str(setting) if isinstance(setting, float) and not math.isfinite(setting) else setting
+
+
+class RunDirectory:
+    """
+    The files of one run.
+
+    Args:
+        output_dir (`str`):
+            Output directory of the trainer.
+    """
+
+    def __init__(self, output_dir: str):
+        self.output_dir = Path(output_dir)
+        # `Trainer.push_to_hub` leaves out what starts with "_": the texts of the pool stay here.
+        self.root = self.output_dir / "_rounds"
+
+    def round_dir(self, round: int) -> Path:
+        """`Path`: directory of a round."""
+        return self.root / f"round_{round}"
+
+    @property
+    def run_key(self) -> str:
+        """`str`: what the files of this run and of no other are known by. There once the run was started."""
+        path = self.root / "run.json"
+        return content_hash(sorted(read_record(path).items())) if path.is_file() else ""
+
+    def key(self, path: Path) -> str:
+        """`str`: what a file is known by: its run, and its place in it."""
+        return f"{self.run_key} {Path(os.path.relpath(path, self.root)).as_posix()}"
+
+    @functools.cached_property
+    def _lock(self) -> FileLock:
+        return FileLock(self.root / "lock")
+
+    def acquire(self) -> None:
+        """
+        Have the directory for oneself, until [`RunDirectory.release`] or the end of the process, whatever ends it.
+
+        Raises:
+            ValueError: If another process has it.
+            WriteError: If nothing can be written there.
+        """
+        try:
+            with telling_where(self.root / "lock"):
+                self.root.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(timeout=SECONDS_TO_WAIT_FOR_LOCK)
+        except Timeout:
+            raise ValueError(
+                f"Another run is at work in {self.output_dir}; wait for its end, end it, or choose another `output_dir`. "
+                f"If there is none, on any machine, delete {self.root / 'lock'}."
+            ) from None
+        except WriteError as error:
+            # Some network file systems have no locks.
+            if error.__cause__.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # type: ignore[union-attr]
+                raise
+            logger.warning(f"{self.output_dir} is on a file system without locks; start one run at a time in it.")
+
+    def release(self) -> None:
+        """Let others have the directory."""
+        self._lock.release()
+
+    @property
+    def has_run(self) -> bool:
+        """`bool`: whether a run was started here."""
+        return (self.root / "run.json").is_file()
+
+    @property
+    def num_finished(self) -> int:
+        """`int`: number of rounds that are over, round 0 included."""
+        round = 0
+        while (self.round_dir(round) / "round.json").is_file():
+            round += 1
+        return round
+
+    def start(self, identity: dict[str, Any], resume: bool) -> None:
+        """
+        Open the directory for a new run, or check that the run in it is the same.
+
+        Args:
+            identity (`dict[str, Any]`):
+                Settings and data that decide the result, as JSON values.
+            resume (`bool`):
+                Whether to go on with the run in the directory.
+
+        Raises:
+            ValueError: If there is a run and `resume` is not set, if there is none and it is, or if the run was
+                started with other settings or data.
+        """
+        if not self.has_run:
+            if resume:
+                raise ValueError(
+                    f"There is no run to resume in {self.output_dir}; leave out `resume_from_checkpoint` to start one."
+                )
+            write_record(self.root / "run.json", identity)
+            return
+        if not resume:
+            raise ValueError(
+                f"{self.output_dir} already holds a run; pass `resume_from_checkpoint=True` to go on with it, choose "
+                f"another `output_dir`, or delete {self.root}."
+            )
+        changed = changed_facts(self.root / "run.json", identity)
+        if "`format`" in changed:
+            raise ValueError(
+                f"The run in {self.output_dir} was started by another version of trl-ssrm, which writes other files: go on "
+                "with that version, or choose another `output_dir`."
+            )
+        if changed:
+            raise ValueError(
+                f"The run in {self.output_dir} was started with other settings or data: {changed}. Resume it with what "
+                "it was started with, or choose another `output_dir`."
+            )
+        delete_left_aside(self.root)
+        for left in self.root.glob(f"{DIRECTORY_PREFIX}*"):
+            shutil.rmtree(left)
+
+    def write_weights(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Keep the trainable weights of a model, as [`~trl_ssrm.models.sharding.whole_weights`] gives them."""
+        write_tensors(path, weights, self.key(path))
+
+    def has_weights(self, path: Path) -> bool:
+        """`bool`: whether weights are there, whole, and of this run."""
+        return read_tensors(path, self.key(path)) is not None
+
+    def read_weights(self, path: Path, model: nn.Module) -> None:
+        """
+        Put the trainable weights of a model back, in every process at the same time.
+
+        Raises:
+            ValueError: If the file is missing, damaged, of another run, or holds the weights of another model.
+        """
+        stored, current = read_tensors(path, self.key(path)), trainable_parameters(model)
+        if stored is None:
+            raise ValueError(
+                f"{path} is missing or damaged, or belongs to another run or round, so the run can't go on; put a copy in its "
+                "place, or start the run anew elsewhere."
+            )
+        if {name: list(tensor.shape) for name, tensor in stored.items()} != {
+            name: shape_of(parameter) for name, parameter in current.items()
+        }:
+            raise ValueError(f"{path} holds the weights of another model; resume with the model of that run.")
+        fill(model, stored)
+
+    def weights_hash(self, path: Path) -> str:
+        """`str`: hash of the weights in a file, which names them."""
+        with safe_open(path, framework="pt") as file:
+            return file.metadata()["sha256"]
+
+    def write_round(
+        self, round: int, facts: dict[str, Any], log_history: list[dict[str, float]], reliability: dict[str, Any]
+    ) -> None:
+        """
+        End a round with its facts, the logs up to here and its reliability curves, all in one file or none. What is NaN or
+        infinite in them, such as the norm of a gradient that has overflowed, is null there, and `None` when it is read.
+        """
+        versions = {package: importlib.metadata.version(package) for package in _REPORTED_PACKAGES}
+        versions = {"python": platform.python_version(), "trl_ssrm": __version__, **versions}
+        parts = {"facts": facts, "log_history": log_history, "reliability": reliability, "versions": versions}
+        self._write(self.round_dir(round) / "round.json", parts)
+
+    def read_round(self, round: int) -> dict[str, Any]:
+        """
+        `dict[str, Any]`: `facts` and `log_history` of a round that is over, and the curves of [`reliability_curve`]
+        `before` and `after` the temperature for each held-out dataset, as `reliability`.
+
+        Raises:
+            ValueError: If the file is damaged or of another run.
+        """
+        return self._read(self.round_dir(round) / "round.json")
+
+    def write_labeling(self, round: int, summary: dict[str, Any]) -> None:
+        """Keep what the report tells of how the pool was labeled for a round; see [`summarize_labeling`]."""
+        self._write(self.round_dir(round) / "labeling.json", summary)
+
+    def write_end(self, termination_reason: str | None, kept_round: int) -> None:
+        """Say that the run is over, why, and which round the model is of."""
+        self._write(self.root / "end.json", {"termination_reason": termination_reason, "kept_round": kept_round})
+
+    def state_path(self, round: int) -> Path:
+        """`Path`: state of the trainer at the end of a round, there once the round was trained."""
+        return self.round_dir(round) / "trainer_state.json"
+
+    def write_state(self, round: int, state: TrainerState) -> None:
+        """Keep the state of the trainer at the end of a round, which is the sign that it was trained."""
+        self._write(self.state_path(round), asdict(state))
+
+    def read_state(self, round: int) -> TrainerState:
+        """
+        State of the trainer at the end of a round.
+
+        Raises:
+            ValueError: If the file is missing, damaged or of another run.
+        """
+        return TrainerState(**self._read(self.state_path(round)))
+
+    def is_trained(self, round: int) -> bool:
+        """`bool`: whether state and weights of a round are there and whole; what is damaged is logged."""
+        if not self.state_path(round).is_file():
+            return False
+        try:
+            self.read_state(round)
+        except ValueError as error:
+            logger.warning(f"{error} Round {round} is trained again.")
+            return False
+        path = self.weights_path(round)
+        if not self.has_weights(path):
+            logger.warning(f"{path} is not as it was written; round {round} is trained again.")
+            return False
+        return True
+
+    def _write(self, path: Path, value: dict[str, Any]) -> None:
+        write_record(path, value, self.key(path))
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            return read_record(path, self.key(path))
+        except ValueError as error:
+            raise ValueError(f"{error}; put a copy in its place, or start the run anew elsewhere.") from None
+
+    def write_pseudo_labels(
+        self, round: int, features: Features, parts: Iterable[Dataset], facts: dict[str, Any]
+    ) -> None:
+        """Keep the pairs that a round will train on, part by part, and the facts of their selection."""
+        path = self._pseudo_labels_path(round)
+        write_table(path, features, parts, facts, self.key(path))
+
+    def has_pseudo_labels(self, round: int) -> bool:
+        """`bool`: whether the pairs that a round trains on are there and whole."""
+        path = self._pseudo_labels_path(round)
+        return read_facts(path, self.key(path)) is not None
+
+    def read_pseudo_labels(self, round: int) -> tuple[Dataset, dict[str, Any]] | None:
+        """
+        The pairs that a round trains on, with their texts, and the facts of their selection.
+
+        Returns:
+            `tuple[Dataset, dict]` or `None`: `None` if there are none yet.
+
+        Raises:
+            ValueError: If the file is damaged or of another run. A run that is past that round goes on without it.
+        """
+        path = self._pseudo_labels_path(round)
+        return read_table(path, self.key(path))
+
+    def read_numbers_of_pseudo_labels(
+        self, round: int, columns: list[str]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The same without the texts; see [`~trl_ssrm.io.storage.read_numbers`]."""
+        path = self._pseudo_labels_path(round)
+        return read_numbers(path, columns, self.key(path))
+
+    def _pseudo_labels_path(self, round: int) -> Path:
+        return self.round_dir(round) / "pseudo_labels.parquet"
+
+    def end_checkpoint(self, checkpoint: Path) -> None:
+        """Say that a checkpoint is whole, and what its files are."""
+        path = checkpoint / CHECKPOINT_MARKER
+        # What a killed process has left of this step is written over; an old sign may not vouch for what is new. Some file
+        # systems need room to delete, too.
+        with telling_where(path):
+            path.unlink(missing_ok=True)
+        self._write(path, {"files": _hashes(checkpoint)})
+
+    def last_checkpoint(self, round: int) -> str | None:
+        """`str` or `None`: directory of the last checkpoint of a round that is whole; what is damaged is logged."""
+        ended = [path.parent for path in self.round_dir(round).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{CHECKPOINT_MARKER}")]
+        for checkpoint in sorted(ended, key=lambda path: -int(path.name.rsplit("-", 1)[1])):
+            if (damage := self.damage_of(checkpoint)) is None:
+                return str(checkpoint)
+            logger.warning(f"{damage}; the round goes on from the checkpoint before it, or begins again.")
+        return None
+
+    def damage_of(self, checkpoint: Path) -> str | None:
+        """`str` or `None`: what is wrong with a checkpoint that was written to its end."""
+        marker = checkpoint / CHECKPOINT_MARKER
+        try:
+            is_whole = read_record(marker, self.key(marker))["files"] == _hashes(checkpoint)
+        except ValueError as error:
+            return str(error)
+        return None if is_whole else f"{checkpoint} is damaged"
+
+    def weights_path(self, round: int) -> Path:
+        """`Path`: trainable weights after a round; round -1 stands for the initial ones."""
+        return self.root / "initial.safetensors" if round < 0 else self.round_dir(round) / "weights.safetensors"
+
+    def fold_weights_path(self, round: int, fold: int) -> Path:
+        """`Path`: trainable weights of a model that lacks a part of the labeled pairs, after a round."""
+        return self.round_dir(round) / f"fold_{fold}" / "weights.safetensors"
+
+    def write_fold(self, round: int, fold: int, logits: dict[str, np.ndarray]) -> None:
+        """Keep the pair logits that such a model gives, by what they are of."""
+        tensors = {name: torch.from_numpy(values) for name, values in logits.items()}
+        path = self._fold_logits_path(round, fold)
+        write_tensors(path, tensors, self.key(path))
+
+    def read_fold(self, round: int, fold: int) -> dict[str, np.ndarray] | None:
+        """`dict[str, np.ndarray]` or `None`: the same; `None` if there are none yet or the file is damaged."""
+        path = self._fold_logits_path(round, fold)
+        tensors = read_tensors(path, self.key(path))
+        return None if tensors is None else {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    def _fold_logits_path(self, round: int, fold: int) -> Path:
+        return self.round_dir(round) / f"fold_{fold}" / "logits.safetensors"
+
+    def prune_weights(self, needed: set[int]) -> None:
+        """Delete the weights after rounds that are over, but for some."""
+        with telling_where(self.root):
+            for round in set(range(-1, self.num_finished)) - needed:
+                self.weights_path(round).unlink(missing_ok=True)
+                for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
+                    if round < self.num_finished - 1:
+                        weights.unlink()
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    """Checksum of each file of a checkpoint, by its place there."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKPOINT_MARKER)
+    # Gigabytes of weights and as many of the optimizer, which are hashed at the same time.
+    with ThreadPoolExecutor() as pool:
+        return dict(
+            zip((path.relative_to(checkpoint).as_posix() for path in files), pool.map(file_hash, files), strict=True)
+        )

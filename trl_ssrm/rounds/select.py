@@ -1,0 +1,155 @@
+"""From scores to kept pairs. A selection idea is a function of [`PairScores`] that returns a mask."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..scoring.pair_scores import PairScores, sigmoid
+
+
+SelectionPolicy = Callable[[PairScores], np.ndarray]
+
+
+def above_threshold(scores: PairScores, threshold: float) -> np.ndarray:
+    """
+    Keep the pairs whose confidence is strictly greater than a fixed threshold, as in [Semi-Supervised Reward
+    Modeling](https://huggingface.co/papers/2409.06903).
+
+    Args:
+        scores ([`PairScores`]):
+            Scores of the pairs.
+        threshold (`float`):
+            Confidence to exceed, in `[0.5, 1)`.
+
+    Returns:
+        `np.ndarray` of shape `(num_pairs,)`, bool: the kept pairs. A tie has confidence 0.5 and is never kept.
+    """
+    return scores.confidence > threshold
+
+
+def fraction_threshold(scores: PairScores, fraction: float) -> float:
+    """
+    Threshold that the most confident share of the pairs exceeds.
+
+    Args:
+        scores ([`PairScores`]):
+            Scores of the pairs.
+        fraction (`float`):
+            Share of the pairs to keep, in `(0, 1]`.
+
+    Returns:
+        `float`: the threshold, for [`above_threshold`], which at most that share of the pairs, rounded up, exceeds. Of
+        pairs with the same confidence at the border none does, unless they are the most confident ones; then all do.
+    """
+    # 0.07 * 100 is more than 7.
+    num_kept = int(np.ceil(fraction * len(scores.logits) - 1e-9))
+    in_order = np.sort(scores.confidence)[::-1]
+    if num_kept == len(in_order):
+        return 0.5
+    return float(in_order[num_kept] if in_order[num_kept] < in_order[0] else np.nextafter(in_order[0], 0))
+
+
+def precision_threshold(logits: np.ndarray, temperature: float, target_precision: float) -> float | None:
+    """
+    Lowest confidence above which pseudo-labels are right as often as wanted, as far as held-out labels can tell.
+
+    The bound is that of Wilson at 95 %, one-sided ([Interval Estimation for a Binomial
+    Proportion](https://doi.org/10.1214/ss/1009213286)). Labels that are all right reach 0.95 from 52 pairs on, and 0.99
+    from 268 on.
+
+    Args:
+        logits (`np.ndarray` of shape `(num_pairs,)`):
+            Pair logits `z = r(chosen) - r(rejected)` of held-out labeled pairs.
+        temperature (`float`):
+            Divisor of the logits.
+        target_precision (`float`):
+            Share of right pseudo-labels to reach, in `(0.5, 1)`.
+
+    Returns:
+        `float` or `None`: the threshold, for [`above_threshold`]. `None` if no confidence is high enough.
+    """
+    confidence = sigmoid(np.abs(logits.astype(np.float64)) / temperature)
+    values = np.unique(np.concatenate([[0.5], confidence]))[::-1]
+    # The pairs above each value.
+    order = np.argsort(-confidence, kind="stable")
+    count = np.searchsorted(-confidence[order], -values, side="left")
+    right = np.concatenate([[0], np.cumsum(logits[order] > 0)])[count]
+    reaches = wilson_lower_bound(right, count) >= target_precision
+    return float(values[reaches].min()) if reaches.any() else None
+
+
+def wilson_lower_bound(right: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Lower end of Wilson's one-sided 95 % interval for a share; 0 for a share of nothing."""
+    quantile = 1.6448536269514722
+    share, number = right / np.maximum(count, 1), np.maximum(count, 1)
+    center = share + quantile**2 / (2 * number)
+    spread = quantile * np.sqrt(share * (1 - share) / number + quantile**2 / (4 * number**2))
+    return np.where(count > 0, (center - spread) / (1 + quantile**2 / number), 0.0)
+
+
+def adaptive_threshold(scores: PairScores, previous: float | None, momentum: float = 0.5) -> float:
+    """
+    Threshold that follows the state of the model: the mean confidence on the pool, averaged over the rounds, as in
+    [FreeMatch](https://huggingface.co/papers/2205.07246). A model that is unsure keeps its surest half or so, and the
+    threshold rises as it becomes surer.
+
+    Args:
+        scores ([`PairScores`]):
+            Scores of the pairs.
+        previous (`float`, *optional*):
+            Threshold of the round before. `None` in the first one.
+        momentum (`float`, *optional*, defaults to `0.5`):
+            Share of the threshold that is kept from the round before.
+
+    Returns:
+        `float`: the threshold, for [`above_threshold`].
+    """
+    mean = float(scores.confidence.mean())
+    return mean if previous is None else momentum * previous + (1 - momentum) * mean
+
+
+def balanced(mask: np.ndarray, confidence: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """
+    Let the kept pairs look like the pool: no group of pairs gets more than its share of what was selected.
+
+    Of a group with too many pairs the most confident stay. Groups that are short are not filled up.
+
+    Args:
+        mask (`np.ndarray` of shape `(num_pairs,)`, bool):
+            The pairs that were selected.
+        confidence (`np.ndarray` of shape `(num_pairs,)`):
+            Confidence in their pseudo-labels.
+        groups (`np.ndarray` of shape `(num_pairs,)`):
+            Group of each pair.
+
+    Returns:
+        `np.ndarray` of shape `(num_pairs,)`, bool: the pairs that stay.
+    """
+    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
+    return within_quota(mask, confidence, group, np.ceil(mask.sum() * size / len(mask)))
+
+
+def within_quota(mask: np.ndarray, confidence: np.ndarray, group: np.ndarray, quota: np.ndarray) -> np.ndarray:
+    """
+    The most confident selected pairs of each group, up to a number for each.
+
+    Args:
+        mask (`np.ndarray` of shape `(num_pairs,)`, bool):
+            The pairs that were selected.
+        confidence (`np.ndarray` of shape `(num_pairs,)`):
+            Confidence in their pseudo-labels.
+        group (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Number of the group of each pair.
+        quota (`np.ndarray` of shape `(num_groups,)`):
+            Most pairs that stay of each group.
+
+    Returns:
+        `np.ndarray` of shape `(num_pairs,)`, bool: the pairs that stay.
+    """
+    selected = np.flatnonzero(mask)
+    order = selected[np.lexsort((selected, -confidence[selected], group[selected]))]
+    first_of_group = np.searchsorted(group[order], np.arange(len(quota)))
+    place = np.arange(len(order)) - first_of_group[group[order]]
+    stays = np.zeros_like(mask)
+    stays[order[place < quota[group[order]]]] = True
+    return stays

@@ -1,0 +1,138 @@
+"""Accuracy and calibration of pair logits on pairs with known labels."""
+
+import numpy as np
+
+from .pair_scores import sigmoid
+
+
+NUM_ECE_BINS = 15
+
+
+def preference_metrics(logits: np.ndarray, temperature: float = 1.0) -> dict[str, float]:
+    """
+    Accuracy and calibration of pair logits on pairs whose preferred completion is known.
+
+    Args:
+        logits (`np.ndarray` of shape `(num_pairs,)`):
+            Pair logits `z = r(chosen) - r(rejected)`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divisor of the logits.
+
+    Returns:
+        `dict[str, float]`: `accuracy` (a tie is wrong), `log_loss` in nats, `brier`, the mean squared distance of the
+        probability of the chosen completion from 1, `ece`, the expected calibration error over 15 bins of equal width
+        ([On Calibration of Modern Neural Networks](https://huggingface.co/papers/1706.04599)), `ece_floor`, what it would
+        be by chance if the confidence were right (see [`calibration_error_floor`]), and `adaptive_ece`, over 15 bins of
+        as many pairs each ([Measuring Calibration in Deep Learning](https://huggingface.co/papers/1904.01685)).
+    """
+    scaled = logits.astype(np.float64) / temperature
+    confidence, is_correct = sigmoid(np.abs(scaled)), scaled > 0
+    return {
+        "accuracy": float(np.mean(is_correct)),
+        "log_loss": float(np.mean(np.logaddexp(0.0, -scaled))),
+        "brier": float(np.mean((1 - sigmoid(scaled)) ** 2)),
+        "ece": expected_calibration_error(confidence, is_correct),
+        "ece_floor": calibration_error_floor(confidence),
+        "adaptive_ece": adaptive_calibration_error(confidence, is_correct),
+    }
+
+
+def calibrated_metrics(logits: np.ndarray, temperature: float) -> dict[str, float]:
+    """
+    The metrics of [`preference_metrics`] that a temperature changes, under names with `calibrated_` before them.
+
+    Args:
+        logits (`np.ndarray` of shape `(num_pairs,)`):
+            Pair logits `z = r(chosen) - r(rejected)`.
+        temperature (`float`):
+            Divisor of the logits.
+
+    Returns:
+        `dict[str, float]`: `calibrated_log_loss`, `calibrated_brier`, `calibrated_ece`, `calibrated_ece_floor` and
+        `calibrated_adaptive_ece`.
+    """
+    metrics = preference_metrics(logits, temperature)
+    return {f"calibrated_{name}": value for name, value in metrics.items() if name != "accuracy"}
+
+
+def reliability_curve(logits: np.ndarray, temperature: float = 1.0) -> list[dict[str, float]]:
+    """
+    How often the predictions are right, by how sure they are: what a reliability diagram draws.
+
+    Args:
+        logits (`np.ndarray` of shape `(num_pairs,)`):
+            Pair logits `z = r(chosen) - r(rejected)`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divisor of the logits.
+
+    Returns:
+        `list[dict[str, float]]`: `confidence` and `accuracy`, the means over a bin, and `count`, its number of pairs,
+        for each of the bins of `ece` that is not empty, in ascending order.
+    """
+    scaled = logits.astype(np.float64) / temperature
+    confidence, is_correct = sigmoid(np.abs(scaled)), scaled > 0
+    bins = _bin_of(confidence)
+    return [
+        {
+            "confidence": float(confidence[bins == each].mean()),
+            "accuracy": float(is_correct[bins == each].mean()),
+            "count": int((bins == each).sum()),
+        }
+        for each in np.unique(bins)
+    ]
+
+
+def expected_calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
+    """
+    Mean distance of confidence from accuracy over bins of equal width on `[0, 1]`, weighted by their size.
+
+    Args:
+        confidence (`np.ndarray` of shape `(num_pairs,)`):
+            Probability of the predicted label.
+        is_correct (`np.ndarray` of shape `(num_pairs,)`, bool):
+            Whether the predicted label is the true one.
+
+    Returns:
+        `float`: the error, in `[0, 1]`.
+    """
+    gap = np.bincount(_bin_of(confidence), weights=confidence - is_correct, minlength=NUM_ECE_BINS)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def calibration_error_floor(confidence: np.ndarray) -> float:
+    """
+    The expected calibration error that a model has by chance if its confidence is right: of few pairs it is well above 0
+    ([Mitigating Bias in Calibration Error Estimation](https://huggingface.co/papers/2012.08668)).
+
+    Args:
+        confidence (`np.ndarray` of shape `(num_pairs,)`):
+            Probability of the predicted label.
+
+    Returns:
+        `float`: the mean over labels drawn from the confidence, the sum over a bin taken as normal.
+    """
+    variance = np.bincount(_bin_of(confidence), weights=confidence * (1 - confidence), minlength=NUM_ECE_BINS)
+    return float(np.sqrt(2 / np.pi * variance).sum() / len(confidence))
+
+
+def adaptive_calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
+    """
+    The same over bins of as many pairs each, as far as pairs with one confidence, which share a bin, allow it.
+
+    Args:
+        confidence (`np.ndarray` of shape `(num_pairs,)`):
+            Probability of the predicted label.
+        is_correct (`np.ndarray` of shape `(num_pairs,)`, bool):
+            Whether the predicted label is the true one.
+
+    Returns:
+        `float`: the error, in `[0, 1]`.
+    """
+    place = np.searchsorted(np.sort(confidence), confidence)
+    gap = np.bincount(place * NUM_ECE_BINS // len(confidence), weights=confidence - is_correct)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def _bin_of(confidence: np.ndarray) -> np.ndarray:
+    # Bins are open on the left, so that a confidence of 1 falls into the last one.
+    return np.clip(np.ceil(confidence * NUM_ECE_BINS).astype(int) - 1, 0, NUM_ECE_BINS - 1)
