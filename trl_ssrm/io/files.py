@@ -1,6 +1,6 @@
 """
-Files that appear whole or not at all, and that say when they are damaged. Imports nothing heavy, so that a report needs
-no torch.
+Files that are written whole or not at all, and JSON records with a checksum. Only the standard library is imported, so
+that a report needs no torch.
 """
 
 import contextlib
@@ -15,35 +15,34 @@ from pathlib import Path
 from typing import Any
 
 
-# Some say it in words only: safetensors, written in Rust, and the writer of PyTorch, which does not tell the reason.
+# safetensors (written in Rust) and PyTorch's writer report a full disk in the text of another exception.
 _DISK_ERRORS = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|iostream error")
-
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class WriteError(OSError):
     """
-    A file can't be written: there is no room, or no permission.
+    A file can't be written: the disk is full, or permission is missing.
 
     Args:
         path (`Path`):
             The file, or the directory of a checkpoint.
         error (`Exception`):
-            What the system, or the library that wrote it, said.
+            Error of the system, or of the library that wrote the file.
     """
 
     def __init__(self, path: Path, error: Exception):
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).split("\n")[0]
         super().__init__(
-            f"{path} can't be written ({reason}); make room or permit it, and go on: what was written before is there, "
-            "and training continues from it with `train(resume_from_checkpoint=True)`."
+            f"{path} can't be written ({reason}); make room or allow writing there, then go on with "
+            "`train(resume_from_checkpoint=True)`. Files that were written before are kept."
         )
 
 
 @contextlib.contextmanager
 def telling_where(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with a disk, whichever library meets it, into a [`WriteError`] that names the file."""
+    """Turn a disk error of any library into a [`WriteError`] that names the file."""
     try:
         yield
     except WriteError:
@@ -56,16 +55,17 @@ def telling_where(path: Path) -> Iterator[None]:
 
 def disk_error(error: BaseException) -> Exception | None:
     """
-    What a disk has said, if that is what an error came of.
+    The disk error behind an exception.
 
     Args:
         error (`BaseException`):
-            An error, whichever library has raised it.
+            Exception of any library.
 
     Returns:
-        `Exception` or `None`: the error itself, or one before it: who closes a file that has no room may fail at that.
+        `Exception` or `None`: the exception itself, or an earlier one: after a full disk, closing the file may fail with
+        another error. `None` if no disk error is behind it.
     """
-    # Uploads may go with a checkpoint.
+    # Saving a checkpoint may upload it; those errors are of the network.
     is_of_network = isinstance(error, (ConnectionError, TimeoutError))
     is_of_system = isinstance(error, OSError) and error.errno is not None and not is_of_network
     if isinstance(error, Exception) and (is_of_system or _DISK_ERRORS.search(str(error))):
@@ -80,7 +80,7 @@ def disk_error(error: BaseException) -> Exception | None:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and move it there once it was written without an error."""
+    """Give a temporary path beside `path`, and move the file to `path` once it is written without an error."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with telling_where(path):
         try:
@@ -88,13 +88,13 @@ def written_aside(path: Path) -> Iterator[Path]:
             yield aside
             os.replace(aside, path)
         finally:
-            # Where the directory could not be made, or must not be written, there is nothing to delete.
+            # The file is missing if it was moved, or if the directory can't be made or written.
             with contextlib.suppress(OSError):
                 aside.unlink()
 
 
 def delete_left_aside(directory: Path) -> None:
-    """Delete what killed processes have left of [`written_aside`]; nobody may be writing there."""
+    """Delete temporary files of [`written_aside`] that killed processes left; no process may be writing there."""
     for path in directory.rglob(".*"):
         if re.search(r"\.\d+$", path.name) and path.is_file():
             path.unlink()
@@ -102,11 +102,11 @@ def delete_left_aside(directory: Path) -> None:
 
 def as_json(value: Any) -> Any:
     """
-    A value as JSON has it, which knows neither NaN nor infinity.
+    Replace each NaN and infinity by `None`, since JSON has neither.
 
     Args:
         value (`Any`):
-            What `json.dumps` takes.
+            Value that `json.dumps` takes.
 
     Returns:
         `Any`: dictionaries, lists, text and numbers, with `None` for each number that is not finite.
@@ -119,22 +119,22 @@ def as_json(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that appears whole or not at all, with null for what is NaN or infinite."""
+    """Write a JSON file, whole or not at all, with null for NaN and infinity."""
     with written_aside(path) as aside:
         aside.write_text(json.dumps(as_json(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_record(path: Path, value: dict[str, Any], key: str = "") -> None:
     """
-    Write a JSON object with a checksum and a key that says what it belongs to.
+    Write a JSON object with a checksum and a key that names its run or round.
 
     Args:
         path (`Path`):
             File to write, whole or not at all.
         value (`dict[str, Any]`):
-            JSON values, but for the names `"key"` and `"sha256"`. A number that is not finite becomes null.
+            JSON values under any names except `"key"` and `"sha256"`. A number that is not finite becomes null.
         key (`str`, *optional*, defaults to `""`):
-            What [`read_record`] may ask for.
+            Key that [`read_record`] can require.
     """
     value = {**as_json(value), "key": key}
     write_json(path, {**value, "sha256": _record_hash(value)})
@@ -142,19 +142,21 @@ def write_record(path: Path, value: dict[str, Any], key: str = "") -> None:
 
 def read_record(path: Path, key: str | None = None) -> dict[str, Any]:
     """
-    Read what [`write_record`] wrote.
+    Read a JSON object that [`write_record`] wrote.
 
     Args:
         path (`Path`):
             File to read.
         key (`str`, *optional*):
-            What it must belong to. If `None`, anything, and it may be of a version that wrote no checksums.
+            Key that the file must have. If `None`, any key is accepted, and a file without a checksum too (versions
+            before checksums wrote such files).
 
     Returns:
         `dict[str, Any]`: the value.
 
     Raises:
-        ValueError: If the file is missing, damaged, or belongs to another key; says which, but not what to do.
+        ValueError: If the file is missing or damaged, or has another key. The message ends without a full stop, so that
+            the caller can add the thing to do.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

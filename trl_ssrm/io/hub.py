@@ -1,4 +1,4 @@
-"""Where models come from: a folder here, or the hub."""
+"""Find out whether a model exists, in a folder or on the hub, before it is loaded."""
 
 import os
 from typing import Any
@@ -8,28 +8,28 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
-# What a request takes on a bad connection; transformers asks five times for each file, and waits in between.
+# Enough for a bad connection. Transformers tries five times for each file and waits in between: half a minute in all.
 SECONDS_TO_WAIT_FOR_HUB = 10
 
-# One of them is in the cache if a model is.
+# If a model is in the cache, at least one of these files is there.
 _CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 
 
 def check_model_is_there(name_or_path: Any, of: str = "", **kwargs: Any) -> None:
     """
-    Refuse the name of a model that is neither a folder, nor in the cache, nor to be asked for, instead of asking for each
-    of its files until all attempts are over.
+    Refuse a model that can't be loaded: no such folder, not in the cache, and the hub can't be reached. The hub is asked
+    once, which takes 10 seconds at most.
 
     Args:
         name_or_path (`str` or [`~transformers.PreTrainedModel`]):
-            Directory or model ID. A model that is loaded is there.
+            Directory or model ID. A loaded model passes.
         of (`str`, *optional*, defaults to `""`):
-            What the model is to the one that was asked for, for the message.
+            Role of the model for the message, such as "the base model of ...".
         kwargs (`dict[str, Any]`):
-            What it is loaded with; `revision`, `cache_dir` and `local_files_only` count here.
+            Arguments that the model is loaded with. `revision`, `cache_dir` and `local_files_only` are used here.
 
     Raises:
-        ValueError: If it is a path where there is no folder, or if the hub can't be reached.
+        ValueError: If there is no such folder, if the path is a file, or if the hub can't be reached.
     """
     if not isinstance(name_or_path, str | os.PathLike):
         return
@@ -50,10 +50,10 @@ def check_model_is_there(name_or_path: Any, of: str = "", **kwargs: Any) -> None
     try:
         HfApi().model_info(name, revision=kwargs.get("revision"), timeout=SECONDS_TO_WAIT_FOR_HUB)
     except HfHubHTTPError:
-        # It has answered, if only that there is no such model, which transformers says with what can be done.
+        # The hub answered. If the model does not exist, transformers explains it well.
         return
     except Exception as error:
-        # Which client it is that says so differs from version to version.
+        # The type depends on the HTTP client, which differs between versions of huggingface_hub.
         raise ValueError(
             f"{name}{of} is no folder here, and the hub can't be reached ({' '.join(str(error).split()):.200}); check the "
             "path, or the connection."

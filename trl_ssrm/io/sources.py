@@ -1,4 +1,4 @@
-"""Where rows come from: the hub, a folder, or a file of JSON lines, CSV or Parquet."""
+"""Load rows from a file (JSON lines, CSV, Parquet), a folder or the hub."""
 
 import contextlib
 import csv
@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_f
 from datasets.utils import logging
 
 
-# What `load_dataset` calls the format of a file, by its extension.
+# Name that `load_dataset` has for the format of a file, by the file's extension.
 _FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _EXTENSIONS = ", ".join(_FORMATS)
 
@@ -22,17 +22,18 @@ def load_data(name_or_path: str, split: str | None = None, config: str | None = 
     Args:
         name_or_path (`str`):
             A file (JSON lines, CSV, TSV or Parquet), a folder that [`~datasets.Dataset.save_to_disk`] wrote or that holds
-            such files, or the ID of a dataset of the hub. What is on disk comes first.
+            such files, or the ID of a dataset on the hub. A file or folder is used before a dataset of the same name.
         split (`str`, *optional*):
-            Name of the split. If `None`, `"train"`, or the only one. A file is one split, whatever it is called.
+            Name of the split. If `None`, the only split, or `"train"` if there are several. A file has one split, which
+            is returned under any name.
         config (`str`, *optional*):
-            Configuration of a dataset of the hub.
+            Configuration of a dataset on the hub.
 
     Returns:
-        [`~datasets.Dataset`]: at least one row. The columns of a CSV file are text, but for `margin`, which is a number.
+        [`~datasets.Dataset`]: at least one row. The columns of a CSV file are text, except `margin`, which is a number.
 
     Raises:
-        ValueError: If there is no such file, folder, dataset or split, or it can't be read, or it is empty.
+        ValueError: If there is no such file, folder, dataset or split, or if it is empty or can't be read.
     """
     splits = load_splits(name_or_path, config)
     is_single = len(splits) == 1 and (split is None or Path(name_or_path).is_file())
@@ -44,7 +45,7 @@ def load_data(name_or_path: str, split: str | None = None, config: str | None = 
 
 def load_splits(name_or_path: str, config: str | None = None) -> dict[str, Dataset]:
     """
-    Load all the splits of a dataset.
+    Load all splits of a dataset.
 
     Args:
         name_or_path (`str`):
@@ -56,7 +57,7 @@ def load_splits(name_or_path: str, config: str | None = None) -> dict[str, Datas
         `dict[str, Dataset]`: the splits by name, each of at least one row.
 
     Raises:
-        ValueError: As [`load_data`], but for the split.
+        ValueError: If there is no such file, folder or dataset, or if a split is empty or can't be read.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -67,7 +68,7 @@ def load_splits(name_or_path: str, config: str | None = None) -> dict[str, Datas
         splits = _load_from_hub(name_or_path, config)
     for name, rows in splits.items():
         if len(rows) == 0:
-            raise ValueError(f"{name_or_path} has no rows in its split {name!r}; give it some.")
+            raise ValueError(f"{name_or_path} has no rows in its split {name!r}; add rows.")
     return splits
 
 
@@ -86,7 +87,7 @@ def _load_folder(path: Path) -> dict[str, Dataset]:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = load_from_disk(str(path))
             return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-        # Hidden ones are no data, as for `load_dataset`.
+        # `load_dataset` ignores hidden files too.
         files = sorted(
             file
             for file in path.rglob("*")
@@ -98,7 +99,7 @@ def _load_folder(path: Path) -> dict[str, Dataset]:
 
 
 def _options(files: list[Path]) -> dict[str, Any]:
-    """How to read CSV files: an answer may be "42", "NA" or "", which pandas would take for a number and for nothing."""
+    """Arguments to read CSV files with: pandas would read the answers "42", "NA" and "" as a number and missing values."""
     if any(_FORMATS[file.suffix] != "csv" for file in files):
         return {}
     separator = "\t" if files[0].suffix == ".tsv" else ","
@@ -110,14 +111,14 @@ def _options(files: list[Path]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises into one sentence."""
+    """Turn any exception of a reader into one sentence."""
     verbosity = logging.get_verbosity()
-    # It would log the same again.
+    # `datasets` would log the same error again.
     logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     except Exception as error:
-        # What is wrong with a file is in the cause of the `DatasetGenerationError` that `datasets` raises.
+        # `datasets` raises a `DatasetGenerationError`, whose cause says what is wrong with the file.
         raise ValueError(f"{path} can't be read, or has no rows: {_first_line(error.__cause__ or error)}.") from error
     finally:
         logging.set_verbosity(verbosity)
