@@ -14,7 +14,7 @@ from datasets import Dataset
 from trl_ssrm import SSRMConfig, SSRMTrainer
 from trl_ssrm.reporting.labeling_summary import as_text, shorten
 from trl_ssrm.reporting.plots import TITLES, plot_rounds
-from trl_ssrm.reporting.report import round_line, round_table, write_report
+from trl_ssrm.reporting.report import end_in_words, round_line, round_table, write_report
 from trl_ssrm.reporting.trackers import report_run
 
 
@@ -46,6 +46,31 @@ def test_line_of_a_round():
     assert round_line(HISTORY[1]) == (
         "Round 1, kept 30 of 40 pairs, eval_accuracy 0.750, eval_log_loss 0.500, pseudo_label_accuracy 0.900"
     )
+
+
+@pytest.mark.parametrize(
+    ("reason", "last", "kept", "words"),
+    [
+        ("max_rounds", 3, 3, "Round 3 was the last round, so the model is the one trained in round 3."),
+        (
+            *("max_rounds", 3, 1),
+            "Round 3 was the last round. Round 1 was the best, so the model is the one trained in round 1.",
+        ),
+        (
+            *("nothing_selected", 0, 0),
+            "Nothing was selected after round 0, so the model is the one trained on the labels alone.",
+        ),
+        (
+            *("no_change", 2, 0),
+            "The selection after round 2 is the same as the one before it. Round 0 was the best, so the model is the one "
+            "trained on the labels alone.",
+        ),
+        (None, 2, 2, "The rounds ended after round 2, so the model is the one trained in round 2."),
+        ("{own}", 1, 1, "The rounds ended after round 1 ({own}), so the model is the one trained in round 1."),
+    ],
+)
+def test_end_of_the_rounds_is_said_in_words(reason, last, kept, words):
+    assert end_in_words(reason, last, kept) == words
 
 
 def test_plot_is_a_picture(tmp_path):
@@ -159,18 +184,19 @@ def test_plots_are_in_the_report_with_words_and_beside_it(page, trainer):
 
 
 def test_report_tells_the_settings_the_versions_and_the_end(page, trainer):
-    assert "The rounds ended after round 2: all rounds are done. The model is that of round" in page.text
     import trl
 
+    end = trainer.run.root / "end.json"
+    kept = json.loads(end.read_text(encoding="utf-8"))["kept_round"]
+    assert end_in_words("max_rounds", 2, kept) in page.text
     for text in ("confidence_threshold", "0.6", "learning_rate", "0.003", "trl_ssrm", trl.__version__):
         assert text in page.text
 
 
-@pytest.mark.parametrize(("reason", "words"), [(None, "no reason was given"), ("my <own>", "my <own>")])
-def test_report_of_rounds_that_a_callback_ended(copy, reason, words):
-    (copy / "_rounds" / "end.json").write_text(json.dumps({"termination_reason": reason, "kept_round": 1}))
+def test_report_of_rounds_that_a_callback_ended(copy):
+    (copy / "_rounds" / "end.json").write_text(json.dumps({"termination_reason": "my <own>", "kept_round": 1}))
     text = Page(write_report(str(copy))).text
-    assert f"The rounds ended after round 2: {words}. The model is that of round 1." in text
+    assert "The rounds ended after round 2 (my <own>). Round 1 was the best, so the model is the one" in text
 
 
 def test_report_needs_no_torch(copy):
@@ -189,15 +215,15 @@ def test_report_of_an_interrupted_run_tells_the_rounds_so_far(copy):
     (copy / "_rounds" / "end.json").unlink()
     (copy / "_rounds" / "round_2" / "round.json").unlink()
     page = Page(write_report(str(copy)))
-    assert "going on, or was interrupted. Rounds that are over: 2." in page.text
+    assert "it is still training, or was interrupted. Finished rounds: 2." in page.text
     assert "Labeled for round 2" in page.text and page.tags["svg"] == 7
     for round in (0, 1, 2):
         shutil.rmtree(copy / "_rounds" / f"round_{round}")
-    assert "Rounds that are over: 0." in Page(write_report(str(copy), str(copy / "other.html"))).text
+    assert "Finished rounds: 0." in Page(write_report(str(copy), str(copy / "other.html"))).text
 
 
 def test_directory_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match="There is no run in .*; give the `output_dir` of an `SSRMTrainer`"):
+    with pytest.raises(ValueError, match="There is no run in .*; pass the `output_dir` of an `SSRMTrainer`"):
         write_report(str(tmp_path))
     assert not list(tmp_path.iterdir())
 
@@ -207,7 +233,7 @@ def test_what_goes_wrong_with_the_report_does_not_end_the_run(copy, caplog):
     with pytest.raises(ValueError, match=r"labeling.json is damaged"):
         write_report(str(copy))
     report_run(str(copy), [], 10)
-    assert f"not all of its report was written. Try `trl-ssrm report {copy}`" in caplog.text
+    assert f"writing its report failed. Try `trl-ssrm report {copy}`" in caplog.text
 
 
 def test_without_matplotlib_the_log_says_how_to_get_a_report(copy, caplog, monkeypatch):

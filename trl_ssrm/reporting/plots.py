@@ -1,4 +1,4 @@
-"""Pictures of a run, out of what it leaves on disk. Needs matplotlib (`pip install "trl-ssrm[plots]"`) and no torch."""
+"""Plots of a run, drawn from its files. Needs matplotlib (`pip install "trl-ssrm[plots]"`), not torch."""
 
 import io
 import math
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Text and axes. In a page it takes the color of the text around it, which makes it readable on light and on dark.
+# Color of text and axes. In a page it is replaced by the color of the text around it, which is readable on light and dark.
 INK = "#010203"
-# At least 3:1 against white and against the dark of the page.
+# Contrast of at least 3:1 with white and with the dark background of the report.
 BLUE, ORANGE, GREEN, PURPLE, GRAY, RED = "#3a7fc8", "#cc7016", "#26946a", "#9568d0", "#868c96", "#d8463e"
 SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"))
 STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10.0},
-    # Text stays text; names of datasets are no formulas; the same run gives the same bytes.
+    # Text stays text, a `$` in the name of a dataset starts no formula, and equal runs give equal bytes.
     **{"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "trl-ssrm"},
 }
-# Narrow, so that the text can be read where the page is as narrow as a phone.
+# Held-out datasets that the temperature is fitted on. A reliability diagram on other pairs is the stricter one.
+CALIBRATING = ("calibration", "cross_fit")
+# Inches. Narrow, so that the text is readable on the screen of a phone.
 WIDTH = 4.6
 
 TITLES = {
@@ -38,22 +40,22 @@ TITLES = {
     "reliability": "Reliability before and after calibration",
     "confidence": "Confidence in the pool by round",
     "margin": "Margins in the pool by round",
-    "length": "Length bias of what was kept",
+    "length": "Length bias of the kept pairs",
 }
 
 
 @dataclass(frozen=True)
 class Plot:
     """
-    A picture of a run.
+    A plot of a run.
 
     Args:
         name (`str`):
-            One of the keys of `TITLES`, and the name of its file.
+            Key of its title in `TITLES`, also the name of its file without the extension.
         description (`str`):
-            What it shows, in words and numbers, for those who can't see it.
+            Text with the numbers of the plot, for screen readers.
         figure ([`~matplotlib.figure.Figure`]):
-            The picture.
+            The drawing.
     """
 
     name: str
@@ -62,32 +64,32 @@ class Plot:
 
     @property
     def title(self) -> str:
-        """`str`: heading."""
+        """`str`: heading of the plot."""
         return TITLES[self.name]
 
     def save(self, path: Path) -> None:
-        """Write it as PNG, on white."""
+        """Write the plot as a PNG file with a white background."""
         with written_aside(path) as aside:
             self.figure.savefig(aside, format="png", dpi=150, facecolor="white")
-        # It is laid out now, which takes half of the time of drawing.
+        # Drawing has computed the layout. Keeping it halves the time of drawing again.
         self.figure.set_layout_engine("none")
 
     @property
     def svg(self) -> str:
-        """`str`: the same for a page: without a background, without a size of its own, in the color of the text."""
+        """`str`: the plot as SVG for a page: transparent, as wide as its place, in the color of the text around it."""
         with _style():
             file = io.StringIO()
             self.figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
         svg = file.getvalue()
         svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-        # Several of them stand in one page, where each ID may stand once.
+        # A page holds several plots, and an ID must be unique in a page.
         svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", svg)
         return re.sub(r'^<svg([^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', r"<svg\1\2", svg)
 
 
 def has_matplotlib() -> bool:
-    """`bool`: whether there can be pictures."""
+    """`bool`: whether matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -96,7 +98,7 @@ def has_matplotlib() -> bool:
 
 
 def saved_plots(directory: Path) -> dict[str, Path]:
-    """`dict[str, Path]`: files of the pictures in a directory by their titles."""
+    """`dict[str, Path]`: the PNG files of plots in a directory, by title."""
     paths = {title: directory / f"{name}.png" for name, title in TITLES.items()}
     return {title: path for title, path in paths.items() if path.is_file()}
 
@@ -116,9 +118,9 @@ def plot_rounds(
         path (`str`):
             Image file to write.
         references (`dict[str, dict[str, float]]`, *optional*):
-            Metrics of other models by their name, with the keys `accuracy` and `log_loss`, drawn as level lines.
+            Metrics `accuracy` and `log_loss` of other models, by the name of the model. Drawn as horizontal lines.
         name (`str`, *optional*, defaults to `"eval"`):
-            Held-out set whose metrics are drawn.
+            Name of the held-out dataset whose metrics are drawn.
     """
     from matplotlib.figure import Figure
 
@@ -142,21 +144,21 @@ def draw_plots(
     summaries: dict[int, dict[str, Any]],
 ) -> list[Plot]:
     """
-    Draw all that the facts of a run allow.
+    Draw every plot that the files of a run have data for.
 
     Args:
         round_history (`list[dict[str, Any]]`):
             Facts of each round, as in [`SSRMTrainer.round_history`].
         shown_round (`dict[str, Any]`, *optional*):
-            The round whose calibration is drawn: its `facts`, and as `reliability` the curves of [`reliability_curve`]
-            `before` and `after` the temperature, by held-out dataset.
+            Round whose calibration is drawn, with the keys `facts` and `reliability`. The latter holds, by held-out
+            dataset, the curves of [`reliability_curve`] `before` and `after` temperature scaling.
         labelings (`dict[int, dict[str, Any]]`):
-            Facts of each labeling of the pool by the round that it was for.
+            Facts of each labeling of the pool, by the round that trains on its pairs.
         summaries (`dict[int, dict[str, Any]]`):
-            What [`summarize_labeling`] gave, by the same.
+            Summaries by [`summarize_labeling`], by the same rounds.
 
     Returns:
-        `list[Plot]`: without those that there is nothing to draw for.
+        `list[Plot]`: the plots in the order of `TITLES`.
     """
     with _style():
         plots = [_metric_plot(round_history, metric) for metric in ("accuracy", "log_loss")]
@@ -166,14 +168,18 @@ def draw_plots(
 
 
 def held_out_names(facts: dict[str, Any]) -> list[str]:
-    """`list[str]`: names of the held-out datasets that a round was measured on, those that calibrate it last."""
+    """`list[str]`: names of the held-out datasets of a round, sorted, those that fit the temperature last."""
     names = [name.removesuffix("_log_loss") for name in facts if name.endswith("_log_loss")]
     names = [name for name in names if not name.endswith("_calibrated")]
-    return sorted(names, key=lambda name: (name in ("calibration", "cross_fit"), name))
+    return sorted(names, key=_calibrating_last)
+
+
+def _calibrating_last(name: str) -> tuple[bool, str]:
+    return name in CALIBRATING, name
 
 
 def in_words(name: str) -> str:
-    """`str`: a held-out dataset in words."""
+    """`str`: name of a held-out dataset as a legend shows it."""
     return {"cross_fit": "cross-fit"}.get(name, name.replace("_", " "))
 
 
@@ -186,23 +192,21 @@ def _metric_plot(history: list[dict[str, Any]], metric: str) -> Plot | None:
     described = []
     for number, name in enumerate(names):
         color, marker = SERIES[number % len(SERIES)]
-        values = [facts[f"{name}_{metric}"] for facts in history]
-        axes.plot(rounds, values, color=color, marker=marker, label=in_words(name))
-        described.append(f"{in_words(name)} {_numbers(values)}")
+        kinds = [(f"{name}_{metric}", in_words(name), {})]
         if (calibrated := f"{name}_calibrated_{metric}") in history[0]:
-            values = [facts[calibrated] for facts in history]
-            axes.plot(
-                rounds, values, color=color, marker=marker, ls=":", mfc="none", label=f"{in_words(name)}, calibrated"
-            )
-            described.append(f"{in_words(name)}, calibrated {_numbers(values)}")
+            kinds.append((calibrated, f"{in_words(name)}, calibrated", {"ls": ":", "mfc": "none"}))
+        for key, label, style in kinds:
+            values = [facts[key] for facts in history]
+            axes.plot(rounds, values, color=color, marker=marker, label=label, **style)
+            described.append(f"{label} {_numbers(values)}")
         if len(rounds) > 1:
+            # One entry of the legend stands for the lines of all datasets.
             label = "labeled only" if number == len(names) - 1 else None
-            axes.axhline(
-                history[0][f"{name}_{metric}"], color=GRAY if len(names) == 1 else color, ls="--", label=label
-            )
+            color = GRAY if len(names) == 1 else color
+            axes.axhline(history[0][f"{name}_{metric}"], color=color, ls="--", label=label)
     axes.set(xlabel="round", ylabel=f"held-out {words}", xticks=rounds)
     _legend(axes)
-    reference = " Dashed: round 0, which is labeled-only." if len(rounds) > 1 else ""
+    reference = " Dashed: round 0, trained on the labels alone." if len(rounds) > 1 else ""
     return Plot(metric, f"Held-out {words} from round 0 on: {'; '.join(described)}.{reference}", figure)
 
 
@@ -210,21 +214,14 @@ def _selection_plot(labelings: dict[int, dict[str, Any]]) -> Plot | None:
     if not labelings:
         return None
     figure, axes = _figure(3.9)
+    labels = {"coverage": "coverage", "pseudo_label_accuracy": "precision", "mean_confidence": "mean confidence"}
     described = []
-    for (name, label), (color, marker) in zip(
-        (
-            ("coverage", "coverage"),
-            ("pseudo_label_accuracy", "precision"),
-            ("mean_confidence", "mean confidence"),
-        ),
-        SERIES,
-        strict=False,
-    ):
+    for (name, label), (color, marker) in zip(labels.items(), SERIES, strict=False):
         known = {round: facts[name] for round, facts in labelings.items() if name in facts}
         if known:
             axes.plot(list(known), list(known.values()), color=color, marker=marker, label=label)
             described.append(f"{label}, {_by_round(known)}")
-    axes.set(xlabel="round that was labeled for", ylabel="share", xticks=list(labelings), ylim=(-0.03, 1.03))
+    axes.set(xlabel="round that trains on the kept pairs", ylabel="share", xticks=list(labelings), ylim=(-0.03, 1.03))
     _legend(axes)
     return Plot("selection", f"{'; '.join(described).capitalize()}.", figure)
 
@@ -234,15 +231,14 @@ def _reliability_plot(shown_round: dict[str, Any] | None) -> Plot | None:
         return None
     from matplotlib.figure import Figure
 
-    # A dataset that fitted no temperature says more of it.
     reliability = shown_round["reliability"]
-    name = min(reliability, key=lambda name: (name in ("calibration", "cross_fit"), name))
+    name = min(reliability, key=_calibrating_last)
     curves, place = reliability[name], f"{in_words(name)}, round {shown_round['facts']['round']}"
     if curves["before"] == curves["after"]:
-        curves = {"as it is": curves["before"]}
+        curves = {"uncalibrated": curves["before"]}
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    axes.plot([0.5, 1], [0.5, 1], color=GRAY, ls="--", label="as right as sure")
+    axes.plot([0.5, 1], [0.5, 1], color=GRAY, ls="--", label="perfect calibration")
     described = []
     for (when, curve), (color, marker) in zip(curves.items(), SERIES, strict=False):
         confidence, accuracy, count = ([each[key] for each in curve] for key in ("confidence", "accuracy", "count"))
@@ -270,44 +266,61 @@ def _histogram_plot(name: str, summaries: dict[int, Any], labelings: dict[int, d
     rows = figure.subplots(len(summaries), 1, sharex=True, squeeze=False)[:, 0]
     described = []
     for axes, (round, summary) in zip(rows, summaries.items(), strict=True):
-        histogram, threshold = summary["histograms"][name], summary["threshold"]
-        edges, facts = histogram["edges"], labelings.get(round, {})
-        counts = {group: histogram[group] for group in ("pool", "kept", "wrong") if group in histogram}
-        title = f"round {round}"
+        histogram = summary["histograms"][name]
         if name == "length":
-            # Shares of each group: what was kept against the pool, whatever their sizes.
-            axes.stairs(_shares(counts["pool"]), edges, color=GRAY, lw=1.5, label="pool")
-            axes.stairs(_shares(counts["kept"]), edges, color=BLUE, fill=True, alpha=0.6, label="kept")
-            axes.axvline(0, color=INK, lw=0.8)
-            of = {"kept": facts.get("chosen_longer"), "pool": facts.get("chosen_longer_in_pool")}
-            longer = ", ".join(f"{share:.0%} of {group}" for group, share in of.items() if share is not None)
-            title += f" · preferred is longer: {longer}" if longer else ""
-            axes.set_ylabel("share")
+            note = _draw_lengths(axes, histogram, labelings.get(round, {}))
         else:
-            axes.stairs(counts["pool"], edges, color=GRAY, fill=True, alpha=0.55, label="pool")
-            axes.stairs(counts["kept"], edges, color=BLUE, fill=True, label="kept")
-            if "wrong" in counts:
-                axes.stairs(counts["wrong"], edges, color=RED, fill=True, label="kept and wrong")
-            if threshold is not None and threshold < 1:
-                margin = summary["temperature"] * math.log(threshold / (1 - threshold))
-                place = threshold if name == "confidence" else margin
-                axes.axvline(place, color=INK, ls="--", lw=1, label="threshold")
-                title += f" · threshold {place:.3f}"
-            axes.set_ylabel("pairs")
+            note = _draw_counts(axes, histogram, _threshold_on_axis(name, summary))
+        title = f"round {round}{note}"
         axes.set_title(title, loc="left", fontsize=10)
-        sizes = ", ".join(f"{sum(count)} {_GROUP_IN_WORDS[group]}" for group, count in counts.items())
-        described.append(f"{title}: {sizes}")
+        sizes = [f"{sum(histogram[key])} {words}" for key, words in _GROUP_IN_WORDS.items() if key in histogram]
+        described.append(f"{title}: {', '.join(sizes)}")
     rows[-1].set_xlabel(_AXES[name])
     handles, labels = rows[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9)
     return Plot(name, f"Histograms of the {_AXES[name]}. {'; '.join(described)}.", figure)
 
 
+def _draw_lengths(axes: "Axes", histogram: dict[str, list], facts: dict[str, Any]) -> str:
+    """`str`: what to add to the title: how often the preferred completion is longer."""
+    # Shares of each group, because the kept pairs are fewer than the pool.
+    axes.stairs(_shares(histogram["pool"]), histogram["edges"], color=GRAY, lw=1.5, label="pool")
+    axes.stairs(_shares(histogram["kept"]), histogram["edges"], color=BLUE, fill=True, alpha=0.6, label="kept")
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.set_ylabel("share")
+    of = {"kept": facts.get("chosen_longer"), "pool": facts.get("chosen_longer_in_pool")}
+    longer = ", ".join(f"{share:.0%} of {group}" for group, share in of.items() if share is not None)
+    return f" · preferred is longer: {longer}" if longer else ""
+
+
+def _draw_counts(axes: "Axes", histogram: dict[str, list], threshold: float | None) -> str:
+    """`str`: what to add to the title: the threshold."""
+    edges = histogram["edges"]
+    axes.stairs(histogram["pool"], edges, color=GRAY, fill=True, alpha=0.55, label="pool")
+    axes.stairs(histogram["kept"], edges, color=BLUE, fill=True, label="kept")
+    if "wrong" in histogram:
+        axes.stairs(histogram["wrong"], edges, color=RED, fill=True, label="kept and wrong")
+    axes.set_ylabel("pairs")
+    if threshold is None:
+        return ""
+    axes.axvline(threshold, color=INK, ls="--", lw=1, label="threshold")
+    return f" · threshold {threshold:.3f}"
+
+
+def _threshold_on_axis(name: str, summary: dict[str, Any]) -> float | None:
+    """`float` or `None`: the threshold as a confidence, or as the margin that has this confidence."""
+    threshold = summary["threshold"]
+    # A threshold of 1 keeps nothing, and no margin reaches it.
+    if threshold is None or threshold >= 1:
+        return None
+    return threshold if name == "confidence" else summary["temperature"] * math.log(threshold / (1 - threshold))
+
+
 _GROUP_IN_WORDS = {"pool": "pairs in the pool", "kept": "kept", "wrong": "kept and wrong"}
 _AXES = {
     "confidence": "confidence in the pseudo-label",
     "margin": "margin of the pseudo-label, a pair logit",
-    "length": "tokens that the preferred completion has more",
+    "length": "length difference in tokens, preferred minus other",
 }
 
 
@@ -320,7 +333,7 @@ def _style() -> Iterator[None]:
 
 
 def _figure(height: float) -> "tuple[Figure, Axes]":
-    # Without pyplot, which keeps what it draws and asks for a screen.
+    # Not by pyplot, which keeps every figure in memory and may need a screen.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")

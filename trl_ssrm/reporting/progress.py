@@ -1,4 +1,4 @@
-"""The rounds of a run as they go by: a table in a terminal, a line a round elsewhere."""
+"""Prints each round when it ends: the table of all rounds in a terminal, one line elsewhere."""
 
 import sys
 import time
@@ -16,38 +16,37 @@ if is_rich_available():
     from rich.table import Table
 
 
-# Held-out pairs that accuracy and ECE are of, the first that a run has.
+# Held-out datasets; the table shows accuracy and ECE on the first of them that the run has.
 _HELD_OUT = ("eval", "calibration", "cross_fit")
 
 
 class RoundProgress:
     """
-    Tells a person how the rounds go, from the main process.
+    Prints each round when it ends, in the main process.
 
-    In a terminal, the table of the rounds so far is shown after each of them: between two rounds stand the bars and
-    logs of training and scoring, under which a single line would be far from its header. Where there is no terminal, no
-    rich, or no wish for bars, each round is a plain line.
+    In a terminal, the whole table is printed again after each round, because the bars and logs of a round would separate
+    a single row from the header. Without a terminal, without rich, or with `disable_tqdm`, a round is one plain line.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
-            Whose main process prints.
+            Accelerator of the trainer; its main process prints.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Whether bars are off, and the table with them.
+            Whether to print plain lines in a terminal too.
         console ([`~rich.console.Console`], *optional*):
-            Where to print. If `None`, on the standard output.
+            Console to print on. If `None`, the standard output.
     """
 
     def __init__(self, accelerator: Accelerator, disable_tqdm: bool = False, console: "Console | None" = None):
         self.accelerator = accelerator
         self.console = console or (Console() if is_rich_available() else None)
         self.has_table = self.console is not None and self.console.is_terminal and not disable_tqdm
-        # Of the rounds that this process has seen; a resumed run does not know how long the others took.
+        # Seconds of the rounds that this process trained. The time of rounds before a resume is unknown.
         self.seconds: dict[int, float] = {}
         self._start = time.perf_counter()
 
     def end_round(self, round_history: list[dict[str, Any]]) -> None:
         """
-        Show a round that has ended.
+        Print the round that has ended.
 
         Args:
             round_history (`list[dict[str, Any]]`):
@@ -59,7 +58,7 @@ class RoundProgress:
             return
         if self.has_table:
             assert self.console is not None
-            # The bars are on the standard error, and the last of them may not have ended its line.
+            # The bars are written to the standard error, and the last one may still be in its buffer.
             sys.stderr.flush()
             self.console.print(rounds_so_far(round_history, self.seconds))
         else:
@@ -68,24 +67,24 @@ class RoundProgress:
 
 def rounds_so_far(round_history: list[dict[str, Any]], seconds: dict[int, float]) -> "Table":
     """
-    The rounds of a run as a table for a terminal.
+    Make the table of the rounds for a terminal.
 
     Args:
         round_history (`list[dict[str, Any]]`):
             Facts of each round, as in [`SSRMTrainer.round_history`].
         seconds (`dict[int, float]`):
-            How long a round took, where that is known: labeling, training, folds and measuring.
+            Seconds that a round took, by round: labeling, training, folds and evaluation. A round may be missing.
 
     Returns:
-        [`~rich.table.Table`]: a line a round, at most 72 characters wide; precision is that of the pseudo-labels where
-        gold labels are tracked, accuracy and ECE are on the first of `eval_dataset`, `calibration_dataset` and the folds
-        that there is, and a dash is what is not known.
+        [`~rich.table.Table`]: a row for each round, at most 72 characters wide. Precision is the accuracy of the
+        pseudo-labels, known if gold labels are tracked. Accuracy and ECE are measured on `eval_dataset`, without it on
+        `calibration_dataset`, without both on the folds. A dash stands for an unknown value.
     """
     names = set(round_history[0])
     held_out = next((name for name in _HELD_OUT if f"{name}_accuracy" in names), None)
     if held_out is None:
         held_out = next((n.removesuffix("_accuracy") for n in sorted(names) if n.endswith("_accuracy")), "eval")
-    # The ECE of the confidence that selects, which is that after calibration.
+    # Pairs are selected by the calibrated confidence, so its ECE is shown where there is one.
     ece = f"{held_out}_calibrated_ece" if f"{held_out}_calibrated_ece" in names else f"{held_out}_ece"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="", caption_justify="left")
     table.caption = f"accuracy and ECE on {held_out.replace('_', ' ')} pairs"

@@ -1,4 +1,4 @@
-"""What a run tells a person: the table of its rounds, and a report of them. Reads files alone and needs no torch."""
+"""The table of the rounds of a run and its report, made from the files of the run alone. Needs no torch."""
 
 import json
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def round_table(round_history: list[dict[str, Any]]) -> str:
             Facts of each round, as in [`SSRMTrainer.round_history`].
 
     Returns:
-        `str`: one line a round. What no round has is left out, what one round lacks is a dash.
+        `str`: a row for each round. A fact that no round has gets no column; a round without the fact gets a dash.
     """
     columns = _columns(round_history)
     lines = [list(columns.values()), ["---:"] * len(columns)]
@@ -41,7 +41,7 @@ def round_table(round_history: list[dict[str, Any]]) -> str:
 
 
 def _columns(round_history: list[dict[str, Any]]) -> dict[str, str]:
-    """Titles of what any of the rounds has, by its name."""
+    """`dict[str, str]`: title of each column, by the name of the fact that it shows."""
     names = {name for facts in round_history for name in facts}
     columns = dict(_COLUMNS)
     for metric, words in _METRICS.items():
@@ -53,14 +53,14 @@ def _columns(round_history: list[dict[str, Any]]) -> dict[str, str]:
 
 def round_line(facts: dict[str, Any]) -> str:
     """
-    A round in one line, for a terminal.
+    Describe a round in one line.
 
     Args:
         facts (`dict[str, Any]`):
             Facts of the round, as in [`SSRMTrainer.round_history`].
 
     Returns:
-        `str`: what it kept of the pool, and its held-out metrics.
+        `str`: number of kept pairs, and held-out metrics.
     """
     kept = f", kept {facts['kept']} of {facts['pool_size']} pairs" if "kept" in facts else ""
     endings = ("_accuracy", "_log_loss", "_ece")
@@ -79,19 +79,20 @@ def _in_cell(value: Any) -> str:
 @dataclass(frozen=True)
 class RunFiles:
     """
-    What a run has left so far.
+    Contents of the files of a run.
 
     Args:
         settings (`dict[str, Any]`):
-            Settings and data that it was started with.
+            Settings of the run and fingerprints of its data.
         rounds (`list[dict[str, Any]]`):
-            `facts`, `reliability` and `versions` of each round that is over.
+            `facts`, `reliability` and `versions` of each finished round.
         labelings (`dict[int, dict[str, Any]]`):
-            Facts of each labeling of the pool by the round that it was for, which may not be over.
+            Facts of each labeling of the pool, by the round that trains on its pairs. The last of these rounds may be
+            unfinished.
         summaries (`dict[int, dict[str, Any]]`):
-            What [`~trl_ssrm.reporting.labeling_summary.summarize_labeling`] gave, by the same.
+            Summaries by [`~trl_ssrm.reporting.labeling_summary.summarize_labeling`], by the same rounds.
         end (`dict[str, Any]`, *optional*):
-            `termination_reason` and `kept_round`, once the run is over.
+            `termination_reason` and `kept_round` of a finished run, otherwise `None`.
     """
 
     settings: dict[str, Any]
@@ -102,13 +103,13 @@ class RunFiles:
 
     @property
     def round_history(self) -> list[dict[str, Any]]:
-        """`list[dict[str, Any]]`: facts of each round that is over."""
+        """`list[dict[str, Any]]`: facts of each finished round."""
         return [round["facts"] for round in self.rounds]
 
 
 def read_run(output_dir: str) -> RunFiles:
     """
-    Read what a run has left so far; it may still be going on.
+    Read the files of a run, which may still be training.
 
     Args:
         output_dir (`str`):
@@ -118,20 +119,19 @@ def read_run(output_dir: str) -> RunFiles:
         [`RunFiles`]
 
     Raises:
-        ValueError: If there is no run in the directory, or a file of it is damaged.
+        ValueError: If the directory holds no run, or a file of the run is damaged.
     """
     root = Path(output_dir) / "_rounds"
     settings = _read_json(root / "run.json")
     if settings is None:
         raise ValueError(
-            f"There is no run in {output_dir}; give the `output_dir` of an `SSRMTrainer` with `unlabeled_dataset`."
+            f"There is no run in {output_dir}; pass the `output_dir` of an `SSRMTrainer` with `unlabeled_dataset`."
         )
     rounds: list[dict[str, Any]] = []
     labelings, summaries = {}, {}
-    # A labeling comes before its round is over, and the last one may have no round.
     for number in range(len(list(root.glob("round_*")))):
         directory = root / f"round_{number}"
-        # Written in this order.
+        # The trainer writes the files in this order, so an unfinished round may lack the later ones.
         if (summary := _read_json(directory / "labeling.json")) is not None:
             summaries[number] = summary
         if (facts := _read_json(directory / "pseudo_labels.json")) is not None:
@@ -147,35 +147,37 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         return read_record(path)
     except ValueError as error:
-        raise ValueError(f"{error}, so there is no report of this run.") from None
+        raise ValueError(
+            f"{error}, so no report of this run can be written; put a copy of the file in its place."
+        ) from None
 
 
 def write_report(output_dir: str, path: str | None = None) -> str:
     """
-    Write a report of a run, as one HTML file that needs nothing else, and its plots as PNG in `plots/` beside it.
+    Write the report of a run as one self-contained HTML file, and its plots as PNG files in `plots/` beside it.
 
-    Reads the directory of the run alone: neither the model nor the data is loaded. Of a run that is going on, or was
-    interrupted, it tells the rounds so far. Needs matplotlib (`pip install "trl-ssrm[plots]"`).
+    Only the files of the run are read; neither the model nor the data is loaded. The report of an unfinished run shows
+    the rounds so far. Needs matplotlib (`pip install "trl-ssrm[plots]"`).
 
-    The report shows texts of the pool. For it to stay here when the directory is pushed to the hub, a `.gitignore` is
-    written beside it, which the client of the hub obeys, unless there is one.
+    The report shows texts of the pool. So that it is not uploaded when `output_dir` is pushed to the hub, a `.gitignore`
+    is written beside it, unless there is one already.
 
     Args:
         output_dir (`str`):
             Output directory of an [`SSRMTrainer`] with `unlabeled_dataset`.
         path (`str`, *optional*):
-            File to write. If `None`, it is `report.html` in `output_dir`.
+            File to write. If `None`, `report.html` in `output_dir`.
 
     Returns:
-        `str`: the file.
+        `str`: path of the report.
 
     Raises:
-        ValueError: If there is no run in the directory, or a file of it is damaged.
+        ValueError: If the directory holds no run, or a file of the run is damaged.
         ImportError: If matplotlib is not installed.
     """
     run = read_run(output_dir)
     if not has_matplotlib():
-        raise ImportError('The report draws with matplotlib; get it by `pip install "trl-ssrm[plots]"`.')
+        raise ImportError('The report needs matplotlib; run `pip install "trl-ssrm[plots]"`.')
     target = Path(output_dir) / "report.html" if path is None else Path(path)
     plots = draw_plots(run.round_history, _shown_round(run), run.labelings, run.summaries)
     for plot in plots:
@@ -198,32 +200,50 @@ def write_report(output_dir: str, path: str | None = None) -> str:
     return str(target)
 
 
-_REASONS = {
-    "max_rounds": "all rounds are done",
-    "nothing_selected": "nothing was selected for another one",
-    "no_change": "the kept pairs no longer changed",
-    "no_improvement": "none was better for a while",
-}
+def end_in_words(termination_reason: str | None, last_round: int, kept_round: int) -> str:
+    """
+    Say in words why the rounds ended, and which round the model comes from.
+
+    Args:
+        termination_reason (`str` or `None`):
+            `"max_rounds"`, `"nothing_selected"`, `"no_change"`, or the reason of a callback that ended the rounds.
+            `None` if that callback gave no reason.
+        last_round (`int`):
+            The last round that was trained.
+        kept_round (`int`):
+            The round whose weights the model has.
+
+    Returns:
+        `str`: one or two sentences, such as `"Nothing was selected after round 0, so the model is the one trained on the
+        labels alone."`
+    """
+    reasons = {
+        "max_rounds": f"Round {last_round} was the last round",
+        "nothing_selected": f"Nothing was selected after round {last_round}",
+        "no_change": f"The selection after round {last_round} is the same as the one before it",
+        None: f"The rounds ended after round {last_round}",
+    }
+    reason = reasons.get(termination_reason, f"The rounds ended after round {last_round} ({termination_reason})")
+    model = "trained on the labels alone" if kept_round == 0 else f"trained in round {kept_round}"
+    if kept_round == last_round:
+        return f"{reason}, so the model is the one {model}."
+    return f"{reason}. Round {kept_round} was the best, so the model is the one {model}."
 
 
 def _status(run: RunFiles) -> str:
     if run.end is None:
-        return f"This run is going on, or was interrupted. Rounds that are over: {len(run.rounds)}."
-    # A callback of the user may end them for a reason of its own, or without one.
-    reason = run.end["termination_reason"] or "no reason was given"
-    words = _REASONS.get(reason, reason)
-    last, kept = len(run.rounds) - 1, run.end["kept_round"]
-    return f"The rounds ended after round {last}: {words}. The model is that of round {kept}."
+        return f"This run is unfinished: it is still training, or was interrupted. Finished rounds: {len(run.rounds)}."
+    return end_in_words(run.end["termination_reason"], len(run.rounds) - 1, run.end["kept_round"])
 
 
 def _shown_round(run: RunFiles) -> dict[str, Any] | None:
-    """The round that the model is of, or the last one so far."""
+    """`dict[str, Any]` or `None`: the round that the model comes from, or the last one so far."""
     if not run.rounds:
         return None
     return run.rounds[-1 if run.end is None else run.end["kept_round"]]
 
 
 def _table_by_fact(round_history: list[dict[str, Any]]) -> list[list[str]]:
-    """The table of [`round_table`] turned, which fits on a narrow screen: a column a round."""
+    """`list[list[str]]`: the transposed table of [`round_table`], a column for each round, for narrow screens."""
     columns = _columns(round_history)
     return [[title, *(_in_cell(facts.get(name)) for facts in round_history)] for name, title in columns.items()]

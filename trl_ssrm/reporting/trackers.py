@@ -1,4 +1,4 @@
-"""The trackers that `report_to` names: open until the last round is over, and given the pictures of the report then."""
+"""The trackers that `report_to` names: they stay open until the last round has ended, and get the plots of the report."""
 
 import logging
 from pathlib import Path
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 class RoundCallbackHandler(CallbackHandler):
     """
-    Callback handler that ends a training run once, after the last round.
+    Callback handler that keeps the trackers open until the last round has ended.
 
-    `Trainer` tells its callbacks that training has ended at the end of every round. Trackers close their run then, and
-    what the next round logs would go to another one.
+    `Trainer` calls `on_train_end` at the end of every round. A tracker would close its run there, and log the next round
+    to a new run.
     """
 
     def __init__(self, handler: CallbackHandler, report_to: str | list[str] | None):
@@ -39,12 +39,12 @@ class RoundCallbackHandler(CallbackHandler):
         return self._end([c for c in self.callbacks if not isinstance(c, self.trackers)], args, state, control)
 
     def end_trackers(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
-        """Close the trackers, after the last round."""
+        """Close the trackers after the last round."""
         return self._end(self.open_trackers, args, state, control)
 
     @property
     def open_trackers(self) -> list[TrainerCallback]:
-        """list of [`~transformers.TrainerCallback`]: the trackers, which are at work until the last round is over."""
+        """list of [`~transformers.TrainerCallback`]: the trackers, open until [`end_trackers`] is called."""
         return [callback for callback in self.callbacks if isinstance(callback, self.trackers)]
 
     def _end(self, callbacks: list[TrainerCallback], args, state, control) -> TrainerControl:
@@ -57,42 +57,44 @@ class RoundCallbackHandler(CallbackHandler):
 
 def report_run(output_dir: str, trackers: list[TrainerCallback], step: int) -> None:
     """
-    Write the report of a run that is over, and send its plots to the trackers. What goes wrong is logged: the model is
-    there, and the report can be written again.
+    Write the report of a finished run, and send its plots to the trackers. An error is logged and not raised.
 
     Args:
         output_dir (`str`):
             Output directory of the run.
         trackers (list of [`~transformers.TrainerCallback`]):
-            As in [`log_images`].
+            Open trackers, as in [`log_images`].
         step (`int`):
-            Number of steps over all rounds.
+            Number of optimizer steps over all rounds.
     """
-    again = f"`trl-ssrm report {output_dir}`"
+    command = f"`trl-ssrm report {output_dir}`"
     if not has_matplotlib():
-        logger.warning(f'There is no report without matplotlib: `pip install "trl-ssrm[plots]"`, then {again}.')
+        logger.warning(
+            'No report was written, because matplotlib is not installed. Run `pip install "trl-ssrm[plots]"`, then '
+            f"{command}."
+        )
         return
     try:
         directory = Path(write_report(output_dir)).parent / "plots"
         log_images(trackers, {f"plots/{path.stem}": path for path in saved_plots(directory).values()}, step)
     except Exception:
-        # Whatever it is, it is no reason to lose a run of days.
-        logger.warning(f"The run is over, but not all of its report was written. Try {again}.", exc_info=True)
+        # Training may have taken days: no error in the report may end the process before the model is saved.
+        logger.warning(f"Training is finished, but writing its report failed. Try {command}.", exc_info=True)
 
 
 def log_images(trackers: list[TrainerCallback], images: dict[str, Path], step: int) -> None:
     """
-    Send images to TensorBoard, Weights & Biases and Trackio, as far as they are among the trackers. Others take none.
+    Send images to the trackers. Only TensorBoard, Weights & Biases and Trackio take images; others are skipped.
 
     Args:
         trackers (list of [`~transformers.TrainerCallback`]):
-            Trackers that are at work: after the first step, and before the end of training.
+            Open trackers, after the first training step.
         images (`dict[str, Path]`):
             PNG files by the name that the tracker shows.
         step (`int`):
-            Step over all rounds that they belong to.
+            Optimizer step, counted over all rounds, to log the images at.
     """
-    # Private in the callbacks: what `Trainer` logs goes to the same run.
+    # The attributes are private, but only through them do the images get into the run that `Trainer` logs to.
     for tracker in trackers:
         if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
             from matplotlib.image import imread
