@@ -1,33 +1,30 @@
-"""What is refused before any work is done: one sentence each, which names the place and the mend."""
+"""Checks of rows before any work is done. Each error is one sentence that names the place and one thing to do."""
 
 import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from .markup import strings_of
 
 
-if TYPE_CHECKING:
-    pass
-
-
 def check_labeled_data(datasets: dict[str, Any]) -> bool | None:
     """
-    Refuse labeled datasets that can't be trained or measured on, or that are not of one kind. Streams are not read.
+    Refuse labeled datasets that can't be used for training or measuring, and a mix of text and conversations. The rows
+    of streams are not read.
 
     Args:
         datasets (`dict[str, Dataset | IterableDataset]`):
-            The datasets by the argument that each was given as.
+            The datasets, by the name of the argument that each was passed as.
 
     Returns:
         `bool` or `None`: whether they are conversational; `None` if all of them are tokenized.
 
     Raises:
-        TypeError: If one of them is no dataset.
+        TypeError: If one of them is not a dataset.
         ValueError: As [`check_preference_dataset`], or if some are text and others conversations.
     """
     for name, data in datasets.items():
@@ -49,59 +46,84 @@ def check_labeled_data(datasets: dict[str, Any]) -> bool | None:
 
 def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
     """
-    Refuse preference data that can't be trained or measured on.
+    Refuse preference data that can't be used for training or measuring.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Rows with `chosen` and `rejected`, and with `prompt` where it is explicit, or with `chosen_ids` and
-            `rejected_ids`.
+            Rows with `chosen` and `rejected`, optionally with `prompt`; or with `chosen_ids` and `rejected_ids`.
         name (`str`):
-            Argument that the dataset was given as, for the message.
+            Name of the argument that the dataset was passed as, for the message.
 
     Returns:
         `bool` or `None`: whether the dataset is conversational; `None` if it is tokenized.
 
     Raises:
-        ValueError: If it is empty, lacks a column, or has a row without text, with something else than text or
-            messages, or with a margin that is not finite.
+        ValueError: If it is empty, lacks a column, or has a row without text, with values other than text or messages,
+            or with a margin that is not finite.
     """
     check_not_empty(dataset, name)
     columns = set(dataset.column_names)
     if "margin" in columns:
-        for number, margin in enumerate(dataset["margin"]):
-            if not isinstance(margin, int | float) or not math.isfinite(margin):
-                raise ValueError(
-                    f"`margin` of row {number} of `{name}` is {margin!r}; give it a finite number or drop the row."
-                )
+        _check_margins(dataset, name)
     if {"chosen_ids", "rejected_ids"} <= columns:
         for column in ("chosen_ids", "rejected_ids"):
-            for number, ids in enumerate(dataset[column]):
-                if not _are_tokens(ids):
-                    raise ValueError(
-                        f"`{column}` of row {number} of `{name}` is no list of token IDs with one at least; mend or drop "
-                        "the row."
-                    )
+            _check_tokens(dataset, column, name)
         return None
     check_columns(dataset, ("chosen", "rejected"), name)
     is_conversational = isinstance(dataset[0]["chosen"], list)
     for number, row in enumerate(dataset):
-        where = f"row {number} of `{name}`"
         texts = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
-        check_row(texts, where, is_conversational)
+        check_row(texts, f"row {number} of `{name}`", is_conversational)
     return is_conversational
 
 
+def check_prompts(
+    dataset: Any, name: str, named_completions: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
+) -> None:
+    """
+    Refuse a dataset without usable prompts, or with completions that can't be scored.
+
+    Args:
+        dataset (`Any`):
+            Should be a [`~datasets.Dataset`] with the column `prompt`.
+        name (`str`):
+            Name of the argument that the dataset was passed as, for the message.
+        named_completions (`Callable[[dict], dict]`, *optional*):
+            Gives the completions of a row, by their names for the message. By default there are none.
+
+    Raises:
+        TypeError: If it is not a [`~datasets.Dataset`].
+        ValueError: If it is empty, lacks `prompt`, or has a row without text.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`; make a `Dataset` of some of its rows."
+        )
+    check_columns(dataset, ("prompt",), name)
+    check_not_empty(dataset, name)
+    is_conversational = isinstance(dataset[0]["prompt"], list)
+    for number, row in enumerate(dataset):
+        texts = {"prompt": row["prompt"], **named_completions(row)}
+        check_row(texts, f"row {number} of `{name}`", is_conversational)
+
+
 def check_row(texts: dict[str, Any], where: str, is_conversational: bool) -> None:
-    """Refuse a row with missing or empty text, or with text where messages are due, or the other way round."""
+    """
+    Refuse a row with missing or empty text, with text instead of messages, or with messages instead of text.
+
+    Args:
+        texts (`dict[str, Any]`):
+            Values of the row that should be text or messages, by their names for the message.
+        where (`str`):
+            Place of the row for the message, such as "row 3 of `train_dataset`".
+        is_conversational (`bool`):
+            Whether the values should be messages.
+
+    Raises:
+        ValueError: Names the place and the value.
+    """
     for name, value in texts.items():
-        if (
-            value is None
-            or (isinstance(value, str | list) and not value)
-            or (isinstance(value, str) and not value.strip())
-        ):
-            raise ValueError(
-                f"`{name}` of {where} is {'missing' if value is None else 'empty'}; fill it in or drop the row."
-            )
+        _check_not_missing(value, f"`{name}` of {where}")
         if not isinstance(value, str | list):
             raise ValueError(f"`{name}` of {where} is {value!r:.50}; give it text or messages.")
         if isinstance(value, list) != is_conversational:
@@ -114,40 +136,44 @@ def check_row(texts: dict[str, Any], where: str, is_conversational: bool) -> Non
         check_characters(value, f"`{name}` of {where}")
 
 
-def _check_messages(messages: list, where: str) -> None:
-    for message in messages:
-        if not isinstance(message, dict) or not message.get("role"):
-            raise ValueError(f"{where} has a message without a `role`; each message needs `role` and `content`.")
-        if not message.get("content") and not message.get("tool_calls"):
-            raise ValueError(f"{where} has a message without `content`; fill it in or drop the row.")
-        role, content = message["role"], message.get("content")
-        # A template may write a special token around it.
-        if not isinstance(role, str) or not re.fullmatch(r"[\w -]+", role):
-            raise ValueError(f"{where} has a message with the role {role!r:.50}; make it a word, such as 'user'.")
-        are_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
-        if not (are_parts or isinstance(content, str | None)):
-            raise ValueError(
-                f"{where} has a message with the content {content!r:.50}; give it text, or a list of parts that say their type."
-            )
-
-
 def check_characters(value: Any, where: str) -> None:
-    """Refuse text that no file and no tokenizer takes."""
+    """Refuse text that is not valid Unicode, which neither files nor tokenizers accept."""
     for text in strings_of(value):
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{where} holds half of a surrogate pair ({text[error.start]!r}), which is no character; mend its encoding "
-                "or drop the row."
+                f"{where} holds half of a surrogate pair ({text[error.start]!r}), which is not a valid character; fix "
+                "its encoding or drop the row."
             ) from error
+
+
+def check_columns(dataset: Any, columns: tuple[str, ...], name: str) -> None:
+    """Refuse a dataset that lacks some of the columns."""
+    if missing := [column for column in columns if column not in dataset.column_names]:
+        raise ValueError(
+            f"`{name}` has no column {' and no column '.join(f'`{column}`' for column in missing)}, only "
+            f"{sorted(dataset.column_names)}; rename or add it."
+        )
+
+
+def check_is_dataset(dataset: Any, name: str) -> None:
+    """Refuse other types than datasets, such as a list of rows or a dictionary of splits."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`; make it one.")
+
+
+def check_not_empty(dataset: Dataset, name: str) -> None:
+    """Refuse a dataset without rows."""
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty; give it at least one row.")
 
 
 @contextlib.contextmanager
 def tokenizing(where: str) -> Iterator[None]:
     """
-    Name what can't be tokenized, whatever the error is: chat templates are programs of their own, and rows may set their
-    arguments.
+    Turn an exception of the tokenizer into a `ValueError` that names the place. It can be of any type: a chat template
+    is a program, and rows may set its arguments.
     """
     try:
         yield
@@ -158,48 +184,52 @@ def tokenizing(where: str) -> Iterator[None]:
 
 
 def not_tokenized(where: str, error: Exception) -> ValueError:
-    """`ValueError`: that something can't be tokenized, and why, in one line."""
+    """`ValueError`: says in one line that a row can't be tokenized, and why."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{where} can't be tokenized ({reason:.300}); mend it, or drop it.")
+    return ValueError(f"{where} can't be tokenized ({reason:.300}); correct or drop it.")
 
 
-def _are_tokens(ids: Any) -> bool:
-    return isinstance(ids, list) and bool(ids) and all(isinstance(each, int) and each >= 0 for each in ids)
+def _check_margins(dataset: Dataset, name: str) -> None:
+    for number, margin in enumerate(dataset["margin"]):
+        if not isinstance(margin, int | float) or not math.isfinite(margin):
+            raise ValueError(
+                f"`margin` of row {number} of `{name}` is {margin!r}; give it a finite number or drop the row."
+            )
 
 
-def check_prompts(
-    dataset: Any, name: str, named_completions: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
-) -> None:
-    """Refuse a dataset whose prompts can't be completed, or whose completions can't be scored."""
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`; of a stream, take some rows.")
-    check_columns(dataset, ("prompt",), name)
-    check_not_empty(dataset, name)
-    is_conversational = isinstance(dataset[0]["prompt"], list)
-    for number, row in enumerate(dataset):
-        texts = {"prompt": row["prompt"], **named_completions(row)}
-        check_row(texts, f"row {number} of `{name}`", is_conversational)
+def _check_tokens(dataset: Dataset, column: str, name: str) -> None:
+    for number, ids in enumerate(dataset[column]):
+        are_tokens = isinstance(ids, list) and bool(ids) and all(isinstance(each, int) and each >= 0 for each in ids)
+        if not are_tokens:
+            raise ValueError(
+                f"`{column}` of row {number} of `{name}` is not a list of token IDs; give it one or more, or drop the "
+                "row."
+            )
 
 
-def check_columns(dataset: Any, columns: tuple[str, ...], name: str) -> None:
-    """Refuse a dataset without some columns."""
-    if missing := [column for column in columns if column not in dataset.column_names]:
-        raise ValueError(
-            f"`{name}` has no column {' and no column '.join(f'`{column}`' for column in missing)}, only "
-            f"{sorted(dataset.column_names)}; rename or add it."
-        )
+def _check_not_missing(value: Any, where: str) -> None:
+    is_empty = isinstance(value, str | list) and not value
+    is_blank = isinstance(value, str) and not value.strip()
+    if value is None or is_empty or is_blank:
+        raise ValueError(f"{where} is {'missing' if value is None else 'empty'}; fill it in or drop the row.")
 
 
-def check_is_dataset(dataset: Any, name: str) -> None:
-    """Refuse what is no dataset, such as a list of rows or a dictionary of splits."""
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`; make it one.")
-
-
-def check_not_empty(dataset: Dataset, name: str) -> None:
-    """Refuse a dataset without rows."""
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty; give it at least one row.")
+def _check_messages(messages: list, where: str) -> None:
+    for message in messages:
+        if not isinstance(message, dict) or not message.get("role"):
+            raise ValueError(f"{where} has a message without a `role`; each message needs `role` and `content`.")
+        if not message.get("content") and not message.get("tool_calls"):
+            raise ValueError(f"{where} has a message without `content`; fill it in or drop the row.")
+        role, content = message["role"], message.get("content")
+        # A chat template may put the role inside a special token, such as "<|user|>".
+        if not isinstance(role, str) or not re.fullmatch(r"[\w -]+", role):
+            raise ValueError(f"{where} has a message with the role {role!r:.50}; make it a word, such as 'user'.")
+        are_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+        if not (are_parts or isinstance(content, str | None)):
+            raise ValueError(
+                f"{where} has a message with the content {content!r:.50}; give it text, or a list of parts that each "
+                "have a type."
+            )
 
 
 def _kind(is_conversational: bool) -> str:

@@ -1,4 +1,4 @@
-"""The accepted formats of unlabeled rows."""
+"""The accepted formats of unlabeled rows, and how completions are read from each."""
 
 import logging
 from typing import Any
@@ -11,25 +11,13 @@ from .checks import check_is_dataset
 logger = logging.getLogger(__name__)
 
 
-# Columns besides the text that decide how a row is tokenized, as in `RewardTrainer`.
+# Columns that the chat template of a conversation reads besides the text, as in `RewardTrainer`.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-
 
 POOL_FORMATS = (
     "`prompt` with `completions`, `prompt` with `completion_a` and `completion_b`, or the `chosen` and `rejected` of a "
     "preference dataset"
 )
-
-
-def report_dropped(name: str, dropped: dict[str, int]) -> None:
-    """Log how much of a dataset was left out, and why."""
-    if any(dropped.values()):
-        logger.warning(f"Left out of `{name}`: {in_words(dropped)}.")
-
-
-def in_words(dropped: dict[str, int]) -> str:
-    """`str`: counts by reason."""
-    return ", ".join(f"{count} ({reason})" for reason, count in sorted(dropped.items())) or "none was given"
 
 
 def check_format(dataset: Dataset, name: str) -> None:
@@ -43,25 +31,25 @@ def check_format(dataset: Dataset, name: str) -> None:
     if "completions" in columns:
         if not hasattr(dataset.features["completions"], "feature"):
             raise ValueError(
-                f"`completions` of `{name}` are of the type {dataset.features['completions']}; make it a list, with one "
-                "entry a completion."
+                f"`completions` of `{name}` are of the type {dataset.features['completions']}; make it a list with one "
+                "entry for each completion."
             )
     else:
         one, other = named_completions(dataset.features).items()
         if one[1] != other[1]:
             raise ValueError(
-                f"`{one[0]}` and `{other[0]}` of `{name}` have different fields or types ({one[1]} and {other[1]}), of "
-                "which some would be lost; cast them to the same features."
+                f"`{one[0]}` and `{other[0]}` of `{name}` have different fields or types ({one[1]} and {other[1]}), so "
+                "some fields would be lost; cast them to the same features."
             )
 
 
 def completions_of(row: dict[str, Any]) -> list:
-    """`list`: the completions of a row, in whichever of the accepted formats."""
+    """`list`: the completions of a row in any accepted format."""
     return list(named_completions(row).values())
 
 
 def named_completions(row: dict[str, Any]) -> dict[str, Any]:
-    """`dict[str, Any]`: the completions of a row by what to call them in a message."""
+    """`dict[str, Any]`: the completions of a row by their names in messages, such as `completions[0]` or `chosen`."""
     if "completions" in row:
         return {f"completions[{position}]": value for position, value in enumerate(row["completions"] or [])}
     names = ("chosen", "rejected") if "chosen" in row else ("completion_a", "completion_b")
@@ -69,13 +57,24 @@ def named_completions(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def columns_of_pairs(dataset: Dataset) -> list[str]:
-    """`list[str]`: the columns of a dataset of an accepted format that hold the text of its pairs."""
+    """`list[str]`: the columns that hold the text of the pairs."""
     names = named_completions(dataset.features) if "completions" not in dataset.column_names else ["completions"]
     return [*(name for name in ("prompt",) if name in dataset.column_names), *names]
 
 
 def completion_feature(dataset: Dataset) -> Any:
-    """The feature type of one completion in a dataset of an accepted format."""
+    """`Any`: the feature type of one completion."""
     if "completions" in dataset.features:
         return dataset.features["completions"].feature
     return completions_of(dataset.features)[0]
+
+
+def report_dropped(name: str, dropped: dict[str, int]) -> None:
+    """Log how many rows or pairs of a dataset were left out, by reason."""
+    if any(dropped.values()):
+        logger.warning(f"Left out of `{name}`: {in_words(dropped)}.")
+
+
+def in_words(dropped: dict[str, int]) -> str:
+    """`str`: counts by reason, such as "2 (duplicate), 1 (identical completions)"."""
+    return ", ".join(f"{count} ({reason})" for reason, count in sorted(dropped.items())) or "none was given"

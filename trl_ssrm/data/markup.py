@@ -1,4 +1,4 @@
-"""Special tokens in the text of a message: read as the characters that they are, so that no text opens a turn."""
+"""Escape special tokens in the text of messages, so that no message can open or end a turn."""
 
 import re
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 
-# Parts a special token for the tokenizer, and shows nowhere.
+# Invisible, and inside the text of a special token it keeps the tokenizer from recognizing the token.
 _ZERO_WIDTH_SPACE = "\u200b"
 
 
 def strings_of(value: Any) -> Iterator[str]:
-    """The strings in JSON values."""
+    """Yield the strings in JSON values, names of fields included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -21,38 +21,38 @@ def strings_of(value: Any) -> Iterator[str]:
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """`re.Pattern[str]`: what the tokenizer would read as a special token wherever it stands."""
+    """`re.Pattern[str]`: matches text that the tokenizer reads as a special token."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    # One character can't be parted, and nothing else can be meant by it.
+    # A token of one character can't be split by a space.
     tokens = sorted((token for token in added | set(tokenizer.all_special_tokens) if len(token) > 1), key=len)
     return re.compile("|".join(map(re.escape, reversed(tokens))) or r"(?!)")
 
 
 def holds_special_tokens(value: Any, special_tokens: re.Pattern[str]) -> bool:
-    """`bool`: whether a text, or messages, spell a special token out."""
+    """`bool`: whether a text, or messages, contain a special token."""
     return any(special_tokens.search(text) for text in strings_of(value))
 
 
 def as_literal(value: Any, special_tokens: re.Pattern[str]) -> Any:
     """
-    Text as text: a special token that is spelled out gets a zero-width space behind its first character, so that the
-    tokenizer reads its characters, not the token.
+    Escape special tokens: each gets a zero-width space after its first character, so the tokenizer reads it as ordinary
+    characters.
 
-    A chat template writes special tokens around what a message says, and the tokenizer can't tell whose they are. Without
-    this, an answer that holds the end of a turn and the start of another one would have its reward read behind a turn
-    that nobody took.
+    A chat template writes special tokens around each message, and the tokenizer can't distinguish them from the same
+    characters in a message. Without escaping, an answer could end its turn and start a new one, and the reward would be
+    read after that forged turn.
 
     Args:
         value (`Any`):
             JSON values, such as a text, messages or tools.
         special_tokens (`re.Pattern[str]`):
-            As from [`special_tokens_of`].
+            Pattern from [`special_tokens_of`].
 
     Returns:
-        `Any`: the same, where it spells no special token; otherwise a copy in which nothing does.
+        `Any`: a copy without special tokens; equal to the value if it contains none.
     """
     if isinstance(value, str):
-        # Parting one may leave another that overlaps with it.
+        # Splitting one token may leave another that overlaps with it.
         while special_tokens.search(value):
             value = special_tokens.sub(lambda found: f"{found[0][0]}{_ZERO_WIDTH_SPACE}{found[0][1:]}", value)
         return value

@@ -1,6 +1,5 @@
-"""The unlabeled pool: accepted formats -> tokenized pairs without labels."""
+"""The unlabeled pool: tokenized pairs without labels, and their text."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,10 @@ from .formats import columns_of_pairs, completion_feature, completions_of
 from .sequences import PairedSequences, is_everything
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Pool:
     """
-    Unlabeled pairs: tokenized, free of labels, in an order that the labels did not decide.
+    Unlabeled pairs, tokenized. Which completion of a pair is the first does not depend on the labels.
 
     Args:
         source ([`~datasets.Dataset`]):
@@ -30,9 +26,9 @@ class Pool:
         completions (`np.ndarray` of shape `(num_pairs, 2)`, of the smallest unsigned type that holds them):
             Positions of the first and the second completion among those of the row.
         pairs ([`PairedSequences`]):
-            Their token IDs, in the same order.
+            Token IDs of the pairs, in the same order.
         gold (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
-            Whether the first completion is the preferred one, where that is tracked.
+            Whether the first completion is the preferred one. `None` if gold labels are not tracked.
         dropped (`dict[str, int]`):
             Number of pairs that were left out, by reason.
     """
@@ -48,30 +44,29 @@ class Pool:
         return len(self.rows)
 
     def take(self, pairs: np.ndarray) -> "Pool":
-        """Some of the pairs."""
+        """[`Pool`]: the pairs at some positions (`(n,)`, int64)."""
         if is_everything(pairs, len(self)):
             return self
         gold = None if self.gold is None else self.gold[pairs]
         return Pool(self.source, self.rows[pairs], self.completions[pairs], self.pairs.take(pairs), gold, self.dropped)
 
     def texts(self, pair: int, first_is_chosen: bool) -> dict[str, Any]:
-        """`dict` with the keys `prompt`, `chosen` and `rejected`: the text or messages of a pair, oriented."""
+        """`dict[str, Any]`: the text or messages of a pair, under `prompt`, `chosen` and `rejected`."""
         (texts,) = next(self.iterate_texts(np.array([pair]), np.array([first_is_chosen])))
         return texts
 
     def iterate_texts(self, pairs: np.ndarray, first_is_chosen: np.ndarray) -> Iterator[list[dict[str, Any]]]:
         """
-        The text or messages of some pairs, in batches that are all that is in memory.
+        Read the text or messages of some pairs in batches; one batch is in memory at a time.
 
         Args:
             pairs (`np.ndarray` of shape `(n,)`, int64):
-                Which of them.
+                Positions of the pairs.
             first_is_chosen (`np.ndarray` of shape `(n,)`, bool):
-                Whether the first completion of each is the preferred one.
+                Whether the first completion of each pair is the preferred one.
 
         Yields:
-            `list[dict[str, Any]]` of length at most [`BATCH_ROWS`]: of each pair the keys `prompt`, `chosen` and
-            `rejected`.
+            `list[dict[str, Any]]` of at most 1,000 pairs, each with the keys `prompt`, `chosen` and `rejected`.
         """
         source = self.source.select_columns(columns_of_pairs(self.source))
         for start in range(0, len(pairs), BATCH_ROWS):
@@ -91,7 +86,7 @@ class Pool:
 
     @property
     def text_features(self) -> Features:
-        """[`~datasets.Features`]: types of what `iterate_texts` yields."""
+        """[`~datasets.Features`]: types of the columns that [`Pool.iterate_texts`] yields."""
         completion = completion_feature(self.source)
         prompt = self.source.features.get("prompt", completion)
         features = {"prompt": prompt, "chosen": completion, "rejected": completion}

@@ -1,4 +1,4 @@
-"""Which rows have the same prompt."""
+"""Group rows by prompt, so that one prompt is never on both sides of a split."""
 
 import json
 from collections.abc import Iterator
@@ -12,13 +12,15 @@ from .sequences import group_numbers, iterate_rows
 
 def prompt_groups(dataset: Dataset) -> np.ndarray:
     """
-    Rows with the same prompt.
+    Number the distinct prompts of a dataset.
+
+    Without a column `prompt`, the prompt of a row is the common start of its two completions, or of their tokens. Of two
+    such starts, if one begins with the other, they count as the same prompt: answers that begin alike make the common
+    start longer than the prompt.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Preference pairs, tokenized or not, or prompts with completions. A prompt that is not a column of its own is
-            what the two completions, or their tokens, have in common at the start, and one that another one starts with
-            is the same.
+            Preference pairs, tokenized or not, or prompts with completions.
 
     Returns:
         `np.ndarray` of shape `(num_rows,)`, int64: number of the prompt of each row.
@@ -36,16 +38,16 @@ def prompt_groups(dataset: Dataset) -> np.ndarray:
     return group_numbers(keys)
 
 
+def _common_start(one: list[int], other: list[int]) -> list[int]:
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
 def _merged(starts: list[str]) -> Iterator[str]:
-    """One key for starts of which one begins another: answers that begin alike lengthen what a pair has in common."""
+    """The key of each row: the shortest start that the row's own start begins with."""
     root, root_of = "", {}
     for start in sorted(set(starts)):
         root = root if root and start.startswith(root) else start
         root_of[start] = root
-    # Two pairs that both have nothing in common have nothing to do with each other.
+    # An empty start is no prompt, so each such row is a group of its own.
     return (root_of[start] or f"row {row}" for row, start in enumerate(starts))
-
-
-def _common_start(one: list[int], other: list[int]) -> list[int]:
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]

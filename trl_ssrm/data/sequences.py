@@ -1,4 +1,4 @@
-"""Tokenized pairs with each distinct sequence stored once: what is trained on, measured on and scored."""
+"""Tokenized pairs, with each distinct sequence stored once, and access to large datasets without Python objects."""
 
 import functools
 import hashlib
@@ -18,14 +18,14 @@ from ..io.storage import BATCH_ROWS
 @dataclass(frozen=True)
 class PairedSequences:
     """
-    Pairs of tokenized sequences, each distinct sequence stored once, in an order that depends on the content alone.
+    Pairs of tokenized sequences. Each distinct sequence is stored once, in an order that depends on the content alone.
 
-    The tokens stay where the dataset has them, which is on disk for one that was loaded from files. In memory are 28
-    bytes for each sequence and 8 for each pair.
+    The tokens stay where the dataset has them: on disk, if it was loaded from files. In memory are 28 bytes for each
+    sequence and 8 for each pair.
 
     Args:
         sequences ([`~datasets.Dataset`]):
-            Column `input_ids`: the distinct sequences, longest first.
+            Column `input_ids`: the distinct sequences, from long to short.
         lengths (`np.ndarray` of shape `(num_sequences,)`, int32):
             Their lengths in tokens.
         digests (`np.ndarray` of shape `(num_sequences, 16)`, uint8):
@@ -44,23 +44,32 @@ class PairedSequences:
 
     @classmethod
     def from_tokenized(cls, dataset: Dataset) -> "PairedSequences":
-        """Pair up a dataset with the columns `chosen_ids` and `rejected_ids`."""
+        """
+        The pairs of a tokenized dataset.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Columns `chosen_ids` and `rejected_ids`.
+
+        Returns:
+            [`PairedSequences`]: the chosen sequence of each row as the first of a pair, the rejected one as the second.
+        """
         columns = [
             dataset.select_columns(name).rename_column(name, "input_ids") for name in ("chosen_ids", "rejected_ids")
         ]
-        # Both columns hold lists of integers, but those that were tokenized elsewhere may differ in width.
+        # Both columns hold lists of integers, but rows tokenized elsewhere may use integers of other widths.
         if columns[0].features != columns[1].features:
             columns[1] = columns[1].cast(columns[0].features)
         stacked = concatenate_datasets(columns)
         lengths, halves = _lengths_and_digests(stacked)
-        # Content decides the order, so batches, and with them the last bit of every score, are the same whichever
-        # completion of a pair was labeled as chosen.
+        # Ordered by content, so that batches, and with them the last bit of every score, do not depend on which
+        # completion is labeled as chosen.
         order, is_first = _sorted_and_distinct(*halves, -lengths)
         index = np.empty(len(stacked), dtype=index_type(len(stacked)))
         index[order] = _ranks(is_first)
         unique = order[is_first]
         del order, is_first
-        # One after the other, since together these arrays are the most that a pool takes at any time.
+        # One half after the other: this is the moment at which a pool takes most memory.
         lengths = lengths[unique]
         digests = np.empty((len(unique), 2), dtype=">u8")
         for side in (1, 0):
@@ -80,8 +89,8 @@ class PairedSequences:
 
     def pair_keys(self) -> list[tuple[bytes, bytes]]:
         """
-        `list[tuple[bytes, bytes]]` of length `num_pairs`: what two pairs share if they hold the same sequences. For a
-        small dataset: these are objects.
+        `list[tuple[bytes, bytes]]` of length `num_pairs`: a key that is equal for two pairs with the same sequences in
+        either order. Python objects, so for small datasets only.
         """
         digests = [digest.tobytes() for digest in self.digests]
         return [
@@ -92,21 +101,21 @@ class PairedSequences:
         ]
 
     def take(self, pairs: np.ndarray) -> "PairedSequences":
-        """Some of the pairs, without the sequences that only the others hold."""
+        """[`PairedSequences`]: the pairs at some positions (`(n,)`, int64), without the sequences that none of them has."""
         return self if is_everything(pairs, len(self.first)) else self.pair_up(self.first[pairs], self.second[pairs])
 
     def pair_up(self, first: np.ndarray, second: np.ndarray, in_place: bool = False) -> "PairedSequences":
         """
-        Other pairs of the same sequences, without the sequences that none of them holds.
+        Form other pairs of the same sequences.
 
         Args:
             first, second (`np.ndarray` of shape `(num_pairs,)`, integer):
-                Positions of their sequences.
+                Positions of the two sequences of each pair.
             in_place (`bool`, *optional*, defaults to `False`):
                 Whether this object may be overwritten, so that a large one is not in memory twice.
 
         Returns:
-            [`PairedSequences`]
+            [`PairedSequences`]: the pairs, without the sequences that none of them has.
         """
         is_used = np.zeros(len(self.lengths), dtype=bool)
         is_used[first] = is_used[second] = True
@@ -119,34 +128,34 @@ class PairedSequences:
 
 
 def index_type(length: int) -> type[np.integer]:
-    """The smaller of int32 and int64 that holds positions in something of a length."""
+    """`type`: int32 if it can hold all positions below `length`, otherwise int64."""
     return np.int32 if length <= np.iinfo(np.int32).max else np.int64
 
 
 def is_everything(positions: np.ndarray, length: int) -> bool:
-    """`bool`: whether positions are all those in something of a length, in their order."""
+    """`bool`: whether the positions are `0, 1, ..., length - 1`."""
     return len(positions) == length and bool((positions == np.arange(length, dtype=index_type(length))).all())
 
 
 def select_rows(dataset: Dataset, rows: np.ndarray) -> Dataset:
     """
-    Rows of a dataset, as [`~datasets.Dataset.select`] gives them, which makes a Python object of each position.
+    Rows of a dataset, as [`~datasets.Dataset.select`] gives them, but without a Python object for each position.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             A dataset.
         rows (`np.ndarray` of shape `(n,)`, integer):
-            Positions, none of them negative.
+            Positions of the rows, 0 or greater.
 
     Returns:
-        [`~datasets.Dataset`]: the rows, which stay where they are; in memory are 8 bytes for each.
+        [`~datasets.Dataset`]: the rows. They are not copied; their positions take 8 bytes each.
     """
     if len(rows) == 0 or (int(rows[-1]) - int(rows[0]) == len(rows) - 1 and (np.diff(rows) == 1).all()):
         start = int(rows[0]) if len(rows) else 0
         return dataset.select(range(start, start + len(rows)))
     rows = np.ascontiguousarray(rows, dtype=np.int64)
     indices = pa.chunked_array([rows.view(np.uint64)])
-    # Private in `Dataset`: where the rows of a selection lie, and what names its content.
+    # `_indices` and `_fingerprint` are private in `Dataset`: the positions of a selection, and the name of its content.
     if dataset._indices is not None:
         indices = dataset._indices.column(0).take(indices)
     fingerprint = hashlib.blake2b(dataset._fingerprint.encode(), digest_size=8)
@@ -161,7 +170,7 @@ def select_rows(dataset: Dataset, rows: np.ndarray) -> Dataset:
 
 
 def in_memory(columns: dict[str, np.ndarray]) -> Dataset:
-    """Columns of numbers as a dataset, as [`~datasets.Dataset.from_dict`] gives it, which makes pickles to name it."""
+    """[`~datasets.Dataset`]: numeric columns, as `Dataset.from_dict` gives them, but without pickling to name them."""
     content = hashlib.blake2b(digest_size=8)
     for name, values in columns.items():
         content.update(f"{name} {values.dtype}".encode())
@@ -170,12 +179,12 @@ def in_memory(columns: dict[str, np.ndarray]) -> Dataset:
 
 
 def column_of(dataset: Dataset, name: str) -> np.ndarray:
-    """`np.ndarray` of shape `(num_rows,)`: a column of numbers, of which no Python objects are made."""
+    """`np.ndarray` of shape `(num_rows,)`: a numeric column, read without Python objects."""
     return dataset.select_columns(name).with_format("arrow")[:].column(name).to_numpy()
 
 
 def iterate_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset with some of its columns, read in batches."""
+    """Yield the rows of a dataset with some of its columns, read in batches of 1,000."""
     for batch in dataset.select_columns(columns).iter(batch_size=BATCH_ROWS):
         for values in zip(*(batch[name] for name in columns), strict=True):
             yield dict(zip(columns, values, strict=True))
@@ -183,11 +192,11 @@ def iterate_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any
 
 def group_numbers(keys: Iterable[str]) -> np.ndarray:
     """
-    Number the distinct among some keys in the order in which they come.
+    Number the distinct keys in the order in which they first occur.
 
     Args:
         keys (`Iterable[str]`):
-            Keys, of which none is kept.
+            Keys. Only their hashes are kept in memory.
 
     Returns:
         `np.ndarray` of shape `(num_keys,)`, int64: number of each key.
@@ -197,7 +206,7 @@ def group_numbers(keys: Iterable[str]) -> np.ndarray:
         content += _digest(key.encode())
     digests = np.frombuffer(content, dtype=np.uint64).reshape(-1, 2)
     order, is_first = _sorted_and_distinct(*digests.T)
-    # Sorting keeps the order of equal keys.
+    # The sort is stable: of equal keys, the first in `order` is the first that occurred.
     first_of_group = order[is_first]
     number = np.empty(len(first_of_group), dtype=np.int64)
     number[np.argsort(first_of_group)] = np.arange(len(first_of_group))
@@ -207,18 +216,18 @@ def group_numbers(keys: Iterable[str]) -> np.ndarray:
 
 
 def _taken(values: np.ndarray, rows: np.ndarray, in_place: bool) -> np.ndarray:
-    """Ascending rows of an array, which may be overwritten."""
+    """Values at ascending positions; with `in_place` they are moved to the front of the same array."""
     if not in_place:
         return values[rows]
     for start in range(0, len(rows), BATCH_ROWS):
-        # None of them is moved to behind its place, so what is overwritten was read.
+        # Values only move forward, so those that are overwritten were read before.
         part = values[rows[start : start + BATCH_ROWS]]
         values[start : start + len(part)] = part
     return values[: len(rows)]
 
 
 def _ranks(is_first: np.ndarray) -> np.ndarray:
-    """How many of a mask are set before and at each position, from 0 on."""
+    """At each position of a mask, the number of set positions up to it, minus 1."""
     ranks = np.cumsum(is_first, dtype=index_type(len(is_first)))
     ranks -= 1
     return ranks
@@ -226,8 +235,8 @@ def _ranks(is_first: np.ndarray) -> np.ndarray:
 
 def _sorted_and_distinct(high: np.ndarray, low: np.ndarray, *before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Stable order by the arrays `before` and then by hashes of two halves, and whether a position in it is the first one
-    of its hash.
+    Stable order by the arrays `before`, then by the two halves of a hash; and for each position in this order, whether
+    its hash occurs there for the first time.
     """
     order = np.lexsort((low, high, *before))
     is_first = np.zeros(len(order), dtype=bool)
@@ -239,7 +248,7 @@ def _sorted_and_distinct(high: np.ndarray, low: np.ndarray, *before: np.ndarray)
 
 
 def _lengths_and_digests(dataset: Dataset) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Lengths of the sequences, int32, and both halves of their hashes, uint64, in the order of their bytes."""
+    """Lengths of the sequences (int32), and the first and second half of their hashes (uint64, big-endian value)."""
     lengths = np.empty(len(dataset), dtype=np.int32)
     halves = [np.empty(len(dataset), dtype=np.uint64) for _ in range(2)]
     start = 0

@@ -1,4 +1,4 @@
-"""Rows are tokenized as TRL does it; messages that spell special tokens out are read as text."""
+"""Tokenize rows as TRL does, with special tokens in messages escaped, and name the row that fails."""
 
 import logging
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .sequences import iterate_rows
 logger = logging.getLogger(__name__)
 
 
-# What is text, where it is a conversation. `chat_template_kwargs` are settings.
+# Columns of a conversation that hold text. `chat_template_kwargs` holds settings.
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools")
 
 
@@ -25,8 +25,8 @@ def with_literal_messages(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Dataset | IterableDataset:
     """
-    Messages that spell special tokens out, made such that the tokenizer reads the characters; see
-    [`~trl_ssrm.data.markup.as_literal`]. Text that is no conversation is left alone: it has no turns but what it spells.
+    Escape special tokens in messages; see [`~trl_ssrm.data.markup.as_literal`]. Rows of plain text stay as they are: in
+    plain text, special tokens are the only way to mark turns.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -34,20 +34,23 @@ def with_literal_messages(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         name (`str`):
-            What the dataset is called in a warning.
+            Name of the dataset for messages.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the same rows. The rows that were changed are counted in
-        the log, but for those of a stream.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the same rows. The number of changed rows is logged,
+        except for a stream.
+
+    Raises:
+        ValueError: If a field of the messages is named like a special token.
     """
     special_tokens = special_tokens_of(tokenizer)
 
-    def is_concerned(row: dict[str, Any]) -> bool:
+    def needs_escaping(row: dict[str, Any]) -> bool:
         return isinstance(row.get("chosen"), list) and holds_special_tokens(list(row.values()), special_tokens)
 
     def make_literal(row: dict[str, Any]) -> dict[str, Any]:
         texts = {column: row[column] for column in _TEXT_COLUMNS if column in row}
-        return as_literal(texts, special_tokens) if is_concerned(texts) else {}
+        return as_literal(texts, special_tokens) if needs_escaping(texts) else {}
 
     if not isinstance(dataset, Dataset):
         return dataset.map(make_literal)
@@ -56,12 +59,12 @@ def with_literal_messages(
         raise ValueError(f"A field in `{name}` is named like a special token of the tokenizer; rename it.")
     if "chosen" not in columns or not isinstance(dataset[0]["chosen"], list):
         return dataset
-    concerned = [number for number, row in enumerate(iterate_rows(dataset, columns)) if is_concerned(row)]
-    if not concerned:
+    changed = [number for number, row in enumerate(iterate_rows(dataset, columns)) if needs_escaping(row)]
+    if not changed:
         return dataset
     logger.warning(
-        f"Messages in {len(concerned)} rows of `{name}`, row {concerned[0]} being the first, spell special tokens of the "
-        "tokenizer out; they are read as the characters that they are, so that none of them opens or ends a turn."
+        f"Messages in {len(changed)} rows of `{name}`, row {changed[0]} being the first, contain special tokens of the "
+        "tokenizer; they are read as plain characters, so that no message can open or end a turn."
     )
     with PartialState().main_process_first():
         return dataset.map(make_literal, features=dataset.features, desc=f"Reading messages of {name} as text")
@@ -71,24 +74,24 @@ def tokenized_or_refused(
     tokenize: Callable[[Any], Any], dataset: Dataset | IterableDataset, name: str
 ) -> Dataset | IterableDataset:
     """
-    Tokenize a dataset, and name the row that can't be.
+    Tokenize a dataset; if that fails, find and name the row.
 
     Args:
         tokenize (`Callable`):
-            Tokenizes a dataset, each row for itself.
+            Tokenizes a dataset row by row.
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The rows.
         name (`str`):
-            What the dataset is called in the error.
+            Name of the dataset for the message.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: what `tokenize` makes of it.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the tokenized dataset.
 
     Raises:
-        ValueError: If there is a row that can't be tokenized.
+        ValueError: If a row can't be tokenized.
     """
 
-    def is_refused(start: int, stop: int) -> bool:
+    def fails(start: int, stop: int) -> bool:
         try:
             tokenize(dataset.select(range(start, stop)))
         except Exception:
@@ -103,7 +106,7 @@ def tokenized_or_refused(
         start, stop = 0, len(dataset)
         while stop - start > 1:
             middle = (start + stop) // 2
-            start, stop = (start, middle) if is_refused(start, middle) else (middle, stop)
-        # Each row alone may be one that can be.
-        is_row = is_refused(start, stop)
+            start, stop = (start, middle) if fails(start, middle) else (middle, stop)
+        # The error may need several rows together, such as rows with different columns.
+        is_row = fails(start, stop)
         raise not_tokenized(f"Row {start} of `{name}`" if is_row else f"`{name}`", error) from error
