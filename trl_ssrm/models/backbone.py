@@ -1,4 +1,4 @@
-"""A frozen backbone: what it makes of a sequence is computed once, and training and scoring read that."""
+"""A frozen backbone: its features of each sequence are computed once, then training and scoring look them up."""
 
 import functools
 import hashlib
@@ -11,39 +11,39 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 
-# How far scores from the kept features may be from those of the whole model, whose batches are padded otherwise.
+# Largest difference between scores from stored features and scores of the whole model, which pads batches differently.
 TOLERANCE = 1e-2
 
 
 def freeze_backbone(model: PreTrainedModel) -> "FrozenBackbone":
     """
-    Freeze all of a sequence classifier but its head; see [`FrozenBackbone`].
+    Freeze a sequence classifier except for its head; see [`FrozenBackbone`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Sequence classifier with one label.
 
     Returns:
-        [`FrozenBackbone`]: the one that the model has already, or a new one.
+        [`FrozenBackbone`]: a new one, or the existing one if the model was frozen before.
     """
     return getattr(model, "frozen_backbone", None) or FrozenBackbone(model)
 
 
 class FrozenBackbone:
     """
-    Freezes all of a sequence classifier but its head, and lets it look up what the head reads.
+    Freezes a sequence classifier except for its head, and stores the features that the head reads.
 
-    The features of a sequence, one vector, are computed when it is first seen and kept in memory in float32. They
-    replace the hidden states of the backbone, as those of a sequence of one token, in every later call. The model's
-    class, its weights and what is saved of it stay as they are.
+    The features of a sequence (one vector, for some encoders two) are computed in its first forward pass and kept in
+    memory in float32. Every later pass feeds them to the head in place of the backbone's hidden states. The class of the
+    model, its weights and its saved checkpoints do not change.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Sequence classifier with one label, whose head reads the last token, as decoders do it, or the first token
-            or the pooled output, as encoders do it.
+            Sequence classifier with one label. Its head reads the last token (decoders), or the first token or the
+            pooled output (encoders).
 
     Raises:
-        ValueError: In the first call, if the scores from the features are not those of the model.
+        ValueError: In the first forward pass, if the scores from the features differ from the scores of the model.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -58,8 +58,8 @@ class FrozenBackbone:
         self.pad_token_id = model.config.get_text_config().pad_token_id
         # A decoder's classifier calls its head `score`, here and in transformers, and reads the last token with it.
         self.reads_last_token = isinstance(getattr(model, "score", None), nn.Module)
-        # On the objects: they stay of their class, and `save_pretrained` sees no difference. Not a bound method, whose
-        # function accelerate would bind to the model instead.
+        # Patched on the object, so that its class and `save_pretrained` stay as they are. A `partial`, since accelerate
+        # would bind the function of a bound method to the model.
         model.forward = functools.partial(self._forward)  # type: ignore[method-assign]
         model.frozen_backbone = self  # type: ignore[assignment]
 
@@ -81,7 +81,7 @@ class FrozenBackbone:
         features = zip(*(self.features_of[digest] for digest in digests), strict=True)
         dtype = next(self.model.parameters()).dtype
         self.looked_up = tuple(torch.from_numpy(np.stack(each)).to(device, dtype) for each in features)
-        # A sequence of one token that is no padding.
+        # To the head, each sequence is one token, which must not be the padding token.
         token = torch.full((len(digests), 1), 0 if self.pad_token_id != 0 else 1, device=device)
         self.backbone.forward = self._look_up  # type: ignore[method-assign]
         try:
@@ -102,7 +102,7 @@ class FrozenBackbone:
         with torch.no_grad():
             output = self.backbone(input_ids=input_ids, attention_mask=mask)
         self.backbone.train(is_training)
-        # The last token that is no padding by its ID, as transformers finds it, or the first one.
+        # The last token that is not the padding token, found by its ID as in transformers; or the first token.
         is_token = input_ids != self.pad_token_id if self.reads_last_token else mask.bool()
         place = torch.arange(mask.shape[1], device=mask.device)
         position = (place * is_token).argmax(1) if self.reads_last_token else is_token.long().argmax(1)
@@ -121,6 +121,7 @@ class FrozenBackbone:
         self.model.train(is_training)
         if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
             raise ValueError(
-                f"`freeze_backbone` can't tell what the score head of {type(self.model).__name__} reads; leave it out."
+                f"`freeze_backbone` can't tell which features the score head of {type(self.model).__name__} reads; leave "
+                "it out."
             )
         self.is_checked = True

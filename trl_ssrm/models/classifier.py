@@ -1,4 +1,4 @@
-"""Facts about a sequence classifier."""
+"""Facts about a sequence classifier: its positions and the attention windows of its layers."""
 
 from typing import Any
 
@@ -6,24 +6,24 @@ from torch import nn
 
 
 def classifier_of(model: Any) -> Any:
-    """The sequence classifier itself, of which a PEFT model is a shell."""
+    """[`~transformers.PreTrainedModel`]: the sequence classifier itself, without a PEFT model around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def num_positions(model: Any) -> int | None:
     """
-    Number of tokens that a model has learned positions for, as BERT has 512.
+    Length of the longest sequence, in tokens, that a model has learned positions for, such as 512 for BERT.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Sequence classifier.
 
     Returns:
-        `int` or `None`: `None` where positions are computed, as in nearly every decoder: no sequence is too long then.
+        `int` or `None`: `None` if positions are computed, as in nearly all decoders; then there is no limit.
     """
     for name, module in classifier_of(model).named_modules():
         if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "embed_positions", ".wpe")):
-            # Some begin to count behind the padding token, some at an offset of their own.
+            # RoBERTa counts positions from the padding token on, OPT from an offset.
             padding = module.padding_idx
             return module.num_embeddings - (getattr(module, "offset", 0) if padding is None else padding + 1)
     return None
@@ -31,15 +31,15 @@ def num_positions(model: Any) -> int | None:
 
 def windows_of_layers(config: Any) -> dict[str, int | None]:
     """
-    How many tokens, itself included, a token sees at most in each kind of layer that a model has.
+    Attention window of each kind of layer: the number of tokens that a token sees at most, itself included.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
-            That of the text model.
+            Configuration of the text model.
 
     Returns:
-        `dict[str, int | None]`: `None` for all. The kinds are those of `layer_types`; a model without has one,
-        `"full_attention"`, whose window is that of every layer.
+        `dict[str, int | None]`: window by kind of layer, `None` without a limit. The kinds are those in `layer_types`. A
+        model without `layer_types` has one kind, `"full_attention"`, with the window of all layers.
     """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

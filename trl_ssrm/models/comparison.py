@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "comparison.json"
 
-# What the released code of the paper (RLHFlow, pair-pm) shows the model.
+# Text that the paper's released code (RLHFlow, pair-pm) gives to the model.
 DEFAULT_TEMPLATE = (
     "[CONTEXT] \n\n{% for message in messages %}<turn> {{ message.role }}\n {{ message.content }}\n{% endfor %}"
     " [RESPONSE {{ labels[0] }}] {{ responses[0] }} [RESPONSE {{ labels[1] }}] {{ responses[1] }} \n"
@@ -33,20 +34,20 @@ class Comparison:
     """
     How a prompt and two answers are shown to a pairwise preference model, and how it answers.
 
-    The text of the template is given to the model as a message of the user. Its answer is one of two labels, each one
-    token.
+    The rendered template is given to the model as a message of the user. The model answers with one of two labels, each
+    a single token.
 
     Args:
         template (`str`, *optional*):
-            Jinja template of the text, with `messages` (the prompt: list of messages), `responses` (the two answers, as
-            text, in the order in which they are shown) and `labels`. Default: that of the released code of [Semi-Supervised
-            Reward Modeling](https://huggingface.co/papers/2409.06903).
+            Jinja template of the text, with the variables `messages` (list of messages of the prompt), `responses`
+            (texts of the two answers, in the order in which they are shown) and `labels`. By default the template of
+            the released code of [Semi-Supervised Reward Modeling](https://huggingface.co/papers/2409.06903).
         labels (`list[str]`, *optional*, defaults to `["A", "B"]`):
-            What the model answers if it prefers the answer shown first, and the one shown second.
+            Label for the answer shown first, and label for the answer shown second.
         add_generation_prompt (`bool`, *optional*, defaults to `True`):
-            Whether the text ends with the start of the model's turn, behind which the label belongs.
+            Whether the text ends with the start of the model's turn, after which the label is expected.
         max_length (`int`, *optional*):
-            Longest comparison in tokens. The oldest turns of the prompt are left out as far as needed.
+            Longest comparison in tokens. If a comparison is longer, the oldest turns of its prompt are left out.
     """
 
     template: str = DEFAULT_TEMPLATE
@@ -56,7 +57,7 @@ class Comparison:
 
     def save_pretrained(self, directory: str) -> None:
         """
-        Write the comparison beside a model.
+        Write the comparison to `comparison.json` in a directory.
 
         Args:
             directory (`str`):
@@ -67,18 +68,25 @@ class Comparison:
     @classmethod
     def from_pretrained(cls, name_or_path: str, revision: str | None = None) -> "Comparison | None":
         """
-        The comparison that a model was trained on.
+        Load a comparison from a file, or the comparison that a model was trained on.
 
         Args:
             name_or_path (`str`):
-                Directory or model ID.
+                A JSON file, or a directory or model ID with a `comparison.json`.
             revision (`str`, *optional*):
-                Revision of a model of the hub.
+                Revision of a model on the hub.
 
         Returns:
-            [`Comparison`] or `None`: `None` if the model was saved with none.
+            [`Comparison`] or `None`: `None` if the directory or model has no `comparison.json`.
+
+        Raises:
+            ValueError: If there is no such file, or if it does not describe a comparison.
         """
-        path = cached_file(name_or_path, FILE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        path: str | None = str(name_or_path)
+        if not os.path.isfile(path):
+            if path.endswith(".json"):
+                raise ValueError(f"There is no file {path}; check the path of the comparison.")
+            path = cached_file(path, FILE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         if path is None:
             return None
         try:
@@ -88,61 +96,62 @@ class Comparison:
                 raise TypeError("a field is of the wrong type")
             return stored
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no comparison ({error}); mend it, or load another model.") from error
+            raise ValueError(
+                f"{path} is not a comparison ({error}); correct it, or write one with `Comparison.save_pretrained`."
+            ) from error
 
     def render(self, messages: list[dict[str, Any]], first: str, second: str) -> str:
         """
-        The text that shows two answers to a prompt.
+        Render the text of a comparison.
 
         Args:
             messages (`list[dict[str, Any]]`):
-                The prompt.
+                Messages of the prompt.
             first (`str`):
-                The answer shown first.
+                Answer shown first.
             second (`str`):
-                The other one.
+                Answer shown second.
 
         Returns:
-            `str`
+            `str`: the text, before the chat template.
 
         Raises:
             ValueError: If the template can't be rendered.
         """
-        # The template comes with the checkpoint, so it must not run code.
+        # Sandboxed: the template comes with the checkpoint, so it must not run code.
         environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
         try:
             template = environment.from_string(self.template)
             return template.render(messages=messages, responses=[first, second], labels=self.labels)
-        # Templates are programs, so whatever it is.
+        # A template is a program and can raise any exception.
         except Exception as error:
-            raise ValueError(f"The template of the comparison can't be rendered: {error}; mend it.") from error
+            raise ValueError(f"The template of the comparison can't be rendered: {error}; correct it.") from error
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, messages: list, first: str, second: str) -> list[int]:
         """
-        One comparison, however long.
+        Tokenize one comparison, whatever its length.
 
         Args:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
                 Tokenizer of the model.
             messages (`list[dict[str, Any]]`):
-                The prompt.
+                Messages of the prompt.
             first (`str`):
-                The answer shown first.
+                Answer shown first.
             second (`str`):
-                The other one.
+                Answer shown second.
 
         Returns:
             `list[int]`: token IDs.
         """
-        return tokenizer(self._prompt(tokenizer, messages, first, second), **self._special_tokens(tokenizer))[
-            "input_ids"
-        ]
+        return _token_ids(tokenizer, self._prompt(tokenizer, messages, first, second))
 
     def tokenize(
         self, tokenizer: PreTrainedTokenizerBase, prompt: Any, first: Any, second: Any
     ) -> tuple[list[int], list[int]]:
         """
-        Both orders of a comparison.
+        Tokenize a comparison in both orders. If one is longer than `max_length`, the oldest turns of the prompt are left
+        out until both fit or one turn is left; answers are never cut.
 
         Args:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -150,18 +159,20 @@ class Comparison:
             prompt (`str` or `list[dict[str, Any]]`):
                 Text or conversation.
             first (`str` or `list[dict[str, Any]]`):
-                A completion, as text or messages.
+                First completion, as text or messages.
             second (`str` or `list[dict[str, Any]]`):
-                The other one.
+                Second completion, as text or messages.
 
         Returns:
-            `tuple[list[int], list[int]]`: token IDs with `first` shown first, and with `second` shown first. Without
-            the oldest turns of the prompt if that makes both fit into `max_length`; answers are never cut.
+            `tuple[list[int], list[int]]`: token IDs with `first` shown first, and with `second` shown first.
+
+        Raises:
+            ValueError: If a message has no text, or the template can't be rendered.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         answers = [answer if isinstance(answer, str) else _text(answer) for answer in (first, second)]
         _text(messages)
-        # Neither a prompt nor an answer ends the turn that the comparison is.
+        # So that no prompt and no answer can end the turn that holds the comparison.
         messages, answers = as_literal([messages, answers], special_tokens_of(tokenizer))
         while True:
             one = self.encode(tokenizer, messages, answers[0], answers[1])
@@ -172,29 +183,31 @@ class Comparison:
 
     def label_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
         """
-        Token IDs of the two labels, where the model answers.
+        Token IDs of the two labels at the place where the model answers.
 
         Args:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
                 Tokenizer of the model.
 
         Returns:
-            `tuple[int, int]`: the token that the label becomes behind the prompt or, where it merges with it, alone.
+            `tuple[int, int]`: for each label its token after the prompt. If the tokenizer merges the label with the end
+            of the prompt, the token of the label alone.
 
         Raises:
-            ValueError: If a label is not one token, if both are the same, or if a comparison ends with padding.
+            ValueError: If a label is not one token, if both are the same token, or if a comparison ends with the padding
+                token.
         """
         prompt = self._prompt(tokenizer, [{"role": "user", "content": "a"}], "b", "c")
-        before = tokenizer(prompt, **self._special_tokens(tokenizer))["input_ids"]
-        # A classifier reads the last token that is no padding, whatever the attention mask says.
+        before = _token_ids(tokenizer, prompt)
+        # A classifier reads the last token that is not the padding token, whatever the attention mask says.
         if before[-1] == (tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id):
             raise ValueError(
-                f"A comparison ends with {tokenizer.decode(before[-1:])!r}, which is the padding token too, so it would "
-                "not be read to its end; set another `pad_token` of the tokenizer."
+                f"A comparison ends with {tokenizer.decode(before[-1:])!r}, which is the padding token too, so the model "
+                "would not read its end; set another `pad_token` of the tokenizer."
             )
         ids = []
         for label in self.labels:
-            after = tokenizer(prompt + label, **self._special_tokens(tokenizer))["input_ids"]
+            after = _token_ids(tokenizer, prompt + label)
             alone = tokenizer(label, add_special_tokens=False)["input_ids"]
             if after[:-1] == before:
                 ids.append(after[-1])
@@ -202,13 +215,12 @@ class Comparison:
                 ids.append(alone[0])
             else:
                 raise ValueError(
-                    f"The label {label!r} is {len(alone)} tokens of this tokenizer; choose `comparison_labels` of one "
-                    "token each."
+                    f"The label {label!r} is {len(alone)} tokens of this tokenizer; choose `labels` of one token each."
                 )
         if ids[0] == ids[1]:
             raise ValueError(
                 f"The labels {self.labels[0]!r} and {self.labels[1]!r} are the same token of this tokenizer; choose other "
-                "`comparison_labels`."
+                "`labels`."
             )
         return ids[0], ids[1]
 
@@ -218,11 +230,6 @@ class Comparison:
             return text
         message = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=self.add_generation_prompt)
-
-    @staticmethod
-    def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-        # A chat template writes them itself.
-        return {"add_special_tokens": tokenizer.chat_template is None}
 
 
 def tokenize_comparisons(
@@ -237,19 +244,19 @@ def tokenize_comparisons(
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `chosen` and `rejected`, with or without `prompt`.
+            Rows with `chosen` and `rejected`, optionally with `prompt`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         comparison ([`Comparison`]):
-            How the pairs are shown.
+            How the pairs are shown to the model.
         max_length (`int`, *optional*):
-            Rows with a longer comparison are left out.
+            Longest comparison in tokens; rows with a longer one are left out.
         num_proc (`int`, *optional*):
             Number of processes to tokenize with.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: with `chosen_ids`, which show the chosen completion
-        first, and `rejected_ids`, which show the rejected one first.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the rows, with `chosen_ids` (chosen completion shown
+        first) and `rejected_ids` (rejected completion shown first).
     """
 
     def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
@@ -258,7 +265,7 @@ def tokenize_comparisons(
         return {"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
 
     if ignored := {"tools", "chat_template_kwargs"} & set(dataset.column_names or []):
-        logger.warning(f"The columns {sorted(ignored)} are not part of a comparison and have no effect.")
+        logger.warning(f"A comparison shows no {sorted(ignored)}; these columns have no effect.")
     kwargs: dict[str, Any] = {}
     if isinstance(dataset, Dataset):
         kwargs["num_proc"] = num_proc
@@ -271,10 +278,15 @@ def tokenize_comparisons(
     return dataset
 
 
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # A chat template has already written the special tokens.
+    return tokenizer(text, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+
+
 def _text(messages: list[dict[str, Any]]) -> str:
     for message in messages:
         if not isinstance(message.get("content"), str):
             raise ValueError(
-                "A pairwise model reads text, but a message has none, such as one that calls a tool; leave the row out."
+                "A pairwise model reads text, but a message has none (such as a tool call); leave out its row."
             )
     return "\n".join(message["content"] for message in messages)

@@ -1,4 +1,4 @@
-"""Checkpoints, checked and loaded whole in every process."""
+"""Check and load models for use outside a trainer: scalar reward models, pairwise models and policies."""
 
 import contextlib
 import json
@@ -27,30 +27,30 @@ def load_reward_model(
     model_name_or_path: str, dtype: str | torch.dtype = "float32", trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
     """
-    Load a reward model for use, an adapter merged into its base model.
+    Load a reward model for use. An adapter is merged into its base model.
 
     Args:
         model_name_or_path (`str`):
             Directory or model ID of a sequence classifier with one label, or of an adapter for one.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            Precision to load it in. `"auto"` is that of the checkpoint.
+            Precision to load the model in. `"auto"` is the precision of the checkpoint.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the checkpoint.
         kwargs (`dict[str, Any]`):
             Further arguments of [`~transformers.PreTrainedModel.from_pretrained`].
 
     Returns:
-        [`~transformers.PreTrainedModel`]: the model, in evaluation mode, on the CPU unless `kwargs` say otherwise.
+        [`~transformers.PreTrainedModel`]: the model, in evaluation mode, on the CPU unless `kwargs` name a device.
 
     Raises:
-        ValueError: If the model has several labels, if it is a pairwise model, or if it has weights that the checkpoint
-            does not hold: a score head that was never trained is random; if there is no such model.
+        ValueError: If there is no such model, if it has several labels, if it is a pairwise model, or if weights are
+            missing in the checkpoint, such as a score head that was never trained.
     """
     check_model_is_there(model_name_or_path, **kwargs)
     if Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None:
         raise ValueError(
             f"{model_name_or_path} is a pairwise model, which gives no reward to a single completion; use `PairwiseJudge`, "
-            "or let it teach a scalar model."
+            "or train a scalar model with it as the teacher."
         )
     return _load_classifier(model_name_or_path, dtype, trust_remote_code, **kwargs)
 
@@ -103,19 +103,18 @@ def load_pairwise_model(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """
-    Load a pairwise preference model: a sequence classifier with one label over comparisons.
+    Load a pairwise preference model: a sequence classifier with one label, which reads comparisons.
 
-    A checkpoint of a causal language model becomes one by its own answer: the logit that the answer shown first is
-    preferred is that of the first label minus that of the second, so the score layer is the difference of their rows in
-    the output embedding.
+    A causal language model is converted. Its score for a comparison is the logit of the first label minus the logit of
+    the second, so its score layer is the difference of the labels' rows in the output embedding.
 
     Args:
         model_name_or_path (`str`):
-            Directory or model ID of a causal language model, or of a pairwise preference model or an adapter for one.
+            Directory or model ID of a causal language model, of a pairwise preference model, or of an adapter for one.
         label_token_ids (`tuple[int, int]`):
             Token IDs of the two labels.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
-            Precision to load it in. `"auto"` is that of the checkpoint.
+            Precision to load the model in. `"auto"` is the precision of the checkpoint.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the checkpoint.
         kwargs (`dict[str, Any]`):
@@ -125,8 +124,8 @@ def load_pairwise_model(
         [`~transformers.PreTrainedModel`]: the model, in evaluation mode.
 
     Raises:
-        ValueError: If the model is an encoder or a scalar reward model, or has other weights missing than those of the
-            score layer; if there is no such model.
+        ValueError: If there is no such model, if it is an encoder or a scalar reward model, or if weights other than the
+            score layer are missing in the checkpoint.
     """
     check_model_is_there(model_name_or_path, **kwargs)
     was_pairwise = Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None
@@ -145,11 +144,13 @@ def load_pairwise_model(
     check_answers_behind(model)
     if is_adapter or not (info["missing_keys"] or was_pairwise):
         raise ValueError(
-            f"{model_name_or_path} is a scalar reward model, whose score is none of a comparison; start from a causal "
-            "language model."
+            f"{model_name_or_path} is a scalar reward model, which can't score a comparison; start from a causal language "
+            "model."
         )
     if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
-        raise ValueError(f"{model_name_or_path} holds no weights for {', '.join(missing)}; give a whole checkpoint.")
+        raise ValueError(
+            f"{model_name_or_path} holds no weights for {', '.join(missing)}; give a complete checkpoint."
+        )
     if info["missing_keys"]:
         rows = _output_embedding(model, model_name_or_path, sorted(info["unexpected_keys"]), label_token_ids, kwargs)
         with torch.no_grad():
@@ -158,25 +159,28 @@ def load_pairwise_model(
 
 
 def check_answers_behind(model: Any) -> None:
-    """Refuse a model that can't answer behind a comparison."""
+    """Refuse a model without a score layer that reads the last token, such as an encoder."""
     if not hasattr(model, "score"):
         raise ValueError(
-            f"A pairwise preference model answers behind the comparison, which {type(model).__name__} can't; start from "
-            "a causal language model."
+            f"A pairwise preference model answers after the comparison, which {type(model).__name__} can't; start from a "
+            "causal language model."
         )
 
 
 def _output_embedding(
     model: PreTrainedModel, name_or_path: str, unused: list[str], token_ids: tuple[int, int], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """Rows of the output embedding of the causal language model that a classifier was loaded from, in float32."""
+    """
+    Rows of a causal language model's output embedding for two tokens: `(2, hidden_size)`, float32. `model` is the
+    classifier that was loaded from its checkpoint, `unused` the names of the weights that the classifier has no place for.
+    """
     embedding: Any = model.get_input_embeddings().weight
-    # A tied one is not stored; of an untied one, the classifier has no use.
+    # An output embedding that is not tied to the input embedding is in the checkpoint, but not in the classifier.
     names = [name for name in unused if name.endswith(".weight") and name.split(".")[-2] in ("lm_head", "embed_out")]
     config = model.config.get_text_config()
     if not names and not config.tie_word_embeddings:
         raise ValueError(
-            f"{name_or_path} stores its output embedding under none of the usual names; tie or rename it."
+            f"{name_or_path} has no output embedding under the name `lm_head` or `embed_out`; rename it in the checkpoint."
         )
     between = [
         name for name in ("logits_scaling", "logit_scale", "final_logit_softcapping") if getattr(config, name, None)
@@ -184,8 +188,8 @@ def _output_embedding(
     between += [name for name in unused if name.endswith("lm_head.bias")]
     if between:
         logger.warning(
-            f"The language model has {', '.join(between)} between its last hidden state and its answer, which the score "
-            "layer leaves out: before training, its probabilities are not those of the language model."
+            f"The language model has {', '.join(between)} between its last hidden state and its answer. The score layer "
+            "leaves it out, so before training the probabilities differ from the language model's."
         )
     if not names:
         return embedding[list(token_ids)].float()
@@ -200,7 +204,7 @@ def _output_embedding(
 
 @contextlib.contextmanager
 def suppress_load_report() -> Iterator[None]:
-    """Keep transformers from warning of a missing score layer that is about to be made."""
+    """Silence the warning of transformers about a missing score layer, where the caller sets its weights."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -212,7 +216,7 @@ def suppress_load_report() -> Iterator[None]:
 def load_policy(
     model_name_or_path: str, dtype: str | torch.dtype = "float32", trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """The causal language model of a directory or model ID, arguments as in [`load_reward_model`]."""
+    """[`~transformers.PreTrainedModel`]: a causal language model; the arguments are those of [`load_reward_model`]."""
     check_model_is_there(model_name_or_path, **kwargs)
     with whole_in_every_process():
         return AutoModelForCausalLM.from_pretrained(
@@ -223,13 +227,13 @@ def load_policy(
 @contextlib.contextmanager
 def whole_in_every_process() -> Iterator[None]:
     """
-    Load models whole, whatever the launcher shards.
+    Load complete models in every process, also under FSDP and DeepSpeed.
 
-    Under FSDP transformers loads a model in the first process only, and under DeepSpeed ZeRO-3 a part of it in each,
-    for a trainer to put together. Models that score and generate beside a trainer have none to do that.
+    Under FSDP, transformers loads the weights in the first process only; under DeepSpeed ZeRO-3, a part of them in each
+    process. A trainer puts them together later, but models that score or generate have no trainer.
     """
     fsdp = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    # Private in transformers: there is a function that unsets it, and none that gives it back.
+    # Private in transformers: it has a function to unset this, but none to set it again.
     zero3 = deepspeed._hf_deepspeed_config_weak_ref
     disable_fsdp_ram_efficient_loading()
     deepspeed.unset_hf_deepspeed_config()

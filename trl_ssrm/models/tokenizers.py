@@ -1,4 +1,4 @@
-"""Tokenizers: loading and checks."""
+"""Load and check tokenizers."""
 
 from typing import Any
 
@@ -7,8 +7,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..config import SSRMConfig
 
 
+_NO_PADDING = "The tokenizer has no padding token and no end-of-sequence token to use instead; set its `pad_token`."
+
+
+def load_tokenizer(model: Any, args: SSRMConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model as [`~trl.RewardTrainer`] does, but early enough to check the data against it."""
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    return AutoTokenizer.from_pretrained(
+        model_id(model), revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+    )
+
+
+def model_id(model: Any) -> str:
+    """`str`: directory or model ID of a model, given by name or loaded."""
+    return model if isinstance(model, str) else model.config.name_or_path
+
+
 def check_tokenizer(args: SSRMConfig, tokenizer: PreTrainedTokenizerBase, is_conversational: bool | None) -> None:
-    """Refuse a tokenizer that lacks what [`~trl.RewardTrainer`] needs for this kind of data."""
+    """Refuse a tokenizer that lacks a template or token which [`~trl.RewardTrainer`] needs for the data."""
     if is_conversational and tokenizer.chat_template is None and args.chat_template_path is None:
         raise ValueError(
             "The data is conversational, but the tokenizer has no chat template; set `chat_template_path`, or give the "
@@ -21,24 +37,12 @@ def check_tokenizer(args: SSRMConfig, tokenizer: PreTrainedTokenizerBase, is_con
             "for a BERT-like model to '[SEP]'."
         )
     if args.pad_token is None and tokenizer.pad_token is None and eos_token is None:
-        raise ValueError("The tokenizer has no padding token and none to fall back on; set its `pad_token`.")
+        raise ValueError(_NO_PADDING)
 
 
 def check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad with the end token if there is no other; refuse a tokenizer that has neither."""
+    """Use the end-of-sequence token for padding if there is no padding token; refuse a tokenizer without both."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError("The tokenizer has no padding token and none to fall back on; set its `pad_token`.")
+            raise ValueError(_NO_PADDING)
         tokenizer.pad_token = tokenizer.eos_token
-
-
-def load_tokenizer(model: Any, args: SSRMConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, as [`~trl.RewardTrainer`] loads it, but before the data is checked against it."""
-    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    return AutoTokenizer.from_pretrained(
-        _model_id(model), revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-    )
-
-
-def _model_id(model: Any) -> str:
-    return model if isinstance(model, str) else model.config.name_or_path
