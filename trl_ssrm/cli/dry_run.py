@@ -2,16 +2,12 @@
 
 from dataclasses import astuple, dataclass
 from math import ceil
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.sequences import PairedSequences
-from ..rounds.run_directory import run_identity
-
-
-if TYPE_CHECKING:
-    from ..trainer import SSRMTrainer
+from ..rounds.run_identity import run_identity
+from ..trainer import SSRMTrainer
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class RoundCost:
     scoring: Work
 
 
-def round_costs(trainer: "SSRMTrainer") -> list[RoundCost]:
+def round_costs(trainer: SSRMTrainer) -> list[RoundCost]:
     """
     What each round of a run would cost.
 
@@ -94,8 +90,6 @@ def round_costs(trainer: "SSRMTrainer") -> list[RoundCost]:
         if round > 0:
             kept = _reading_to_train(trainer, shares[round], args.selected_fraction)
             training += kept.times(1 + num_folds)
-            # The pseudo-labels of the labeled pairs, which are subtracted; the models of the folds go without.
-            training += labeled if args.debias_pseudo_labels else Work()
         num_epochs: float | None = args.num_train_epochs
         if round > 0 and args.round_num_train_epochs is not None:
             num_epochs = args.round_num_train_epochs
@@ -111,9 +105,6 @@ def round_costs(trainer: "SSRMTrainer") -> list[RoundCost]:
         scoring += sum((_reading_to_score(data.labeled_pairs.take(part)) for part in parts), Work())
         if round < args.num_rounds:
             scoring += _reading_to_score(shares[round + 1]).times(1 + num_folds)
-            # With the whole pool, the scores of the labeled-only model are those that round 1 has kept.
-            asks_again = trainer.second_opinion == "first_round" and round > 0 and args.pool_per_round == "shard"
-            scoring += _reading_to_score(shares[round + 1]) if asks_again else Work()
         # Which order of a comparison is read, and how long the pairs of a batch are, is not counted out.
         reads_one_order = trainer.comparison is not None and args.comparison_orders == "random"
         is_exact = round == 0 and num_epochs is not None and not reads_one_order
@@ -121,7 +112,7 @@ def round_costs(trainer: "SSRMTrainer") -> list[RoundCost]:
     return costs
 
 
-def dry_run(trainer: "SSRMTrainer") -> str:
+def dry_run(trainer: SSRMTrainer) -> str:
     """
     What a run would do, for a person, after everything was checked that can be checked before it.
 
@@ -192,7 +183,7 @@ def _reading_to_score(pairs: PairedSequences) -> Work:
     return Work(len(pairs.first), len(pairs.lengths), int(pairs.lengths.sum()))
 
 
-def _reading_to_train(trainer: "SSRMTrainer", pairs: PairedSequences, fraction: float | None = None) -> Work:
+def _reading_to_train(trainer: SSRMTrainer, pairs: PairedSequences, fraction: float | None = None) -> Work:
     tokens = np.sort(_pair_tokens(trainer, pairs))[::-1]
     num_kept = len(tokens) if fraction is None else min(len(tokens), ceil(fraction * len(tokens)))
     reads_one = trainer.comparison is not None and trainer.args.comparison_orders == "random"
@@ -200,7 +191,7 @@ def _reading_to_train(trainer: "SSRMTrainer", pairs: PairedSequences, fraction: 
     return Work(num_kept, sequences, int(tokens[:num_kept].sum()))
 
 
-def _pair_tokens(trainer: "SSRMTrainer", pairs: PairedSequences) -> np.ndarray:
+def _pair_tokens(trainer: SSRMTrainer, pairs: PairedSequences) -> np.ndarray:
     """`np.ndarray` of shape `(num_pairs,)`, int64: tokens that training reads of each pair, at most."""
     both = np.stack([pairs.lengths[pairs.first], pairs.lengths[pairs.second]])
     reads_one = trainer.comparison is not None and trainer.args.comparison_orders == "random"

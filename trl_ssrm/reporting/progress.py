@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers.utils import is_rich_available
 
+from ..rounds.callback import RoundCallback
 from .report import round_line
 
 
@@ -20,7 +21,7 @@ if is_rich_available():
 _HELD_OUT = ("eval", "calibration", "cross_fit")
 
 
-class RoundProgress:
+class RoundProgress(RoundCallback):
     """
     Prints each round when it ends, in the main process.
 
@@ -42,7 +43,14 @@ class RoundProgress:
         self.has_table = self.console is not None and self.console.is_terminal and not disable_tqdm
         # Seconds of the rounds that this process trained. The time of rounds before a resume is unknown.
         self.seconds: dict[int, float] = {}
-        self._start = time.perf_counter()
+        self._start: float | None = None
+
+    def on_round_begin(self, args: Any, state: Any, control: Any, **kwargs: Any):
+        # Later rounds count from the end of the round before, since labeling is part of them.
+        self._start = self._start or time.perf_counter()
+
+    def on_round_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
+        self.end_round(kwargs["round_history"])
 
     def end_round(self, round_history: list[dict[str, Any]]) -> None:
         """
@@ -53,7 +61,7 @@ class RoundProgress:
                 Facts of each round so far, as in [`SSRMTrainer.round_history`].
         """
         now = time.perf_counter()
-        self.seconds[round_history[-1]["round"]], self._start = now - self._start, now
+        self.seconds[round_history[-1]["round"]], self._start = now - (self._start or now), now
         if not self.accelerator.is_main_process:
             return
         if self.has_table:

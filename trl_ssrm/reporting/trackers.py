@@ -3,56 +3,14 @@
 import logging
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import (
-    TensorBoardCallback,
-    TrackioCallback,
-    WandbCallback,
-    get_reporting_integration_callbacks,
-)
-from transformers.trainer_callback import CallbackHandler
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from .plots import has_matplotlib, saved_plots
 from .report import write_report
 
 
 logger = logging.getLogger(__name__)
-
-
-class RoundCallbackHandler(CallbackHandler):
-    """
-    Callback handler that keeps the trackers open until the last round has ended.
-
-    `Trainer` calls `on_train_end` at the end of every round. A tracker would close its run there, and log the next round
-    to a new run.
-    """
-
-    def __init__(self, handler: CallbackHandler, report_to: str | list[str] | None):
-        super().__init__(
-            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
-        )
-        self.trackers = tuple(get_reporting_integration_callbacks(report_to))
-
-    def on_train_end(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> TrainerControl:
-        return self._end([c for c in self.callbacks if not isinstance(c, self.trackers)], args, state, control)
-
-    def end_trackers(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
-        """Close the trackers after the last round."""
-        return self._end(self.open_trackers, args, state, control)
-
-    @property
-    def open_trackers(self) -> list[TrainerCallback]:
-        """list of [`~transformers.TrainerCallback`]: the trackers, open until [`end_trackers`] is called."""
-        return [callback for callback in self.callbacks if isinstance(callback, self.trackers)]
-
-    def _end(self, callbacks: list[TrainerCallback], args, state, control) -> TrainerControl:
-        everyone, self.callbacks = self.callbacks, callbacks
-        try:
-            return super().on_train_end(args, state, control)
-        finally:
-            self.callbacks = everyone
 
 
 def report_run(output_dir: str, trackers: list[TrainerCallback], step: int) -> None:

@@ -1,10 +1,14 @@
-"""How far a reward model's confidence can be believed: metrics of held-out pairs, and the temperature that mends it."""
+"""The temperature that calibrates a model on held-out pairs, and what a round is measured by."""
 
 import logging
+from typing import Any
 
 import numpy as np
 
+from ..scoring.metrics import calibrated_metrics, preference_metrics, reliability_curve
 from ..scoring.pair_scores import sigmoid
+from .select import precision_threshold
+from .settings import RoundSettings
 
 
 logger = logging.getLogger(__name__)
@@ -12,23 +16,67 @@ logger = logging.getLogger(__name__)
 TEMPERATURE_RANGE = (0.1, 100.0)
 
 
+def measure(logits_of: dict[str, np.ndarray], settings: RoundSettings) -> dict[str, Any]:
+    """
+    Facts about the model of a round from its predictions on held-out pairs.
+
+    Args:
+        logits_of (`dict[str, np.ndarray]` of shape `(num_pairs,)` each):
+            Pair logits `z = r(chosen) - r(rejected)` of each held-out dataset by its name.
+        settings ([`~trl_ssrm.rounds.settings.RoundSettings`]):
+            Settings of the run.
+
+    Returns:
+        `dict[str, Any]`: the fitted `temperature` (1 if nothing calibrates), the `precision_threshold` for a target
+        precision (1, which nothing exceeds, if it can't be reached), and the metrics of [`preference_metrics`] and
+        [`calibrated_metrics`] with the name of each dataset before them.
+    """
+    facts: dict[str, Any] = {"temperature": 1.0}
+    calibrated_by = settings.calibrated_by
+    if calibrated_by is not None:
+        facts["temperature"] = fit_temperature(logits_of[calibrated_by])
+    for name, logits in logits_of.items():
+        metrics = preference_metrics(logits)
+        if calibrated_by is not None:
+            metrics |= calibrated_metrics(logits, facts["temperature"])
+        facts |= {f"{name}_{metric}": value for metric, value in metrics.items()}
+    if settings.target_precision is not None:
+        assert calibrated_by is not None
+        threshold = precision_threshold(logits_of[calibrated_by], facts["temperature"], settings.target_precision)
+        facts["precision_threshold"] = 1.0 if threshold is None else threshold
+    return facts
+
+
+def reliability(logits_of: dict[str, np.ndarray], temperature: float) -> dict[str, Any]:
+    """`dict[str, Any]`: the [`reliability_curve`] `before` and `after` the temperature, by held-out dataset."""
+    return {
+        name: {"before": reliability_curve(logits), "after": reliability_curve(logits, temperature)}
+        for name, logits in logits_of.items()
+    }
+
+
+def best_round(round_history: list[dict[str, Any]], settings: RoundSettings) -> int:
+    """`int`: the round with the lowest log-loss at the fitted temperature on the pairs that calibrate."""
+    metric = f"{settings.calibrated_by}_calibrated_log_loss"
+    return min(round_history, key=lambda facts: facts[metric])["round"]
+
+
 def fit_temperature(logits: np.ndarray) -> float:
     """
     Temperature with the lowest log-loss on pairs whose preferred completion is known.
 
-    The log-loss is convex in `1 / temperature`, so the zero of its slope is found by bisection. A temperature below 1 makes
-    the model surer than it was trained to be, and a few lucky pairs ask for that too: of those whose log-loss is within
-    one standard error of the lowest, the highest is taken then, 1 at most (the one-standard-error rule of Breiman et al.,
-    Classification and Regression Trees, 1984).
+    The log-loss is convex in `1 / temperature`, so bisection finds the zero of its slope. If the best temperature is below
+    1, we use the largest value up to 1 whose log-loss is within one standard error of the best (the one-standard-error rule
+    of Breiman et al., Classification and Regression Trees, 1984), since a few lucky pairs are enough to ask for a
+    temperature below 1.
 
     Args:
         logits (`np.ndarray` of shape `(num_pairs,)`):
             Pair logits `z = r(chosen) - r(rejected)`.
 
     Returns:
-        `float`: the temperature, kept within `[0.1, 100]`; a warning tells where an end of it is reached. Pairs that
-        are all ranked right call for no uncertainty at all, however few they are: then the temperature is left at 1,
-        with a warning.
+        `float`: the temperature, within `[0.1, 100]`. If an end of this range is reached, a warning is logged. If all pairs
+        are ranked right, no temperature can be fitted: it is 1, with a warning.
     """
     logits = logits.astype(np.float64)
     if np.all(logits > 0):
@@ -58,8 +106,8 @@ def fit_temperature(logits: np.ndarray) -> float:
 
 def _least_sharpening(logits: np.ndarray, best: float) -> float:
     """
-    The highest temperature from the best one to 1 whose log-loss is within one standard error of that of the best; the
-    best one itself, if it is not below 1.
+    The highest temperature from the best one to 1 whose log-loss is within one standard error of the lowest. If the best
+    one is not below 1, it is returned.
     """
     if best >= 1:
         return best

@@ -1,5 +1,6 @@
-"""What one round trains and scores with: pairs that have weights, soft labels or two orders, in any launcher."""
+"""`RewardTrainer` for pairs that have weights, soft labels or two orders, in any launcher."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -29,8 +30,8 @@ T = TypeVar("T")
 
 class PairTrainer(RewardTrainer):
     """
-    [`~trl.RewardTrainer`] for pairs that have a weight, a soft label or two orders besides, which can score pairs too. It
-    knows nothing of rounds; [`SSRMTrainer`] does.
+    [`~trl.RewardTrainer`] for pairs with a weight, a soft label or two orders. It can score pairs too. It knows nothing of
+    rounds.
     """
 
     # What `Trainer` leaves open, and what `SSRMTrainer` sets.
@@ -56,7 +57,7 @@ class PairTrainer(RewardTrainer):
 
     @functools.cached_property
     def _training_layout(self) -> str:
-        """The same in training, where the halves of a batch are pairs, and where no pool means to do as the parent does."""
+        """Layout in training, where the two halves of a batch are pairs. Without a pool it is TRL's own, unless asked for."""
         args = self.args
         is_on = isinstance(args, SSRMConfig) and (self.has_pool if args.share_prompts is None else args.share_prompts)
         has_pairs = self.comparison is None or args.comparison_orders == "both"
@@ -64,6 +65,17 @@ class PairTrainer(RewardTrainer):
         # dropout differs from sequence to sequence.
         is_plain = not args.torch_compile and args.n_gpu <= 1 and args.disable_dropout
         return self.layout if is_on and has_pairs and is_plain else "padded"
+
+    def _default_collator(self) -> ConfidenceFilteredDataCollator:
+        # The selection has chosen the pairs, so the threshold of the collator leaves out none.
+        return ConfidenceFilteredDataCollator(
+            pad_token_id=self.processing_class.pad_token_id,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]  # `"auto"` is resolved
+            pseudo_label_type=self.args.pseudo_label_type,
+            pseudo_label_weight=self.args.pseudo_label_weight,
+            comparison_seed=None if self.comparison is None else self.args.seed,
+            comparison_orders=self.args.comparison_orders,
+        )
 
     def on_main_process(self, function: Callable[[], T]) -> T:
         """
@@ -88,7 +100,7 @@ class PairTrainer(RewardTrainer):
             name (`str`):
                 What the pairs are called on the progress bar and in an error.
             kwargs (`dict[str, Any]`):
-                `rows`, `directory`, `key` and `engine` of [`~trl_ssrm.scoring.score.score_pairs`].
+                `rows`, `directory` and `key` of [`~trl_ssrm.scoring.score.score_pairs`].
 
         Returns:
             [`PairScores`]: the scores at temperature 1, the same in every process.
@@ -119,7 +131,7 @@ class PairTrainer(RewardTrainer):
     def _compute_loss(self, model, inputs, return_outputs, num_items_in_batch):
         if self.comparison is not None:
             return self._compute_comparison_loss(model, inputs, return_outputs)
-        # The parent would hand them to the model.
+        # `RewardTrainer` would hand them to the model.
         label, weight = inputs.pop("label", None), inputs.pop("weight", None)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if weight is not None:
@@ -152,10 +164,10 @@ class PairTrainer(RewardTrainer):
             return self._tokenized(dataset, processing_class, args, dataset_name)
 
     def _tokenized(self, dataset, processing_class, args, dataset_name):
-        # They would be taken for the collator's own.
-        taken = [name for name in ("probability", "weight") if name in (dataset.column_names or [])]
-        if taken and (self.has_pool or self.comparison is not None):
-            dataset = dataset.remove_columns(taken)
+        # The collator would take the column for a pseudo-label.
+        is_ours = self.has_pool or self.comparison is not None
+        if is_ours and "probability" in (dataset.column_names or []):
+            dataset = dataset.remove_columns("probability")
         # Private in `RewardTrainer`, which takes a dataset with these two columns as tokenized.
         if self.comparison is not None and "chosen_ids" not in (dataset.column_names or []):
             dataset = tokenize_comparisons(
@@ -172,11 +184,30 @@ class PairTrainer(RewardTrainer):
             name,
         )
 
+    def tokenize(self, dataset: Any, name: str, max_length: int | None) -> Any:
+        """
+        Tokenize preference pairs exactly as the labeled ones are.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Preference pairs.
+            name (`str`):
+                Name of the dataset without `_dataset`, for errors and progress bars.
+            max_length (`int`, *optional*):
+                Longest sequence in tokens; pairs with a longer one are left out.
+
+        Returns:
+            [`~datasets.Dataset`]: the pairs with `chosen_ids` and `rejected_ids`.
+        """
+        args = copy.copy(self.args)
+        args.max_length = max_length
+        return self._prepare_dataset(dataset, self.processing_class, args, name)
+
     def _set_signature_columns_if_needed(self):
         # Private in `Trainer`: the only place that says which columns reach the collator.
         super()._set_signature_columns_if_needed()
         if "probability" not in self._signature_columns:
-            self._signature_columns += ["probability", "weight"]
+            self._signature_columns += ["probability"]
 
     # Both are private in `Trainer`: the only place that sees the dataset before its columns are left out.
     def _get_train_sampler(self, train_dataset=None):
@@ -186,7 +217,7 @@ class PairTrainer(RewardTrainer):
         return super()._get_eval_sampler(self._with_lengths(eval_dataset))
 
     def _with_lengths(self, dataset):
-        """With the lengths that `train_sampling_strategy` asks for, which the parent can't tell of pairs."""
+        """The dataset with the lengths that `train_sampling_strategy` asks for, which `Trainer` can't tell of pairs."""
         by_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
         name = self.args.length_column_name
         if not by_length or not isinstance(dataset, Dataset) or name in dataset.column_names:
@@ -219,6 +250,6 @@ class PairTrainer(RewardTrainer):
 
 
 def weighted_loss(logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The parent's loss with a weight and a target probability for each pair; with 1 and 1 it is the same."""
+    """TRL's loss with a weight and a target probability for each pair. With 1 and 1 it is TRL's."""
     losses = label * nn.functional.logsigmoid(logits) + (1 - label) * nn.functional.logsigmoid(-logits)
     return -(weight * losses).mean()

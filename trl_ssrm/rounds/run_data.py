@@ -1,24 +1,24 @@
 """What the datasets of a run become: labeled and held-out pairs with their sequences indexed, and the pool."""
 
-import copy
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from ..config import SSRMConfig
 from ..data.build_pool import build_pool
 from ..data.formats import report_dropped
 from ..data.pool import Pool
+from ..data.prompts import prompt_groups
 from ..data.sequences import PairedSequences
 from ..io.storage import BATCH_ROWS, content_hash
 from ..models.classifier import num_positions
 from .run_directory import RunDirectory
-
-
-if TYPE_CHECKING:
-    from ..trainer import SSRMTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,16 @@ class RunData:
     held_out: dict[str, PairedSequences]
     pool: Pool
 
+    @functools.cached_property
+    def prompts(self) -> np.ndarray:
+        """`np.ndarray` of shape `(num_labeled,)`, int64: number of the prompt of each labeled pair."""
+        return prompt_groups(self.labeled)
+
+    @property
+    def num_prompts(self) -> int:
+        """`int`: number of prompts of the labeled pairs."""
+        return int(self.prompts.max()) + 1
+
     @property
     def all_pairs(self) -> dict[str, PairedSequences]:
         """`dict[str, PairedSequences]`: the pairs of each dataset by its name."""
@@ -65,23 +75,37 @@ class RunData:
 
 
 def prepare_run_data(
-    trainer: "SSRMTrainer",
-    train_dataset: Dataset,
-    eval_dataset: Any,
+    given: dict[str, Any],
+    prepared: dict[str, Any],
     unlabeled_dataset: Any,
-    calibration_dataset: Dataset | None,
+    tokenize: Callable[[Any, str, int | None], Any],
+    model: Any,
+    args: SSRMConfig,
     is_conversational: bool | None,
+    by_pair: bool,
 ) -> RunData:
     """
-    Index the labeled and held-out pairs, and make the pool of those that are in none of them.
+    Index the labeled and held-out pairs, and make the pool of the pairs that are in none of them.
 
     Args:
-        trainer ([`SSRMTrainer`]):
-            The trainer, which has tokenized `train_dataset` and `eval_dataset` by now.
-        train_dataset, eval_dataset, unlabeled_dataset, calibration_dataset:
-            The datasets as they were given to it.
+        given (`dict[str, Any]`):
+            The labeled datasets as they were given to the trainer: `"train"`, `"eval"`, or `"eval_..."` for each of
+            several, and `"calibration"`.
+        prepared (`dict[str, Any]`):
+            The same, tokenized, without `"calibration"`.
+        unlabeled_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The pool as it was given.
+        tokenize (`Callable`):
+            Function of a dataset, the name it has in errors, and the longest sequence in tokens (`None` for any), which
+            tokenizes it as [`~trl.RewardTrainer`] does.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, whose vocabulary and positions have to be enough.
+        args ([`SSRMConfig`]):
+            Configuration of the trainer.
         is_conversational (`bool`, *optional*):
             Whether the labeled data is conversational.
+        by_pair (`bool`):
+            Whether a sequence depends on both completions of a pair, as for a pairwise model.
 
     Returns:
         [`RunData`]
@@ -90,55 +114,43 @@ def prepare_run_data(
         ValueError: If every row of a dataset is too long, `calibration_dataset` shares pairs with `train_dataset`, or
             token IDs are beyond the vocabulary of the model, or sequences beyond its positions.
     """
-    args, tokenizer = trainer.args, trainer.processing_class
-    without_filter = copy.copy(args)
-    without_filter.max_length = None
-    labeled = trainer.train_dataset
-    report_too_long("train_dataset", len(train_dataset), len(labeled), args.max_length)
-    raw = by_name(eval_dataset, "eval")
-    prepared_of = {name: (raw[name], prepared) for name, prepared in by_name(trainer.eval_dataset, "eval").items()}
-    # `_prepare_dataset` is private in `RewardTrainer`: the pool has to be tokenized exactly as the labeled pairs.
-    if calibration_dataset is not None:
-        prepared = trainer._prepare_dataset(calibration_dataset, tokenizer, args, "calibration")
-        prepared_of["calibration"] = (calibration_dataset, prepared)
-    held_out: dict[str, PairedSequences] = {}
-    for name, (given, prepared) in prepared_of.items():
-        if not isinstance(prepared, Dataset):
-            logger.warning(f"`{name}` is a stream, so the metrics of a round leave it out.")
+    if "calibration" in given:
+        prepared = {**prepared, "calibration": tokenize(given["calibration"], "calibration", args.max_length)}
+    pairs_of: dict[str, PairedSequences] = {}
+    for name, dataset in prepared.items():
+        if not isinstance(dataset, Dataset):
+            logger.warning(f"`{name}_dataset` is a stream, so the metrics of a round leave it out.")
             continue
-        report_too_long(name, len(given), len(prepared), args.max_length)
-        check_vocabulary(prepared, f"{name}_dataset", trainer.model)
-        held_out[name] = PairedSequences.from_tokenized(prepared)
-        check_positions(held_out[name], f"{name}_dataset", trainer.model)
-    check_vocabulary(labeled, "train_dataset", trainer.model)
-    labeled_pairs = PairedSequences.from_tokenized(labeled)
-    check_positions(labeled_pairs, "train_dataset", trainer.model)
-    known_pairs = {"the labeled pairs": set(labeled_pairs.pair_keys())}
-    known_pairs |= {name: set(pairs.pair_keys()) for name, pairs in held_out.items()}
-    if common := known_pairs["the labeled pairs"] & known_pairs.get("calibration", set()):
+        report_too_long(f"{name}_dataset", len(given[name]), len(dataset), args.max_length)
+        check_vocabulary(dataset, f"{name}_dataset", model)
+        pairs_of[name] = PairedSequences.from_tokenized(dataset)
+        check_positions(pairs_of[name], f"{name}_dataset", model)
+    known_pairs = {name: set(pairs.pair_keys()) for name, pairs in pairs_of.items()}
+    if common := known_pairs["train"] & known_pairs.get("calibration", set()):
         raise ValueError(
-            f"`calibration_dataset` shares {len(common)} pairs with `train_dataset`, of which the model is surer than of "
-            "others; leave them out of one of the two."
+            f"`calibration_dataset` shares {len(common)} pairs with `train_dataset`. The model is surer of pairs that it was "
+            "trained on, so they can't calibrate it; leave them out of one of the two."
         )
     pool = build_pool(
         unlabeled_dataset,
-        lambda dataset: trainer._prepare_dataset(dataset, tokenizer, without_filter, "unlabeled"),
+        lambda dataset: tokenize(dataset, "unlabeled", None),
         seed=args.seed,
         max_length=args.max_length,
         max_samples=args.max_unlabeled_samples,
         is_conversational=is_conversational,
         with_gold=args.track_pseudo_label_accuracy,
-        known_pairs=known_pairs,
-        by_pair=trainer.comparison is not None,
+        known_pairs={"the labeled pairs" if name == "train" else name: keys for name, keys in known_pairs.items()},
+        by_pair=by_pair,
         stream_dir=RunDirectory(str(args.output_dir)).root / "pool",
     )
-    check_positions(pool.pairs, "unlabeled_dataset", trainer.model)
+    check_positions(pool.pairs, "unlabeled_dataset", model)
+    labeled, labeled_pairs = prepared["train"], pairs_of.pop("train")
     margins = list(labeled["margin"]) if "margin" in labeled.column_names else None
-    return RunData(labeled, labeled_pairs, margins, held_out, pool)
+    return RunData(labeled, labeled_pairs, margins, pairs_of, pool)
 
 
 def report_too_long(name: str, num_given: int, num_left: int, max_length: int | None) -> None:
-    """Count what `RewardTrainer` leaves out without a word, and refuse to go on with nothing."""
+    """Log how many rows `RewardTrainer` has left out, and refuse to go on with none."""
     reason = f"longer than max_length={max_length}"
     report_dropped(name, {reason: num_given - num_left})
     if num_left == 0:

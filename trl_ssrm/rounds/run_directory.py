@@ -26,12 +26,9 @@ import errno
 import functools
 import importlib.metadata
 import logging
-import math
 import os
 import platform
-import shutil
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,12 +43,10 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import __version__
-from ..config import SSRMConfig
 from ..io.files import WriteError, delete_left_aside, read_record, telling_where, write_record
 from ..io.storage import (
     changed_facts,
     content_hash,
-    file_hash,
     read_facts,
     read_numbers,
     read_table,
@@ -60,67 +55,17 @@ from ..io.storage import (
     write_tensors,
 )
 from ..models.sharding import fill, shape_of, trainable_parameters
-from ..scoring.vllm_scoring import DIRECTORY_PREFIX
+from .checkpoints import CHECKPOINT_MARKER, damage_of, mark_checkpoint
+from .label import LABEL_FEATURES
 
 
 logger = logging.getLogger(__name__)
-
-# To be raised when files of a run are read in another way than before: a run of another version is refused.
-FORMAT = 2
-
-# Written into a checkpoint when all of it is on disk, with the checksums of its files. `Trainer` itself gives no sign of
-# that, and would resume from half a checkpoint.
-CHECKPOINT_MARKER = "checkpoint_complete"
 
 # Workers that load data outlive a killed process by some seconds, and may hold its lock until then.
 SECONDS_TO_WAIT_FOR_LOCK = 10
 
 # Told in the report, whatever they were when the round ended.
 _REPORTED_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft")
-
-# Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
-_DECISIVE_SETTINGS = (
-    *(
-        name
-        for name in SSRMConfig.__annotations__
-        if name not in ("score_batch_tokens", "vllm_gpu_memory_utilization", "track_pseudo_label_accuracy")
-    ),
-    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm"),
-    *("seed", "data_seed", "bf16", "fp16", "max_length", "center_rewards_coefficient", "disable_dropout"),
-    *("load_best_model_at_end", "metric_for_best_model", "neftune_noise_alpha", "train_sampling_strategy"),
-)
-
-
-def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
-    """
-    What decides the result of a run.
-
-    Args:
-        args ([`SSRMConfig`]):
-            Settings of the run.
-        model ([`~torch.nn.Module`]):
-            Model of the run; its class and the shapes of its parameters count.
-        data (`dict[str, Any]`):
-            Fingerprints of the datasets, by their names.
-
-    Returns:
-        `dict[str, Any]`: JSON values by the names of what they stand for.
-    """
-    settings = args.to_dict()
-    shapes = sorted((name, shape_of(parameter)) for name, parameter in model.named_parameters())
-    return {
-        "format": FORMAT,
-        **{name: _as_told(settings[name]) for name in _DECISIVE_SETTINGS},
-        "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "model": f"{type(model).__name__} {content_hash(shapes)}",
-        **data,
-    }
-
-
-def _as_told(setting: Any) -> Any:
-    """A setting as JSON keeps it apart from others: `max_grad_norm` may be infinite."""
-    return str(setting) if isinstance(setting, float) and not math.isfinite(setting) else setting
 
 
 class RunDirectory:
@@ -233,8 +178,6 @@ class RunDirectory:
                 "it was started with, or choose another `output_dir`."
             )
         delete_left_aside(self.root)
-        for left in self.root.glob(f"{DIRECTORY_PREFIX}*"):
-            shutil.rmtree(left)
 
     def write_weights(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         """Keep the trainable weights of a model, as [`~trl_ssrm.models.sharding.whole_weights`] gives them."""
@@ -364,27 +307,31 @@ class RunDirectory:
         path = self._pseudo_labels_path(round)
         return read_table(path, self.key(path))
 
-    def read_numbers_of_pseudo_labels(
-        self, round: int, columns: list[str]
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """The same without the texts; see [`~trl_ssrm.io.storage.read_numbers`]."""
+    def read_labels(self, round: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """
+        The pseudo-labels that a round trains on, without the texts, and the facts about them.
+
+        Raises:
+            ValueError: If the file is missing, damaged or of another run.
+        """
         path = self._pseudo_labels_path(round)
-        return read_numbers(path, columns, self.key(path))
+        stored = read_numbers(path, list(LABEL_FEATURES), self.key(path))
+        if stored is None:
+            raise ValueError(
+                f"The pseudo-labels of round {round} in {self.round_dir(round)} are missing or damaged; put copies in their "
+                "place, or start the run anew in another `output_dir`."
+            )
+        return stored
 
     def _pseudo_labels_path(self, round: int) -> Path:
         return self.round_dir(round) / "pseudo_labels.parquet"
 
     def end_checkpoint(self, checkpoint: Path) -> None:
-        """Say that a checkpoint is whole, and what its files are."""
-        path = checkpoint / CHECKPOINT_MARKER
-        # What a killed process has left of this step is written over; an old sign may not vouch for what is new. Some file
-        # systems need room to delete, too.
-        with telling_where(path):
-            path.unlink(missing_ok=True)
-        self._write(path, {"files": _hashes(checkpoint)})
+        """Mark a checkpoint as whole."""
+        mark_checkpoint(checkpoint, self.key(checkpoint / CHECKPOINT_MARKER))
 
     def last_checkpoint(self, round: int) -> str | None:
-        """`str` or `None`: directory of the last checkpoint of a round that is whole; what is damaged is logged."""
+        """`str` or `None`: directory of the last checkpoint of a round that is whole. A damaged one is logged."""
         ended = [path.parent for path in self.round_dir(round).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{CHECKPOINT_MARKER}")]
         for checkpoint in sorted(ended, key=lambda path: -int(path.name.rsplit("-", 1)[1])):
             if (damage := self.damage_of(checkpoint)) is None:
@@ -393,13 +340,8 @@ class RunDirectory:
         return None
 
     def damage_of(self, checkpoint: Path) -> str | None:
-        """`str` or `None`: what is wrong with a checkpoint that was written to its end."""
-        marker = checkpoint / CHECKPOINT_MARKER
-        try:
-            is_whole = read_record(marker, self.key(marker))["files"] == _hashes(checkpoint)
-        except ValueError as error:
-            return str(error)
-        return None if is_whole else f"{checkpoint} is damaged"
+        """`str` or `None`: what is wrong with a checkpoint that was marked as whole."""
+        return damage_of(checkpoint, self.key(checkpoint / CHECKPOINT_MARKER))
 
     def weights_path(self, round: int) -> Path:
         """`Path`: trainable weights after a round; round -1 stands for the initial ones."""
@@ -421,6 +363,10 @@ class RunDirectory:
         tensors = read_tensors(path, self.key(path))
         return None if tensors is None else {name: tensor.numpy() for name, tensor in tensors.items()}
 
+    def has_fold(self, round: int, fold: int) -> bool:
+        """`bool`: whether the predictions of a fold model are there and whole."""
+        return self.read_fold(round, fold) is not None
+
     def _fold_logits_path(self, round: int, fold: int) -> Path:
         return self.round_dir(round) / f"fold_{fold}" / "logits.safetensors"
 
@@ -432,13 +378,3 @@ class RunDirectory:
                 for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
                     if round < self.num_finished - 1:
                         weights.unlink()
-
-
-def _hashes(checkpoint: Path) -> dict[str, str]:
-    """Checksum of each file of a checkpoint, by its place there."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKPOINT_MARKER)
-    # Gigabytes of weights and as many of the optimizer, which are hashed at the same time.
-    with ThreadPoolExecutor() as pool:
-        return dict(
-            zip((path.relative_to(checkpoint).as_posix() for path in files), pool.map(file_hash, files), strict=True)
-        )

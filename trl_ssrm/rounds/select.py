@@ -1,4 +1,4 @@
-"""From scores to kept pairs. A selection idea is a function of [`PairScores`] that returns a mask."""
+"""From scores to kept pairs: arrays in, a mask out. A selection policy is a function of [`PairScores`] like these."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,23 @@ from ..scoring.pair_scores import PairScores, sigmoid
 
 
 SelectionPolicy = Callable[[PairScores], np.ndarray]
+
+
+def candidates(scores: PairScores) -> np.ndarray:
+    """
+    Pairs that can have a pseudo-label at all.
+
+    Args:
+        scores ([`PairScores`]):
+            Scores of the pairs.
+
+    Returns:
+        `np.ndarray` of shape `(num_pairs,)`, bool: pairs that are no ties and, where several models were asked, on which
+        all of them agree.
+    """
+    # Rewards so close that the confidence rounds to one half are a tie too: the collator trains on none of them.
+    is_candidate = scores.confidence > 0.5
+    return is_candidate if scores.models_agree is None else is_candidate & scores.models_agree
 
 
 def above_threshold(scores: PairScores, threshold: float) -> np.ndarray:
@@ -38,8 +55,8 @@ def fraction_threshold(scores: PairScores, fraction: float) -> float:
             Share of the pairs to keep, in `(0, 1]`.
 
     Returns:
-        `float`: the threshold, for [`above_threshold`], which at most that share of the pairs, rounded up, exceeds. Of
-        pairs with the same confidence at the border none does, unless they are the most confident ones; then all do.
+        `float`: the threshold, for [`above_threshold`]. At most that share of the pairs, rounded up, exceeds it. Pairs with
+        the same confidence at the border are all left out, unless they are the most confident ones: then all are kept.
     """
     # 0.07 * 100 is more than 7.
     num_kept = int(np.ceil(fraction * len(scores.logits) - 1e-9))
@@ -51,7 +68,7 @@ def fraction_threshold(scores: PairScores, fraction: float) -> float:
 
 def precision_threshold(logits: np.ndarray, temperature: float, target_precision: float) -> float | None:
     """
-    Lowest confidence above which pseudo-labels are right as often as wanted, as far as held-out labels can tell.
+    Lowest confidence above which pseudo-labels are right as often as wanted, estimated on held-out labels.
 
     The bound is that of Wilson at 95 %, one-sided ([Interval Estimation for a Binomial
     Proportion](https://doi.org/10.1214/ss/1009213286)). Labels that are all right reach 0.95 from 52 pairs on, and 0.99
@@ -85,71 +102,3 @@ def wilson_lower_bound(right: np.ndarray, count: np.ndarray) -> np.ndarray:
     center = share + quantile**2 / (2 * number)
     spread = quantile * np.sqrt(share * (1 - share) / number + quantile**2 / (4 * number**2))
     return np.where(count > 0, (center - spread) / (1 + quantile**2 / number), 0.0)
-
-
-def adaptive_threshold(scores: PairScores, previous: float | None, momentum: float = 0.5) -> float:
-    """
-    Threshold that follows the state of the model: the mean confidence on the pool, averaged over the rounds, as in
-    [FreeMatch](https://huggingface.co/papers/2205.07246). A model that is unsure keeps its surest half or so, and the
-    threshold rises as it becomes surer.
-
-    Args:
-        scores ([`PairScores`]):
-            Scores of the pairs.
-        previous (`float`, *optional*):
-            Threshold of the round before. `None` in the first one.
-        momentum (`float`, *optional*, defaults to `0.5`):
-            Share of the threshold that is kept from the round before.
-
-    Returns:
-        `float`: the threshold, for [`above_threshold`].
-    """
-    mean = float(scores.confidence.mean())
-    return mean if previous is None else momentum * previous + (1 - momentum) * mean
-
-
-def balanced(mask: np.ndarray, confidence: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """
-    Let the kept pairs look like the pool: no group of pairs gets more than its share of what was selected.
-
-    Of a group with too many pairs the most confident stay. Groups that are short are not filled up.
-
-    Args:
-        mask (`np.ndarray` of shape `(num_pairs,)`, bool):
-            The pairs that were selected.
-        confidence (`np.ndarray` of shape `(num_pairs,)`):
-            Confidence in their pseudo-labels.
-        groups (`np.ndarray` of shape `(num_pairs,)`):
-            Group of each pair.
-
-    Returns:
-        `np.ndarray` of shape `(num_pairs,)`, bool: the pairs that stay.
-    """
-    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
-    return within_quota(mask, confidence, group, np.ceil(mask.sum() * size / len(mask)))
-
-
-def within_quota(mask: np.ndarray, confidence: np.ndarray, group: np.ndarray, quota: np.ndarray) -> np.ndarray:
-    """
-    The most confident selected pairs of each group, up to a number for each.
-
-    Args:
-        mask (`np.ndarray` of shape `(num_pairs,)`, bool):
-            The pairs that were selected.
-        confidence (`np.ndarray` of shape `(num_pairs,)`):
-            Confidence in their pseudo-labels.
-        group (`np.ndarray` of shape `(num_pairs,)`, int64):
-            Number of the group of each pair.
-        quota (`np.ndarray` of shape `(num_groups,)`):
-            Most pairs that stay of each group.
-
-    Returns:
-        `np.ndarray` of shape `(num_pairs,)`, bool: the pairs that stay.
-    """
-    selected = np.flatnonzero(mask)
-    order = selected[np.lexsort((selected, -confidence[selected], group[selected]))]
-    first_of_group = np.searchsorted(group[order], np.arange(len(quota)))
-    place = np.arange(len(order)) - first_of_group[group[order]]
-    stays = np.zeros_like(mask)
-    stays[order[place < quota[group[order]]]] = True
-    return stays

@@ -1,0 +1,59 @@
+"""What decides the result of a run, so that it is resumed with the same settings and data only."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from ..config import SSRMConfig
+from ..io.storage import content_hash
+from ..models.sharding import shape_of
+
+
+# Raise it when the files of a run are read in another way than before. A run of another format is refused.
+FORMAT = 3
+
+# Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
+_DECISIVE_SETTINGS = (
+    *(
+        name
+        for name in SSRMConfig.__annotations__
+        # The content of the comparison counts, not its path.
+        if name not in ("score_batch_tokens", "track_pseudo_label_accuracy", "comparison")
+    ),
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm"),
+    *("seed", "data_seed", "bf16", "fp16", "max_length", "center_rewards_coefficient", "disable_dropout"),
+    *("load_best_model_at_end", "metric_for_best_model", "neftune_noise_alpha", "train_sampling_strategy"),
+)
+
+
+def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
+    """
+    What decides the result of a run.
+
+    Args:
+        args ([`SSRMConfig`]):
+            Settings of the run.
+        model ([`~torch.nn.Module`]):
+            Model of the run; its class and the shapes of its parameters count.
+        data (`dict[str, Any]`):
+            Fingerprints of the datasets, by their names.
+
+    Returns:
+        `dict[str, Any]`: JSON values by the names of what they stand for.
+    """
+    settings = args.to_dict()
+    shapes = sorted((name, shape_of(parameter)) for name, parameter in model.named_parameters())
+    return {
+        "format": FORMAT,
+        **{name: _as_told(settings[name]) for name in _DECISIVE_SETTINGS},
+        "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "model": f"{type(model).__name__} {content_hash(shapes)}",
+        **data,
+    }
+
+
+def _as_told(setting: Any) -> Any:
+    """A setting as JSON keeps it apart from others: `max_grad_norm` may be infinite."""
+    return str(setting) if isinstance(setting, float) and not math.isfinite(setting) else setting

@@ -1,0 +1,219 @@
+"""The steps of a round. Each takes what an interrupted run has left of it, so that the run goes on from there."""
+
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from ..data.pool import Pool
+from ..io.storage import content_hash
+from ..scoring.pair_scores import PairScores
+from ..scoring.score import NonFiniteScoreError
+from .calibrate import best_round, measure, reliability
+from .callback import PseudoLabelingCallback, RoundCallbackHandler
+from .folds import Folds, with_second_opinions
+from .label import (
+    PseudoLabels,
+    are_the_same,
+    features_to_store,
+    label,
+    labeling_facts,
+    length_difference,
+    with_texts,
+)
+from .labeling_summary import summarize_labeling
+from .round_trainer import RoundTrainer, RunRecorder
+from .run_identity import run_identity
+from .settings import RoundSettings
+
+
+logger = logging.getLogger(__name__)
+
+
+class RoundSteps(RoundTrainer):
+    """
+    [`~trl_ssrm.rounds.round_trainer.RoundTrainer`] with the steps that [`SSRMTrainer.train`] puts together: train and
+    measure the model of a round, score the pool, keep pseudo-labels, and say when to stop.
+    """
+
+    callback_handler: RoundCallbackHandler
+    pseudo_labeling_callback: PseudoLabelingCallback
+    recorder: RunRecorder
+    settings: RoundSettings
+    folds: Folds
+    labeling_facts: dict[str, Any]
+    termination_reason: str | None
+
+    def train_round(self, ignore_keys_for_eval: list[str] | None) -> None:
+        """Train the weights of the round, and its fold models, from the weights of the round before."""
+        run, round = self.run, self.round
+        if self._is_over:
+            return
+        self._tell("on_round_begin", round=round)
+        self.folds.train(round, ignore_keys_for_eval)
+        if self.on_main_process(lambda: run.is_trained(round)):
+            # The run was interrupted between training and measuring.
+            run.read_weights(run.weights_path(round), self.unwrapped_model)
+            self._load_state(round)
+            return
+        if round > 0 and self.args.round_init == "base":
+            run.read_weights(run.weights_path(-1), self.unwrapped_model)
+        self.train_once(self.on_main_process(lambda: run.last_checkpoint(round)), ignore_keys_for_eval)
+        self.write_weights(run.weights_path(round))
+        if self.accelerator.is_main_process:
+            run.write_state(round, self.state)
+        self.accelerator.wait_for_everyone()
+
+    def measure_round(self) -> None:
+        """Measure the model on the held-out pairs, fit the temperature, and log and keep the facts of the round."""
+        if self._is_over:
+            return
+        facts: dict[str, Any] = {"round": self.round}
+        logits_of: dict[str, np.ndarray] = {}
+        for name, pairs in self.data.held_out.items():
+            scores = self.score_pairs(pairs, f"{name}_dataset")
+            logits_of[name] = scores.logits
+            if scores.orders_agree is not None:
+                facts[f"{name}_order_disagreement"] = float(1 - scores.orders_agree.mean())
+        if self.folds.num_folds:
+            logits_of["cross_fit"] = self.folds.held_out_logits(self.round)
+        facts |= measure(logits_of, self.settings)
+        self.log(dict(facts))
+        self.recorder.log_history = self.state.log_history
+        steps = self._steps_before_round + self.state.global_step
+        # Facts about the pseudo-labels that this round was trained on. Round 0 had none.
+        facts = {**self.labeling_facts, **facts, "num_train_pairs": len(self.train_dataset), "global_step": steps}
+        self.round_history.append(facts)
+        if self.accelerator.is_main_process:
+            curves = reliability(logits_of, facts["temperature"])
+            self.run.write_round(self.round, facts, self.state.log_history, curves)
+            needed = {self.round} | ({-1} if self.args.round_init == "base" else set())
+            self.run.prune_weights(needed | ({self.kept_round} if self.settings.keeps_best_round else set()))
+        self.accelerator.wait_for_everyone()
+        self._tell("on_round_end", round=self.round, facts=facts, round_history=self.round_history)
+
+    def begin_labeling(self) -> None:
+        """Tell the callbacks that the pool is labeled now, and what is known of the round that labels it."""
+        facts = self.round_history[self.round]
+        self._tell("on_labeling_begin", round=self.round, facts=facts, settings=self.settings)
+
+    @property
+    def has_labels(self) -> bool:
+        """`bool`: whether an interrupted run has labeled the pool for the next round."""
+        return self.on_main_process(lambda: self.run.has_pseudo_labels(self.round + 1))
+
+    def score(self, share: np.ndarray) -> PairScores:
+        """Score a share of the pool, every distinct sequence once."""
+        pool, start = self.data.pool.take(share), time.perf_counter()
+        scores = self.pseudo_labeling_callback.score(self, pool, self.round)
+        self._scoring_seconds = time.perf_counter() - start
+        if not (is_finite := np.isfinite(scores.logits)).all():
+            raise NonFiniteScoreError("unlabeled_dataset", np.unique(pool.rows[~is_finite]).tolist())
+        return self.told_apart(scores, pool)
+
+    def score_pool(self, pool: Pool, round: int) -> PairScores:
+        """
+        Score pairs of the pool with the weights of a round and, with `num_folds`, with its fold models.
+
+        Args:
+            pool ([`Pool`]):
+                The pairs that the next round may train on.
+            round (`int`):
+                The round that has ended, whose weights are in the model.
+
+        Returns:
+            [`PairScores`]: the mean probability of all models, at the temperature of the round; the same in every process.
+
+        Raises:
+            NonFiniteScoreError: If a reward is NaN or infinite.
+        """
+        scores = self.score_with(self.run.weights_path(round), pool, self.run.round_dir(round + 1) / "scores")
+        others = self.folds.pool_logits(round) if self.folds.num_folds else []
+        return with_second_opinions(scores, others, self.round_history[round]["temperature"])
+
+    def keep(self, share: np.ndarray, scores: PairScores, kept: np.ndarray) -> None:
+        """Store the pseudo-labels of the kept pairs, and facts about them, for the next round."""
+        callback, pool, round = self.pseudo_labeling_callback, self.data.pool.take(share), self.round + 1
+        threshold = None if callback.has_own_policy else callback.threshold(scores)
+        facts = {
+            "round": round,
+            **labeling_facts(scores, kept, pool, threshold),
+            "scoring_seconds": self._scoring_seconds,
+            "scoring_pairs_per_second": len(pool) / self._scoring_seconds,
+        }
+        if self.accelerator.is_main_process:
+            labels = label(scores, share, kept)
+            difference = None if scores.lengths is None else length_difference(scores)
+            self.run.write_labeling(round, summarize_labeling(pool, scores, kept, threshold, difference))
+            parts = with_texts(labels, round, pool, kept)
+            self.run.write_pseudo_labels(round, features_to_store(pool), parts, facts)
+        self.accelerator.wait_for_everyone()
+
+    def read_labels(self) -> PseudoLabels:
+        """Read the pseudo-labels for the next round, and log the facts about them."""
+        labels, self.labeling_facts = self.run.read_labels(self.round + 1)
+        self.log(dict(self.labeling_facts))
+        self._tell("on_labeling_end", round=self.round + 1, facts=self.labeling_facts)
+        return labels
+
+    def reason_to_stop(self, labels: PseudoLabels) -> str | None:
+        """`str` or `None`: why the next round is not trained, if it is not."""
+        if not len(labels["pair"]):
+            logger.warning(
+                f"Nothing was selected from the {self.labeling_facts['pool_size']} pairs of the pool after round "
+                f"{self.round}, so the rounds end here. Lower `confidence_threshold` or `target_precision`, or train round "
+                "0 longer."
+            )
+            return "nothing_selected"
+        if self.control.should_training_stop:
+            return "callback"
+        if self.round == 0 or self.args.pool_per_round == "shard":
+            return None
+        return "no_change" if are_the_same(self.run.read_labels(self.round)[0], labels) else None
+
+    @property
+    def kept_round(self) -> int:
+        """`int`: the round whose weights the run ends with, if it ended now."""
+        if self.settings.keeps_best_round:
+            return best_round(self.round_history, self.settings)
+        return self.round_history[-1]["round"]
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the current round was trained and measured before the run was resumed."""
+        return self.round < len(self.round_history)
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        """Fire an event of a round. `Trainer` sets `should_training_stop` at the end of each round; here callbacks do."""
+        self.control.should_training_stop = False
+        self.control = self.callback_handler.tell(event, self.args, self.state, self.control, **facts)
+
+    def _open_run(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Start a run in the output directory, or load the one in it up to the last round that is over."""
+        run, model = self.run, self.unwrapped_model
+        data = self.data.fingerprints
+        if (teacher := self.pseudo_labeling_callback.teacher) is not None:
+            data["teacher"] = teacher.fingerprint
+        if self.comparison is not None:
+            data["comparison"] = content_hash(asdict(self.comparison))
+        self.start_run(run_identity(self.args, model, data), resume_from_checkpoint)
+        num_finished = self.on_main_process(lambda: run.num_finished)
+        if num_finished == 0 and not self.on_main_process(run.weights_path(-1).is_file):
+            self.write_weights(run.weights_path(-1))
+        rounds = [run.read_round(round) for round in range(num_finished)]
+        self.round, self.labeling_facts = max(num_finished - 1, 0), {}
+        self.round_history = [round["facts"] for round in rounds]
+        self.recorder.log_history = rounds[-1]["log_history"] if rounds else []
+        run.read_weights(run.weights_path(num_finished - 1), model)
+        if num_finished > 0:
+            self._shard()
+        if self.args.freeze_backbone:
+            # In batches that depend on the content alone, so that a resumed run has the same features to the bit.
+            for name, pairs in self.data.all_pairs.items():
+                self.score_pairs(pairs, name)
+        if num_finished > 0:
+            self._load_state(self.round)
+            self.state.log_history = self.recorder.log_history
+            self.accelerator.print(f"Resuming the run in {self.args.output_dir} after round {self.round}.")
