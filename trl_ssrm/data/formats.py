@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 POOL_FORMATS = (
-    "`prompt` with `completions`, `prompt` with `completion_a` and `completion_b`, or the `chosen` and `rejected` of a "
-    "preference dataset"
+    "`prompt` with `completions`, `prompt` with `completion_a` and `completion_b`, or the `chosen` and `rejected` of "
+    "a preference dataset"
 )
 
 
@@ -31,15 +31,15 @@ def check_format(dataset: Dataset, name: str) -> None:
     if "completions" in columns:
         if not hasattr(dataset.features["completions"], "feature"):
             raise ValueError(
-                f"`completions` of `{name}` are of the type {dataset.features['completions']}; make it a list with one "
-                "entry for each completion."
+                f"`completions` of `{name}` are of the type {dataset.features['completions']}; make it a list with "
+                "one entry for each completion."
             )
     else:
         one, other = named_completions(dataset.features).items()
         if one[1] != other[1]:
             raise ValueError(
-                f"`{one[0]}` and `{other[0]}` of `{name}` have different fields or types ({one[1]} and {other[1]}), so "
-                "some fields would be lost; cast them to the same features."
+                f"`{one[0]}` and `{other[0]}` of `{name}` have different fields or types ({one[1]} and {other[1]}), "
+                "so some fields would be lost; cast them to the same features."
             )
 
 

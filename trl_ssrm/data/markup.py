@@ -35,12 +35,12 @@ def holds_special_tokens(value: Any, special_tokens: re.Pattern[str]) -> bool:
 
 def as_literal(value: Any, special_tokens: re.Pattern[str]) -> Any:
     """
-    Escape special tokens: each gets a zero-width space after its first character, so the tokenizer reads it as ordinary
-    characters.
+    Escape special tokens: each gets a zero-width space after its first character, so the tokenizer reads it as
+    ordinary characters.
 
     A chat template writes special tokens around each message, and the tokenizer can't distinguish them from the same
-    characters in a message. Without escaping, an answer could end its turn and start a new one, and the reward would be
-    read after that forged turn.
+    characters in a message. Without escaping, an answer could end its turn and start a new one, and the reward would
+    be read after that forged turn.
 
     Args:
         value (`Any`):

@@ -14,9 +14,9 @@ def prompt_groups(dataset: Dataset) -> np.ndarray:
     """
     Number the distinct prompts of a dataset.
 
-    Without a column `prompt`, the prompt of a row is the common start of its two completions, or of their tokens. Of two
-    such starts, if one begins with the other, they count as the same prompt: answers that begin alike make the common
-    start longer than the prompt.
+    Without a column `prompt`, the prompt of a row is the common start of its two completions, or of their tokens. Of
+    two such starts, if one begins with the other, they count as the same prompt: answers that begin alike make the
+    common start longer than the prompt.
 
     Args:
         dataset ([`~datasets.Dataset`]):

@@ -52,7 +52,8 @@ class PairedSequences:
                 Columns `chosen_ids` and `rejected_ids`.
 
         Returns:
-            [`PairedSequences`]: the chosen sequence of each row as the first of a pair, the rejected one as the second.
+            [`PairedSequences`]: the chosen sequence of each row as the first of a pair, the rejected one as the
+            second.
         """
         columns = [
             dataset.select_columns(name).rename_column(name, "input_ids") for name in ("chosen_ids", "rejected_ids")
@@ -101,7 +102,7 @@ class PairedSequences:
         ]
 
     def take(self, pairs: np.ndarray) -> "PairedSequences":
-        """[`PairedSequences`]: the pairs at some positions (`(n,)`, int64), without the sequences that none of them has."""
+        """[`PairedSequences`]: some of the pairs, by their positions, without the sequences of the others."""
         return self if is_everything(pairs, len(self.first)) else self.pair_up(self.first[pairs], self.second[pairs])
 
     def pair_up(self, first: np.ndarray, second: np.ndarray, in_place: bool = False) -> "PairedSequences":
@@ -155,7 +156,7 @@ def select_rows(dataset: Dataset, rows: np.ndarray) -> Dataset:
         return dataset.select(range(start, start + len(rows)))
     rows = np.ascontiguousarray(rows, dtype=np.int64)
     indices = pa.chunked_array([rows.view(np.uint64)])
-    # `_indices` and `_fingerprint` are private in `Dataset`: the positions of a selection, and the name of its content.
+    # `_indices` and `_fingerprint` are private in `Dataset`: the positions of a selection and a name for its content.
     if dataset._indices is not None:
         indices = dataset._indices.column(0).take(indices)
     fingerprint = hashlib.blake2b(dataset._fingerprint.encode(), digest_size=8)

@@ -25,8 +25,8 @@ def with_literal_messages(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Dataset | IterableDataset:
     """
-    Escape special tokens in messages; see [`~trl_ssrm.data.markup.as_literal`]. Rows of plain text stay as they are: in
-    plain text, special tokens are the only way to mark turns.
+    Escape special tokens in messages; see [`~trl_ssrm.data.markup.as_literal`]. Rows of plain text stay as they are:
+    in plain text, special tokens are the only way to mark turns.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -63,8 +63,8 @@ def with_literal_messages(
     if not changed:
         return dataset
     logger.warning(
-        f"Messages in {len(changed)} rows of `{name}`, row {changed[0]} being the first, contain special tokens of the "
-        "tokenizer; they are read as plain characters, so that no message can open or end a turn."
+        f"Messages in {len(changed)} rows of `{name}`, row {changed[0]} being the first, contain special tokens of "
+        "the tokenizer; they are read as plain characters, so that no message can open or end a turn."
     )
     with PartialState().main_process_first():
         return dataset.map(make_literal, features=dataset.features, desc=f"Reading messages of {name} as text")

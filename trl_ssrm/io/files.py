@@ -62,8 +62,8 @@ def disk_error(error: BaseException) -> Exception | None:
             Exception of any library.
 
     Returns:
-        `Exception` or `None`: the exception itself, or an earlier one: after a full disk, closing the file may fail with
-        another error. `None` if no disk error is behind it.
+        `Exception` or `None`: the exception itself, or an earlier one: after a full disk, closing the file may fail
+        with another error. `None` if no disk error is behind it.
     """
     # Saving a checkpoint may upload it; those errors are of the network.
     is_of_network = isinstance(error, (ConnectionError, TimeoutError))
@@ -155,8 +155,8 @@ def read_record(path: Path, key: str | None = None) -> dict[str, Any]:
         `dict[str, Any]`: the value.
 
     Raises:
-        ValueError: If the file is missing or damaged, or has another key. The message ends without a full stop, so that
-            the caller can add the thing to do.
+        ValueError: If the file is missing or damaged, or has another key. The message has no full stop, so that the
+            caller can add the thing to do.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

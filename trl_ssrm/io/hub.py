@@ -17,8 +17,8 @@ _CONFIGS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 
 def check_model_is_there(name_or_path: Any, of: str = "", **kwargs: Any) -> None:
     """
-    Refuse a model that can't be loaded: no such folder, not in the cache, and the hub can't be reached. The hub is asked
-    once, which takes 10 seconds at most.
+    Refuse a model that can't be loaded: no such folder, not in the cache, and the hub can't be reached. The hub is
+    asked once, which takes 10 seconds at most.
 
     Args:
         name_or_path (`str` or [`~transformers.PreTrainedModel`]):
@@ -55,6 +55,6 @@ def check_model_is_there(name_or_path: Any, of: str = "", **kwargs: Any) -> None
     except Exception as error:
         # The type depends on the HTTP client, which differs between versions of huggingface_hub.
         raise ValueError(
-            f"{name}{of} is no folder here, and the hub can't be reached ({' '.join(str(error).split()):.200}); check the "
-            "path, or the connection."
+            f"{name}{of} is no folder here, and the hub can't be reached ({' '.join(str(error).split()):.200}); check "
+            "the path, or the connection."
         ) from error

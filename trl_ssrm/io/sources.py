@@ -21,16 +21,18 @@ def load_data(name_or_path: str, split: str | None = None, config: str | None = 
 
     Args:
         name_or_path (`str`):
-            A file (JSON lines, CSV, TSV or Parquet), a folder that [`~datasets.Dataset.save_to_disk`] wrote or that holds
-            such files, or the ID of a dataset on the hub. A file or folder is used before a dataset of the same name.
+            A file (JSON lines, CSV, TSV or Parquet), a folder that [`~datasets.Dataset.save_to_disk`] wrote or that
+            holds such files, or the ID of a dataset on the hub. A file or folder is used before a dataset of the same
+            name.
         split (`str`, *optional*):
-            Name of the split. If `None`, the only split, or `"train"` if there are several. A file has one split, which
-            is returned under any name.
+            Name of the split. If `None`, the only split, or `"train"` if there are several. A file has one split,
+            which is returned under any name.
         config (`str`, *optional*):
             Configuration of a dataset on the hub.
 
     Returns:
-        [`~datasets.Dataset`]: at least one row. The columns of a CSV file are text, except `margin`, which is a number.
+        [`~datasets.Dataset`]: at least one row. The columns of a CSV file are text, except `margin`, which is a
+        number.
 
     Raises:
         ValueError: If there is no such file, folder, dataset or split, or if it is empty or can't be read.
@@ -99,7 +101,7 @@ def _load_folder(path: Path) -> dict[str, Dataset]:
 
 
 def _options(files: list[Path]) -> dict[str, Any]:
-    """Arguments to read CSV files with: pandas would read the answers "42", "NA" and "" as a number and missing values."""
+    """Arguments to read CSV files as text: pandas would read the answers "42" and "NA" as a number and as missing."""
     if any(_FORMATS[file.suffix] != "csv" for file in files):
         return {}
     separator = "\t" if files[0].suffix == ".tsv" else ","

@@ -66,8 +66,8 @@ def read_tensors(path: Path, key: str = "") -> dict[str, torch.Tensor] | None:
             Key that the file must have.
 
     Returns:
-        `dict[str, torch.Tensor]` or `None`: the tensors, on the CPU. `None` if there is no such file, if it has another
-        key, or if it is damaged (logged).
+        `dict[str, torch.Tensor]` or `None`: the tensors, on the CPU. `None` if there is no such file, if it has
+        another key, or if it is damaged (logged).
     """
     if not path.is_file():
         return None
@@ -114,8 +114,8 @@ def write_table(
 
 def storable(feature: Any) -> Any:
     """
-    A feature type that Parquet can store. Parquet has no type for objects without fields, such as the empty arguments of
-    a tool call, so these are stored as JSON.
+    A feature type that Parquet can store. Parquet has no type for objects without fields, such as the empty arguments
+    of a tool call, so these are stored as JSON.
 
     Args:
         feature (`Any`):
@@ -186,8 +186,8 @@ def read_numbers(path: Path, columns: list[str], key: str = "") -> tuple[dict[st
             Key that the table must have.
 
     Returns:
-        `tuple[dict[str, np.ndarray], dict]` or `None`: the columns by name, each of shape `(num_rows,)`, and the facts.
-        `None` if there is no table yet, or if it is damaged or has another key (both logged).
+        `tuple[dict[str, np.ndarray], dict]` or `None`: the columns by name, each of shape `(num_rows,)`, and the
+        facts. `None` if there is no table yet, or if it is damaged or has another key (both logged).
     """
     try:
         facts = _whole_facts(path, key)
@@ -209,8 +209,8 @@ def read_numbers(path: Path, columns: list[str], key: str = "") -> tuple[dict[st
 
 def write_rows(directory: Path, rows: Iterable[dict[str, Any]], features: Features | None = None) -> Path:
     """
-    Write rows to disk as they come, for [`~datasets.Dataset.from_file`]. The file is named by a hash of its content, so
-    the cache that `datasets` keeps beside it belongs to these rows and to no others.
+    Write rows to disk as they come, for [`~datasets.Dataset.from_file`]. The file is named by a hash of its content,
+    so the cache that `datasets` keeps beside it belongs to these rows and to no others.
 
     Args:
         directory (`Path`):
@@ -361,8 +361,8 @@ def _as_dataset(rows: list[dict[str, Any]], features: Features | None, first_row
         return Dataset.from_list(rows, features=features)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"Rows {first_row} to {first_row + len(rows) - 1} of the stream can't be written ({error}); give each column "
-            "values of one type, and valid Unicode text."
+            f"Rows {first_row} to {first_row + len(rows) - 1} of the stream can't be written ({error}); give each "
+            "column values of one type, and valid Unicode text."
         ) from error
 
 
@@ -375,8 +375,8 @@ def _with_schema(part: Dataset, schema: pa.Schema, first_row: int) -> Dataset:
         adds_nothing = False
     if not adds_nothing:
         raise ValueError(
-            f"Rows {first_row} to {first_row + len(part) - 1} of the stream have columns, fields or types that the first "
-            f"{BATCH_ROWS} rows lack; create the stream with `features`."
+            f"Rows {first_row} to {first_row + len(part) - 1} of the stream have columns, fields or types that the "
+            f"first {BATCH_ROWS} rows lack; create the stream with `features`."
         )
     features, columns = Features.from_arrow_schema(schema), part.to_dict()
     return Dataset.from_dict({name: columns.get(name, [None] * len(part)) for name in features}, features=features)

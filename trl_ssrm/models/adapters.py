@@ -29,8 +29,8 @@ def with_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
     if peft_config is None or peft_config.task_type == TaskType.SEQ_CLS:
         return peft_config
     logger.warning(
-        "`peft_config` is used with `task_type='SEQ_CLS'`, which adds the score head to `modules_to_save`: it is trained "
-        "and saved."
+        "`peft_config` is used with `task_type='SEQ_CLS'`, which adds the score head to `modules_to_save`: it is "
+        "trained and saved."
     )
     peft_config = copy.deepcopy(peft_config)
     peft_config.task_type = TaskType.SEQ_CLS
@@ -47,8 +47,8 @@ def prepare_quantized(model: PeftModel) -> None:
     """
     Prepare an adapter on a quantized base for rounds of training and scoring, with its score head in float32.
 
-    [`~trl.RewardTrainer`] casts all trained weights beside a quantized base to bfloat16. There, neighboring values near 5
-    are 0.03 apart: rewards tie, and small updates are lost.
+    [`~trl.RewardTrainer`] casts all trained weights beside a quantized base to bfloat16. There, neighboring values
+    near 5 are 0.03 apart: rewards tie, and small updates are lost.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -67,8 +67,8 @@ def prepare_quantized(model: PeftModel) -> None:
                 if isinstance(head, torch.nn.Linear) and head.out_features == 1:
                     head.float().register_forward_pre_hook(in_precision_of_head)
         elif isinstance(module, Linear4bit):
-            # On a CPU, bitsandbytes 0.50 packs the weights in scoring for a kernel that has no gradient, and later rounds
-            # would train with a wrong gradient. This switch is not documented; there is no other one.
+            # On a CPU, bitsandbytes 0.50 packs the weights in scoring for a kernel that has no gradient, and later
+            # rounds would train with a wrong gradient. This switch is not documented; there is no other one.
             module.support_avx512bf16_for_cpu = False
     logger.warning("The score head beside the quantized base is trained and saved in float32.")
 

@@ -34,8 +34,8 @@ class FrozenBackbone:
     Freezes a sequence classifier except for its head, and stores the features that the head reads.
 
     The features of a sequence (one vector, for some encoders two) are computed in its first forward pass and kept in
-    memory in float32. Every later pass feeds them to the head in place of the backbone's hidden states. The class of the
-    model, its weights and its saved checkpoints do not change.
+    memory in float32. Every later pass feeds them to the head in place of the backbone's hidden states. The class of
+    the model, its weights and its saved checkpoints do not change.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -58,8 +58,8 @@ class FrozenBackbone:
         self.pad_token_id = model.config.get_text_config().pad_token_id
         # A decoder's classifier calls its head `score`, here and in transformers, and reads the last token with it.
         self.reads_last_token = isinstance(getattr(model, "score", None), nn.Module)
-        # Patched on the object, so that its class and `save_pretrained` stay as they are. A `partial`, since accelerate
-        # would bind the function of a bound method to the model.
+        # Patched on the object, so that its class and `save_pretrained` stay as they are. A `partial`, since
+        # accelerate would bind the function of a bound method to the model.
         model.forward = functools.partial(self._forward)  # type: ignore[method-assign]
         model.frozen_backbone = self  # type: ignore[assignment]
 
@@ -121,7 +121,7 @@ class FrozenBackbone:
         self.model.train(is_training)
         if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
             raise ValueError(
-                f"`freeze_backbone` can't tell which features the score head of {type(self.model).__name__} reads; leave "
-                "it out."
+                f"`freeze_backbone` can't tell which features the score head of {type(self.model).__name__} reads; "
+                "leave it out."
             )
         self.is_checked = True

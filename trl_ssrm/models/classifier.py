@@ -38,8 +38,8 @@ def windows_of_layers(config: Any) -> dict[str, int | None]:
             Configuration of the text model.
 
     Returns:
-        `dict[str, int | None]`: window by kind of layer, `None` without a limit. The kinds are those in `layer_types`. A
-        model without `layer_types` has one kind, `"full_attention"`, with the window of all layers.
+        `dict[str, int | None]`: window by kind of layer, `None` without a limit. The kinds are those in `layer_types`.
+        A model without `layer_types` has one kind, `"full_attention"`, with the window of all layers.
     """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

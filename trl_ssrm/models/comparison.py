@@ -34,8 +34,8 @@ class Comparison:
     """
     How a prompt and two answers are shown to a pairwise preference model, and how it answers.
 
-    The rendered template is given to the model as a message of the user. The model answers with one of two labels, each
-    a single token.
+    The rendered template is given to the model as a message of the user. The model answers with one of two labels,
+    each a single token.
 
     Args:
         template (`str`, *optional*):
@@ -82,11 +82,13 @@ class Comparison:
         Raises:
             ValueError: If there is no such file, or if it does not describe a comparison.
         """
-        path: str | None = str(name_or_path)
-        if not os.path.isfile(path):
-            if path.endswith(".json"):
-                raise ValueError(f"There is no file {path}; check the path of the comparison.")
-            path = cached_file(path, FILE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        path: str | None
+        if os.path.isfile(name_or_path):
+            path = name_or_path
+        elif str(name_or_path).endswith(".json"):
+            raise ValueError(f"There is no file {name_or_path}; check the path of the comparison.")
+        else:
+            path = cached_file(name_or_path, FILE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         if path is None:
             return None
         try:
@@ -150,8 +152,8 @@ class Comparison:
         self, tokenizer: PreTrainedTokenizerBase, prompt: Any, first: Any, second: Any
     ) -> tuple[list[int], list[int]]:
         """
-        Tokenize a comparison in both orders. If one is longer than `max_length`, the oldest turns of the prompt are left
-        out until both fit or one turn is left; answers are never cut.
+        Tokenize a comparison in both orders. If one is longer than `max_length`, the oldest turns of the prompt are
+        left out until both fit or one turn is left; answers are never cut.
 
         Args:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -190,20 +192,20 @@ class Comparison:
                 Tokenizer of the model.
 
         Returns:
-            `tuple[int, int]`: for each label its token after the prompt. If the tokenizer merges the label with the end
-            of the prompt, the token of the label alone.
+            `tuple[int, int]`: for each label its token after the prompt. If the tokenizer merges the label with the
+            end of the prompt, the token of the label alone.
 
         Raises:
-            ValueError: If a label is not one token, if both are the same token, or if a comparison ends with the padding
-                token.
+            ValueError: If a label is not one token, if both are the same token, or if a comparison ends with the
+                padding token.
         """
         prompt = self._prompt(tokenizer, [{"role": "user", "content": "a"}], "b", "c")
         before = _token_ids(tokenizer, prompt)
         # A classifier reads the last token that is not the padding token, whatever the attention mask says.
         if before[-1] == (tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id):
             raise ValueError(
-                f"A comparison ends with {tokenizer.decode(before[-1:])!r}, which is the padding token too, so the model "
-                "would not read its end; set another `pad_token` of the tokenizer."
+                f"A comparison ends with {tokenizer.decode(before[-1:])!r}, which is the padding token too, so the "
+                "model would not read its end; set another `pad_token` of the tokenizer."
             )
         ids = []
         for label in self.labels:
@@ -219,8 +221,8 @@ class Comparison:
                 )
         if ids[0] == ids[1]:
             raise ValueError(
-                f"The labels {self.labels[0]!r} and {self.labels[1]!r} are the same token of this tokenizer; choose other "
-                "`labels`."
+                f"The labels {self.labels[0]!r} and {self.labels[1]!r} are the same token of this tokenizer; choose "
+                "other `labels`."
             )
         return ids[0], ids[1]
 

@@ -49,8 +49,8 @@ def load_reward_model(
     check_model_is_there(model_name_or_path, **kwargs)
     if Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None:
         raise ValueError(
-            f"{model_name_or_path} is a pairwise model, which gives no reward to a single completion; use `PairwiseJudge`, "
-            "or train a scalar model with it as the teacher."
+            f"{model_name_or_path} is a pairwise model, which gives no reward to a single completion; use "
+            "`PairwiseJudge`, or train a scalar model with it as the teacher."
         )
     return _load_classifier(model_name_or_path, dtype, trust_remote_code, **kwargs)
 
@@ -124,8 +124,8 @@ def load_pairwise_model(
         [`~transformers.PreTrainedModel`]: the model, in evaluation mode.
 
     Raises:
-        ValueError: If there is no such model, if it is an encoder or a scalar reward model, or if weights other than the
-            score layer are missing in the checkpoint.
+        ValueError: If there is no such model, if it is an encoder or a scalar reward model, or if weights other than
+            the score layer are missing in the checkpoint.
     """
     check_model_is_there(model_name_or_path, **kwargs)
     was_pairwise = Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None
@@ -144,8 +144,8 @@ def load_pairwise_model(
     check_answers_behind(model)
     if is_adapter or not (info["missing_keys"] or was_pairwise):
         raise ValueError(
-            f"{model_name_or_path} is a scalar reward model, which can't score a comparison; start from a causal language "
-            "model."
+            f"{model_name_or_path} is a scalar reward model, which can't score a comparison; start from a causal "
+            "language model."
         )
     if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
         raise ValueError(
@@ -162,8 +162,8 @@ def check_answers_behind(model: Any) -> None:
     """Refuse a model without a score layer that reads the last token, such as an encoder."""
     if not hasattr(model, "score"):
         raise ValueError(
-            f"A pairwise preference model answers after the comparison, which {type(model).__name__} can't; start from a "
-            "causal language model."
+            f"A pairwise preference model answers after the comparison, which {type(model).__name__} can't; start "
+            "from a causal language model."
         )
 
 
@@ -172,7 +172,7 @@ def _output_embedding(
 ) -> torch.Tensor:
     """
     Rows of a causal language model's output embedding for two tokens: `(2, hidden_size)`, float32. `model` is the
-    classifier that was loaded from its checkpoint, `unused` the names of the weights that the classifier has no place for.
+    classifier that was loaded from its checkpoint, `unused` the names of weights that the classifier does not have.
     """
     embedding: Any = model.get_input_embeddings().weight
     # An output embedding that is not tied to the input embedding is in the checkpoint, but not in the classifier.
@@ -180,7 +180,7 @@ def _output_embedding(
     config = model.config.get_text_config()
     if not names and not config.tie_word_embeddings:
         raise ValueError(
-            f"{name_or_path} has no output embedding under the name `lm_head` or `embed_out`; rename it in the checkpoint."
+            f"{name_or_path} has no output embedding named `lm_head` or `embed_out`; rename it in the checkpoint."
         )
     between = [
         name for name in ("logits_scaling", "logit_scale", "final_logit_softcapping") if getattr(config, name, None)
@@ -188,8 +188,8 @@ def _output_embedding(
     between += [name for name in unused if name.endswith("lm_head.bias")]
     if between:
         logger.warning(
-            f"The language model has {', '.join(between)} between its last hidden state and its answer. The score layer "
-            "leaves it out, so before training the probabilities differ from the language model's."
+            f"The language model has {', '.join(between)} between its last hidden state and its answer. The score "
+            "layer leaves it out, so before training the probabilities differ from the language model's."
         )
     if not names:
         return embedding[list(token_ids)].float()
@@ -229,8 +229,8 @@ def whole_in_every_process() -> Iterator[None]:
     """
     Load complete models in every process, also under FSDP and DeepSpeed.
 
-    Under FSDP, transformers loads the weights in the first process only; under DeepSpeed ZeRO-3, a part of them in each
-    process. A trainer puts them together later, but models that score or generate have no trainer.
+    Under FSDP, transformers loads the weights in the first process only; under DeepSpeed ZeRO-3, a part of them in
+    each process. A trainer puts them together later, but models that score or generate have no trainer.
     """
     fsdp = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
     # Private in transformers: it has a function to unset this, but none to set it again.

@@ -20,8 +20,8 @@ def prepare_pairwise(
     """
     Choose the comparison, and load the model with a score layer that answers it.
 
-    The comparison is the one in `args.comparison`; else the one saved with the model, if the model is given by its name;
-    else the paper's. Its `max_length` is always the one in `args`.
+    The comparison is the one in `args.comparison`; else the one saved with the model, if the model is given by its
+    name; else the paper's. Its `max_length` is always the one in `args`.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -38,12 +38,13 @@ def prepare_pairwise(
         [`~trl.RewardTrainer`], which has nothing left to load.
 
     Raises:
-        ValueError: If the comparison can't be read, if the model can't answer one, or if it was trained on another one.
+        ValueError: If the comparison can't be read, if the model can't answer one, or if it was trained on another
+        one.
     """
     if args.chat_template_path is not None:
         raise ValueError(
-            "`chat_template_path` would change the text that a pairwise model reads; pass a `processing_class` with the "
-            "template."
+            "`chat_template_path` would change the text that a pairwise model reads; pass a `processing_class` with "
+            "the template."
         )
     kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # TRL has parsed a `str`
     comparison = _choose_comparison(model, args, kwargs.get("revision"))

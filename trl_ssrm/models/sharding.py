@@ -54,7 +54,8 @@ def shape_of(parameter: nn.Parameter) -> list[int]:
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """
-    The trained weights of a model, complete. If the model is sharded, all processes have to call this at the same time.
+    The trained weights of a model, complete. If the model is sharded, all processes have to call this at the same
+    time.
 
     Args:
         model ([`~torch.nn.Module`]):

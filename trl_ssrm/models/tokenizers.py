@@ -27,8 +27,8 @@ def check_tokenizer(args: SSRMConfig, tokenizer: PreTrainedTokenizerBase, is_con
     """Refuse a tokenizer that lacks a template or token which [`~trl.RewardTrainer`] needs for the data."""
     if is_conversational and tokenizer.chat_template is None and args.chat_template_path is None:
         raise ValueError(
-            "The data is conversational, but the tokenizer has no chat template; set `chat_template_path`, or give the "
-            "data as text."
+            "The data is conversational, but the tokenizer has no chat template; set `chat_template_path`, or give "
+            "the data as text."
         )
     eos_token = args.eos_token or tokenizer.eos_token
     if is_conversational is False and eos_token is None:

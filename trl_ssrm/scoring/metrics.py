@@ -19,11 +19,16 @@ def preference_metrics(logits: np.ndarray, temperature: float = 1.0) -> dict[str
             Divisor of the logits.
 
     Returns:
-        `dict[str, float]`: `accuracy` (a tie is wrong), `log_loss` in nats, `brier`, the mean squared distance of the
-        probability of the chosen completion from 1, `ece`, the expected calibration error over 15 bins of equal width
-        ([On Calibration of Modern Neural Networks](https://huggingface.co/papers/1706.04599)), `ece_floor`, what it would
-        be by chance if the confidence were right (see [`calibration_error_floor`]), and `adaptive_ece`, over 15 bins of
-        as many pairs each ([Measuring Calibration in Deep Learning](https://huggingface.co/papers/1904.01685)).
+        `dict[str, float]`:
+
+        - `accuracy`: share of pairs with the right sign; a tie is wrong.
+        - `log_loss`: mean negative log-probability of the chosen completion, in nats.
+        - `brier`: mean squared distance of the probability of the chosen completion from 1.
+        - `ece`: expected calibration error over 15 bins of equal width ([On Calibration of Modern Neural
+          Networks](https://huggingface.co/papers/1706.04599)).
+        - `ece_floor`: the `ece` to expect by chance if the confidence is right; see [`calibration_error_floor`].
+        - `adaptive_ece`: calibration error over 15 bins with equal numbers of pairs ([Measuring Calibration in Deep
+          Learning](https://huggingface.co/papers/1904.01685)).
     """
     scaled = logits.astype(np.float64) / temperature
     confidence, is_correct = sigmoid(np.abs(scaled)), scaled > 0
@@ -39,7 +44,7 @@ def preference_metrics(logits: np.ndarray, temperature: float = 1.0) -> dict[str
 
 def calibrated_metrics(logits: np.ndarray, temperature: float) -> dict[str, float]:
     """
-    The metrics of [`preference_metrics`] that a temperature changes, under names with `calibrated_` before them.
+    The metrics of [`preference_metrics`] that depend on the temperature, with the prefix `calibrated_`.
 
     Args:
         logits (`np.ndarray` of shape `(num_pairs,)`):
@@ -57,7 +62,7 @@ def calibrated_metrics(logits: np.ndarray, temperature: float) -> dict[str, floa
 
 def reliability_curve(logits: np.ndarray, temperature: float = 1.0) -> list[dict[str, float]]:
     """
-    How often the predictions are right, by how sure they are: what a reliability diagram draws.
+    Accuracy by confidence, the curve of a reliability diagram.
 
     Args:
         logits (`np.ndarray` of shape `(num_pairs,)`):
@@ -66,8 +71,8 @@ def reliability_curve(logits: np.ndarray, temperature: float = 1.0) -> list[dict
             Divisor of the logits.
 
     Returns:
-        `list[dict[str, float]]`: `confidence` and `accuracy`, the means over a bin, and `count`, its number of pairs,
-        for each of the bins of `ece` that is not empty, in ascending order.
+        `list[dict[str, float]]`: for each bin of `ece` with pairs, in ascending order: `confidence` and `accuracy`
+        (means over the bin) and `count` (number of pairs).
     """
     scaled = logits.astype(np.float64) / temperature
     confidence, is_correct = sigmoid(np.abs(scaled)), scaled > 0
@@ -84,7 +89,7 @@ def reliability_curve(logits: np.ndarray, temperature: float = 1.0) -> list[dict
 
 def expected_calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
     """
-    Mean distance of confidence from accuracy over bins of equal width on `[0, 1]`, weighted by their size.
+    Mean distance between confidence and accuracy over 15 bins of equal width on `[0, 1]`, weighted by their size.
 
     Args:
         confidence (`np.ndarray` of shape `(num_pairs,)`):
@@ -101,7 +106,7 @@ def expected_calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -
 
 def calibration_error_floor(confidence: np.ndarray) -> float:
     """
-    The expected calibration error that a model has by chance if its confidence is right: of few pairs it is well above 0
+    Expected calibration error of a model whose confidence is right. It is above 0 by chance, more so with few pairs
     ([Mitigating Bias in Calibration Error Estimation](https://huggingface.co/papers/2012.08668)).
 
     Args:
@@ -109,7 +114,7 @@ def calibration_error_floor(confidence: np.ndarray) -> float:
             Probability of the predicted label.
 
     Returns:
-        `float`: the mean over labels drawn from the confidence, the sum over a bin taken as normal.
+        `float`: mean error over labels drawn from the confidence, with a normal approximation for the sum over a bin.
     """
     variance = np.bincount(_bin_of(confidence), weights=confidence * (1 - confidence), minlength=NUM_ECE_BINS)
     return float(np.sqrt(2 / np.pi * variance).sum() / len(confidence))
@@ -117,7 +122,8 @@ def calibration_error_floor(confidence: np.ndarray) -> float:
 
 def adaptive_calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
     """
-    The same over bins of as many pairs each, as far as pairs with one confidence, which share a bin, allow it.
+    Calibration error over 15 bins with equal numbers of pairs. Pairs of equal confidence share a bin, so bins may
+    differ in size.
 
     Args:
         confidence (`np.ndarray` of shape `(num_pairs,)`):
@@ -134,5 +140,5 @@ def adaptive_calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -
 
 
 def _bin_of(confidence: np.ndarray) -> np.ndarray:
-    # Bins are open on the left, so that a confidence of 1 falls into the last one.
+    # Bins are open on the left, so that a confidence of 1 is in the last bin.
     return np.clip(np.ceil(confidence * NUM_ECE_BINS).astype(int) - 1, 0, NUM_ECE_BINS - 1)

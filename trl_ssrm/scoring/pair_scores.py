@@ -1,4 +1,4 @@
-"""What a model says of pairs."""
+"""Scores of pairs under a model: logits, confidence, and facts for choosing pairs."""
 
 from dataclasses import dataclass
 
@@ -8,47 +8,51 @@ import numpy as np
 @dataclass(frozen=True)
 class PairScores:
     """
-    What the model of a round says about the pairs of the pool.
+    Scores that the model of a round gives to the pairs of the pool.
 
     Args:
         logits (`np.ndarray` of shape `(num_pairs,)`, float64):
-            Pair logits `z`: of a scalar model the difference of the two rewards, `r(first) - r(second)`.
+            Pair logits `z`: for a scalar model the difference of the two rewards, `r(first) - r(second)`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divisor of the logits that calibrates the confidence. Positive.
         orders_agree (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
             Whether a pairwise model prefers the same completion in both orders. `None` for a scalar model.
         models_agree (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
-            Whether everyone who was asked prefers the same completion. `None` if one model was asked.
+            Whether all models that scored a pair prefer the same completion. `None` if only one model scored the
+            pairs.
+        rows (`np.ndarray` of shape `(num_pairs,)`, integer, *optional*):
+            Row of `unlabeled_dataset` that each pair comes from.
+        lengths (`np.ndarray` of shape `(num_pairs, 2)`, integer, *optional*):
+            Number of tokens of the first and of the second completion's sequence, prompt included. `None` for a
+            pairwise model, whose sequences hold both completions.
     """
 
     logits: np.ndarray
     temperature: float = 1.0
     orders_agree: np.ndarray | None = None
     models_agree: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
     def take(self, pairs: np.ndarray) -> "PairScores":
         """
-        Those of some of the pairs.
+        Scores of some of the pairs.
 
         Args:
             pairs (`np.ndarray` of shape `(n,)`, int64, or `(num_pairs,)`, bool):
-                Their positions, or a mask.
+                Positions of the pairs, or a mask.
 
         Returns:
             [`PairScores`]
         """
-        orders, models = self.orders_agree, self.models_agree
-        return PairScores(
-            self.logits[pairs],
-            self.temperature,
-            None if orders is None else orders[pairs],
-            None if models is None else models[pairs],
-        )
+        optional = (self.orders_agree, self.models_agree, self.rows, self.lengths)
+        taken = [None if each is None else each[pairs] for each in optional]
+        return PairScores(self.logits[pairs], self.temperature, *taken)
 
     @property
     def probability(self) -> np.ndarray:
         """`np.ndarray` of shape `(num_pairs,)`, float64: probability that the first completion is preferred."""
-        # From the confidence, not from the logits: so the larger of the two probabilities is the confidence to the bit.
+        # Computed from the confidence, so that the larger of the two probabilities equals it to the last bit.
         return np.where(self.logits < 0, 1 - self.confidence, self.confidence)
 
     @property
@@ -63,5 +67,5 @@ class PairScores:
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Logistic function in the form that overflows for no float64."""
+    """`np.ndarray`: logistic function, in a form that overflows for no float64."""
     return np.exp(-np.logaddexp(0.0, -logits))

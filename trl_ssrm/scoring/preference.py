@@ -1,4 +1,4 @@
-"""What turns the scores of two sequences into the probability that the first completion is preferred."""
+"""From the scores of two sequences to the probability that the first completion is preferred."""
 
 from collections.abc import Callable
 
@@ -24,17 +24,17 @@ def scalar_logits(scores: np.ndarray) -> np.ndarray:
 
 def pairwise_logits(scores: np.ndarray) -> np.ndarray:
     """
-    Pair logits of a pairwise preference model: the mean of its probabilities over the two orders, as in
+    Pair logits of a pairwise preference model: its probabilities in the two orders are averaged, as in
     [Semi-Supervised Reward Modeling](https://huggingface.co/papers/2409.06903).
 
     Args:
         scores (`np.ndarray` of shape `(num_pairs, 2)`, float64):
             Logits that the answer shown first is preferred: with the first completion shown first, and with the second
-            one shown first.
+            completion shown first.
 
     Returns:
-        `np.ndarray` of shape `(num_pairs,)`, float64: `z`, where `sigmoid(z)` is that mean. Exchanging the completions
-        changes its sign and nothing else.
+        `np.ndarray` of shape `(num_pairs,)`, float64: `z`, where `sigmoid(z)` is the mean probability. Exchanging the
+        completions changes only the sign of `z`.
     """
     first, second = scores[:, 0], scores[:, 1]
     # log(sigmoid(x)) is -log(1 + exp(-x)).
@@ -50,13 +50,13 @@ def orders_agree(scores: np.ndarray) -> np.ndarray:
 
 def mean_logits(logits: list[np.ndarray], temperature: float) -> np.ndarray:
     """
-    Pair logits of several models together: the mean of their probabilities.
+    Pair logits of several models together: their probabilities are averaged.
 
     Args:
         logits (`list[np.ndarray]` of shape `(num_pairs,)` each):
             Pair logits of each model.
         temperature (`float`):
-            Divisor of the logits under which the probabilities are taken.
+            Divisor of the logits for the probabilities.
 
     Returns:
         `np.ndarray` of shape `(num_pairs,)`, float64: `z`, where `sigmoid(z / temperature)` is the mean probability.
@@ -70,16 +70,16 @@ def mean_logits(logits: list[np.ndarray], temperature: float) -> np.ndarray:
 
 def mean_win_probability(logits: np.ndarray) -> np.ndarray:
     """
-    How good each of several completions is against the others.
+    Mean probability of each completion to be preferred to the others.
 
     Args:
         logits (`np.ndarray` of shape `(n, n)`, float64):
-            Pair logits of every completion against every other; NaN where two were not compared. The diagonal is not
-            looked at.
+            Pair logits of every completion against every other; NaN where two were not compared. The diagonal is
+            ignored.
 
     Returns:
-        `np.ndarray` of shape `(n,)`, float64: mean probability of being preferred to the others that it was compared
-        with; 0.5 if there are none.
+        `np.ndarray` of shape `(n,)`, float64: mean over the completions that it was compared with; 0.5 if there are
+        none.
     """
     is_compared = ~np.isnan(logits) & ~np.eye(len(logits), dtype=bool)
     wins = np.where(is_compared, sigmoid(np.nan_to_num(logits)), 0.0).sum(axis=1)

@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from . import vllm_worker
 from ..config import SSRMConfig
 from ..io.files import telling_where
 from ..models.adapters import merged
 from ..models.classifier import classifier_of
-from .score import BatchBudget, Scorer
+from . import vllm_worker
+from .batches import BatchBudget, Scorer
 
 
 logger = logging.getLogger(__name__)
