@@ -27,18 +27,13 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl_ssrm import layout
 from trl_ssrm.models.backbone import freeze_backbone
 from trl_ssrm.models.classifier import num_positions
-from trl_ssrm.scoring.layout import (
-    LONGEST_SHARED_ROW,
-    choose_layout,
-    common_prefix,
-    laid_out,
-    paired_rows,
-    shared_rows,
-)
-from trl_ssrm.scoring.score import BatchBudget, Scorer, score_sequences
+from trl_ssrm.scoring import shared_attention
+from trl_ssrm.scoring.batches import BatchBudget, Scorer
+from trl_ssrm.scoring.layout import choose_layout, laid_out
+from trl_ssrm.scoring.rows import LONGEST_SHARED_ROW, common_prefix, paired_rows, shared_rows
+from trl_ssrm.scoring.score import score_sequences
 
 
 FAMILIES = {
@@ -126,11 +121,13 @@ def test_adapter_is_laid_out_too(sequences):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_mixed_precision_is_laid_out_too(attention, sequences):
+    # Private: the first accelerator in a process decides the precision of all later ones.
+    AcceleratorState._reset_state(True)
     # A launcher puts autocast around the model, which then computes in bfloat16 though its parameters are float32.
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(
         make_model(attention=attention, initializer_range=0.2)
     )
-    AcceleratorState._reset_state(True)  # private: the precision of the first accelerator is that of all after it
+    AcceleratorState._reset_state(True)
     assert model.dtype == torch.float32 and choose_layout(model) == "shared"
     padded, shared = (
         Scorer(model, PAD, None, BatchBudget(256, model.device), name).score(as_arrays(sequences))
@@ -158,13 +155,13 @@ def test_shared_prompts_are_computed_once(sequences):
 
 
 def test_attention_has_a_mask_for_the_tokens_alone_that_do_not_see_all_before_them(sequences, monkeypatch):
-    model, masks, real = make_model(), [], layout.sdpa_attention_forward
+    model, masks, real = make_model(), [], shared_attention.sdpa_attention_forward
 
     def look(module, query, key, value, attention_mask, **kwargs):
         masks.append(None if attention_mask is None else tuple(attention_mask.shape))
         return real(module, query, key, value, attention_mask, **kwargs)
 
-    monkeypatch.setattr(layout, "sdpa_attention_forward", look)
+    monkeypatch.setattr(shared_attention, "sdpa_attention_forward", look)
     long = as_arrays([ids for ids in sequences if len(ids) > 60])
     score_sequences(model, long, PAD, "shared", batch_tokens=1 << 20)
     (row,) = shared_rows(long)

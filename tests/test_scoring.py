@@ -7,9 +7,10 @@ from conftest import preference_rows
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ssrm import NonFiniteScoreError, scoring
+from trl_ssrm import NonFiniteScoreError
 from trl_ssrm.data.sequences import PairedSequences
 from trl_ssrm.io.storage import read_tensors, write_tensors
+from trl_ssrm.scoring.batches import Scorer
 from trl_ssrm.scoring.layout import choose_layout
 from trl_ssrm.scoring.preference import scalar_logits
 from trl_ssrm.scoring.score import score_pairs
@@ -41,14 +42,14 @@ def score(model_and_tokenizer, pairs, batch_tokens=512, **settings) -> np.ndarra
 def counted(monkeypatch) -> list[int]:
     """Sizes of the shards that are scored, one by one, with shards of a few sequences."""
     shards = []
-    real = scoring.Scorer.score
+    real = Scorer.score
 
     def count(scorer, sequences, *args):
         shards.append(len(sequences))
         return real(scorer, sequences, *args)
 
-    monkeypatch.setattr(scoring, "SHARD_TOKENS", 256)
-    monkeypatch.setattr(scoring.Scorer, "score", count)
+    monkeypatch.setattr("trl_ssrm.scoring.score.SHARD_TOKENS", 256)
+    monkeypatch.setattr(Scorer, "score", count)
     return shards
 
 
@@ -133,8 +134,8 @@ def test_damaged_shard_is_found_and_scored_again(model_and_tokenizer, tmp_path, 
 
 def test_nan_reward_is_named_and_the_other_shards_are_kept(model_and_tokenizer, tmp_path, monkeypatch):
     model, tokenizer = model_and_tokenizer
-    monkeypatch.setattr(scoring, "SHARD_TOKENS", 256)
-    # Behind a prompt that several completions have in common, with which they may lie in one row.
+    monkeypatch.setattr("trl_ssrm.scoring.score.SHARD_TOKENS", 256)
+    # With one prompt, so that several completions share a row.
     rows = [{**row, "prompt": "The same long prompt for all of them. "} for row in preference_rows(30)]
     rows[3]["chosen"] += "<|tools|>"
     poison = tokenizer.convert_tokens_to_ids("<|tools|>")
@@ -150,8 +151,9 @@ def test_nan_reward_is_named_and_the_other_shards_are_kept(model_and_tokenizer, 
     handle.remove()
     assert raised.value.rows == [3]
     assert "rows 3 of `dataset`" in str(raised.value)
-    num_shards = len(scoring._shards(pairs.lengths))
-    assert len(list(tmp_path.iterdir())) == num_shards - 1 > 3
+    kept = list(tmp_path.iterdir())
+    num_shards = int(kept[0].stem.split("-of-")[1])
+    assert len(kept) == num_shards - 1 > 3
 
 
 def test_rewards_are_float32_under_bfloat16_autocast(model_and_tokenizer):

@@ -19,7 +19,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def check_sharding(accelerator: Accelerator, freeze_backbone: bool, use_vllm: bool) -> None:
+def check_sharding(accelerator: Accelerator, freeze_backbone: bool) -> None:
     """Refuse kinds of sharding that the rounds do not support."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
@@ -27,8 +27,6 @@ def check_sharding(accelerator: Accelerator, freeze_backbone: bool, use_vllm: bo
         )
     if freeze_backbone and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError("`freeze_backbone` does not support FSDP and DeepSpeed; launch with DDP (`--multi_gpu`).")
-    if use_vllm and is_sharded(accelerator):
-        raise ValueError("`use_vllm` takes the weights of one process, which are sharded here; leave one out.")
 
 
 def spread(model: nn.Module) -> None:

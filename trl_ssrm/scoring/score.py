@@ -1,10 +1,8 @@
 """Score the pairs of a pool, each distinct sequence once, in shards that are kept on disk."""
 
-import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,10 +15,6 @@ from tqdm.auto import tqdm
 from ..data.sequences import PairedSequences, index_type
 from ..io.storage import read_tensors, write_tensors
 from .batches import BatchBudget, Scorer
-
-
-if TYPE_CHECKING:
-    from .vllm_scoring import VLLMScorer
 
 
 # Tokens that are scored again after an interruption: a minute on a laptop, less than a second on a GPU.
@@ -72,7 +66,6 @@ def score_pairs(
     accelerator: Accelerator,
     layout: str,
     batch_tokens: int | None = None,
-    engine: "VLLMScorer | None" = None,
     directory: Path | None = None,
     key: str = "",
     name: str = "dataset",
@@ -98,8 +91,6 @@ def score_pairs(
             Layout of a batch, from [`~trl_ssrm.scoring.layout.choose_layout`].
         batch_tokens (`int`, *optional*):
             Size of a batch in tokens, padding included. If `None`, [`~trl_ssrm.scoring.batches.BatchBudget`] decides.
-        engine ([`~trl_ssrm.scoring.vllm_scoring.VLLMScorer`], *optional*):
-            Scores instead of the model, in batches and a layout of its own. It is started if a shard is missing.
         directory (`Path`, *optional*):
             Where finished shards are kept. If `None`, they are not kept.
         key (`str`, *optional*, defaults to `""`):
@@ -118,16 +109,13 @@ def score_pairs(
     Raises:
         NonFiniteScoreError: If a score is NaN or infinite. All other shards are scored and kept before.
     """
-    layout = layout if engine is None else engine.layout
     was_training = model.training
     model.eval()
     shards = _cut(pairs, layout, directory, key)
     scored, missing = _read_scored(shards, accelerator)
-    budget = BatchBudget(batch_tokens, accelerator.device)
-    scorer = engine or Scorer(model, pad_token_id, accelerator, budget, layout)
+    scorer = Scorer(model, pad_token_id, accelerator, BatchBudget(batch_tokens, accelerator.device), layout)
     try:
-        with engine if engine is not None and missing else contextlib.nullcontext():
-            scored += _score_missing(scorer, pairs, shards, missing, accelerator, name, disable_tqdm)
+        scored += _score_missing(scorer, pairs, shards, missing, accelerator, name, disable_tqdm)
     finally:
         model.train(was_training)
     rewards = np.empty(len(pairs.lengths), dtype=np.float32)
@@ -208,7 +196,7 @@ def _work_order(pairs: PairedSequences, layout: str) -> np.ndarray:
     """
     position = index_type(len(pairs.lengths))
     first_of = np.arange(len(pairs.lengths), dtype=position)
-    if layout not in ("shared", "vllm"):
+    if layout != "shared":
         return first_of
     # Find the first of all sequences that each is connected with, directly or by several pairs.
     while True:
@@ -234,7 +222,7 @@ def _read_scored(shards: list[_Shard], accelerator: Accelerator) -> tuple[list[t
 
 
 def _score_missing(
-    scorer: "Scorer | VLLMScorer",
+    scorer: Scorer,
     pairs: PairedSequences,
     shards: list[_Shard],
     missing: list[int],
