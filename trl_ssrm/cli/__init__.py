@@ -1,1 +1,1 @@
-"""The `trl-ssrm` command. Nothing is imported before a command is chosen, since TRL takes seconds to import."""
+"""The `trl-ssrm` command. TRL takes seconds to import, so it is imported only after a command that needs it was chosen."""

@@ -1,4 +1,4 @@
-"""The parser of the commands that train: TRL's, whose arguments come from dataclasses and a YAML file."""
+"""Parser of the commands that train: TRL's parser, which reads dataclasses and a YAML file."""
 
 import argparse
 from typing import Any
@@ -10,48 +10,49 @@ from .errors import OneLineParser
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each argument, and examples as they were written."""
+    """Shows the default of each argument, and keeps the line breaks of the examples."""
 
 
 class TrainingParser(OneLineParser, TrlParser):
     """
-    TRL's parser, with `--config` in its help and one line for an error.
+    TRL's parser, with `--config` in the help and errors of one line.
 
     Args:
         dataclass_types (`tuple[type, ...]`):
-            Dataclasses to be parsed.
-        kwargs:
-            As for [`~argparse.ArgumentParser`].
+            Dataclasses whose fields are the arguments.
+        kwargs (`dict[str, Any]`):
+            Passed on to [`~argparse.ArgumentParser`].
     """
 
     def __init__(self, dataclass_types: tuple[type, ...], **kwargs: Any):
-        # The names of all arguments, with which a usage begins, fill a screen.
+        # The usage of argparse would name all arguments, which fills a screen.
         usage = "%(prog)s [--config FILE] [ARGUMENT VALUE ...]"
         super().__init__(dataclass_types, usage=usage, formatter_class=_Formatter, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
-        self.add_argument("--config", help="YAML file with arguments; those of the command line win")
+        self.add_argument("--config", help="YAML file with arguments; the command line overrides it")
 
     def parse(self, argv: list[str]) -> tuple[list[Any], list[str]]:
         """
-        Parse arguments, and those of the file that `--config` names.
+        Parse arguments, including those in the file that `--config` names.
 
         Args:
             argv (`list[str]`):
-                Arguments.
+                Arguments of the command line.
 
         Returns:
-            `tuple[list, list[str]]`: an instance of each dataclass, and the arguments that are none of theirs.
+            `tuple[list, list[str]]`: an instance of each dataclass, and the unknown arguments: first those of the file,
+            then those of the command line.
 
         Raises:
-            ValueError: If an argument or the file can't be used.
+            ValueError: If an argument is invalid, or the file is not valid YAML.
         """
-        # `TrlParser` knows `--config FILE` only, once.
+        # `TrlParser` reads neither `--config=FILE` nor a second `--config`.
         argv = [part for each in argv for part in (each.split("=", 1) if each.startswith("--config=") else [each])]
         if argv.count("--config") > 1 or argv[-1:] == ["--config"]:
-            self.error("--config takes one file")
+            self.error("pass `--config` once, followed by one file")
         try:
             *parsed, _, from_file, from_line = self.parse_args_and_config(
                 argv, return_remaining_strings=True, separate_remaining_strings=True
             )
         except yaml.YAMLError as error:
-            raise ValueError(f"{argv[argv.index('--config') + 1]} is no YAML: {error}") from error
+            raise ValueError(f"{argv[argv.index('--config') + 1]} is not valid YAML; correct it: {error}") from error
         return parsed, from_file + from_line

@@ -1,4 +1,4 @@
-"""What the commands do that train nothing. Each takes its arguments as they were parsed."""
+"""The commands that do not train, each a function of its parsed arguments."""
 
 import contextlib
 import io
@@ -20,13 +20,13 @@ def label(args: Namespace) -> None:
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     check_model_is_there(args.model_name_or_path)
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "batch_tokens": args.batch_tokens}
-    # A pairwise model says of itself that it is one.
+    # The folder of a pairwise model holds its comparison.
     is_pairwise = Comparison.from_pretrained(args.model_name_or_path) is not None
     model = (PairwiseJudge if is_pairwise else SSRMRewardFunction)(args.model_name_or_path, **loading)
     labeled = label_preferences(
         model,
         dataset,
-        # Hidden, so that `load_dataset` takes `train.parquet` alone for the data of the folder.
+        # A hidden folder, so that `load_dataset` finds `train.parquet` only.
         os.path.join(args.output_dir, ".labels"),
         pairing=args.pairing,
         min_confidence=args.min_confidence,
@@ -39,13 +39,14 @@ def label(args: Namespace) -> None:
         path = Path(args.output_dir) / "train.parquet"
         with written_aside(path) as aside:
             labeled.to_parquet(str(aside))
-        print(f"{len(labeled):,} pairs out of {len(dataset):,} rows, mean confidence {_mean(labeled):.3f}: {path}")
+        confidence = sum(labeled["confidence"]) / len(labeled)
+        print(f"{len(labeled):,} pairs out of {len(dataset):,} rows, mean confidence {confidence:.3f}: {path}")
 
 
 def evaluate(args: Namespace) -> None:
-    """Measure reward models on preference data, and print a table."""
-    from ..evaluation.evaluate import evaluate as measure
-    from ..evaluation.evaluate import evaluation_table
+    """Evaluate reward models on preference data, and print a table."""
+    from .. import evaluate as evaluate_model
+    from .. import evaluation_table
     from ..io.hub import check_model_is_there
     from ..io.sources import load_data
 
@@ -53,7 +54,7 @@ def evaluate(args: Namespace) -> None:
     for model in args.model_name_or_path:
         check_model_is_there(model)
     evaluations = [
-        measure(
+        evaluate_model(
             model,
             dataset,
             benchmark=args.benchmark,
@@ -71,14 +72,14 @@ def evaluate(args: Namespace) -> None:
 
 
 def report(args: Namespace) -> None:
-    """Write the report of a run."""
+    """Write the report of a run, and print its path."""
     from ..reporting.report import write_report
 
     print(f"Report: {write_report(args.output_dir, args.path)}")
 
 
 def env(args: Namespace) -> None:
-    """Print versions and hardware: what TRL prints, and what decides how fast this is."""
+    """Print versions and hardware: those that TRL prints, and those that the speed depends on."""
     import importlib.metadata
 
     import psutil
@@ -111,7 +112,3 @@ def completion(args: Namespace) -> None:
     from .main import make_parser
 
     print(shtab.complete(make_parser(whole=True), shell=args.shell))
-
-
-def _mean(labeled) -> float:
-    return sum(labeled["confidence"]) / len(labeled)

@@ -1,4 +1,4 @@
-"""What a command says when it ends early: one sentence, unless the traceback is asked for."""
+"""Errors of the commands: one sentence on the standard error, or the traceback with `--debug`."""
 
 import sys
 from argparse import ArgumentParser
@@ -6,48 +6,50 @@ from collections.abc import Callable
 from typing import NoReturn
 
 
-# That of wrong usage, as argparse has it, and that of a program ended by Ctrl-C.
+# Exit statuses: argparse's for wrong usage, and the shell's for a program ended by Ctrl-C.
 ERROR, INTERRUPTED = 2, 130
 
-# Raised for what a person can mend; other errors are named, since they may be ours.
+# Raised for wrong input. The type of any other error is shown with its message, because it may be a bug.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
 
 class OneLineParser(ArgumentParser):
-    """Argument parser that leaves its usage, which may be hundreds of lines, out of an error."""
+    """Argument parser whose errors leave out the usage, which may be hundreds of lines long."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see `{self.prog} --help`.")
 
 
 def sentence(error: BaseException) -> str:
-    """`str`: an error in one line."""
+    """`str`: message of an error, in one line."""
     message = " ".join(str(error).split()) or type(error).__name__
-    return message if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {message} (`--debug` says where)"
+    if isinstance(error, _EXPECTED):
+        return message
+    return f"{type(error).__name__}: {message} (pass `--debug` to see where)"
 
 
 def tell(prog: str, message: str) -> None:
-    """Print a line for a person on the standard error, under what a bar has left there."""
+    """Print a line on the standard error, over an unfinished progress bar."""
     sys.stderr.write(f"\r{prog}: {message}\n")
     sys.stderr.flush()
 
 
 def exit_status(function: Callable[[], int | None], prog: str, debug: bool = False, interrupted: str = "") -> int:
     """
-    Run a function, and turn what it raises into a line on the standard error and an exit status.
+    Run a command, and turn an exception into a line on the standard error and an exit status.
 
     Args:
         function (`Callable[[], int | None]`):
-            What to run. It may return a status of its own.
+            Function that runs the command, and may return an exit status.
         prog (`str`):
-            Name of the command, before the line.
+            Name of the command, printed before the message.
         debug (`bool`, *optional*, defaults to `False`):
-            Whether to let everything through, traceback and all.
+            Whether to raise the exception, so that Python prints its traceback.
         interrupted (`str`, *optional*, defaults to `""`):
-            What to say after Ctrl-C.
+            Sentence to print after Ctrl-C.
 
     Returns:
-        `int`: 0, or 2 after an error, or 130 after Ctrl-C.
+        `int`: exit status: the returned one or 0, 2 after an error, 130 after Ctrl-C.
     """
     try:
         return function() or 0

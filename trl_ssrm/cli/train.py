@@ -1,7 +1,8 @@
 """
-`trl-ssrm train`: few labeled pairs and a pool without labels become a reward model.
+`trl-ssrm train`: train a reward model from files of labels and a pool without labels.
 
-The command reads its arguments and starts this file through accelerate, in one process or several, as `trl reward` does.
+With arguments for `accelerate launch`, or several accelerators, the command starts this module through accelerate, as
+`trl reward` does. Otherwise it trains in its own process.
 """
 
 import logging
@@ -10,14 +11,16 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -39,75 +42,79 @@ examples:
   trl-ssrm train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name org/preferences --num_labeled 2000 \\
       --num_calibration 500 --use_peft --learning_rate 1.0e-4
 
-Labeled pairs have `prompt`, `chosen` and `rejected`; the pool has `prompt`, `completion_a` and `completion_b`, or
-`prompt` and `completions`, or pairs whose labels are hidden. The same command again goes on with a run that was
-interrupted. What is no argument here goes to `accelerate launch`. `--debug` shows the traceback of an error.
+Labeled rows have `prompt`, `chosen` and `rejected`. Rows of the pool have `prompt`, `completion_a` and `completion_b`, or
+`prompt` and `completions`, or the columns of labeled rows, whose order is then hidden from the model. Run the same
+command again to resume an interrupted run. Unknown arguments are passed to `accelerate launch`. `--debug` shows the
+traceback of an error.
 """
 
 
 @dataclass
 class TrainArguments:
     """
-    Arguments of `trl-ssrm train` besides those of the trainer and the model.
+    Arguments of `trl-ssrm train`, in addition to the arguments of the trainer and of the model.
 
     Args:
         dataset_name (`str`, *optional*):
-            Labeled pairs: what [`load_data`] takes.
+            Labeled pairs: a file, a folder, or the ID of a dataset on the hub, as for [`load_data`].
         dataset_config (`str`, *optional*):
-            Configuration of a dataset of the hub.
+            Configuration of a dataset on the hub.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split with the labeled pairs.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split with held-out pairs, if the dataset has it and `eval_dataset_name` is not given.
+            Split to evaluate on, if the dataset has it and `eval_dataset_name` is not set.
         num_labeled (`int`, *optional*):
-            Number of rows whose labels are used, drawn from the seed. If `None`, all of them.
+            Number of rows used with their labels, drawn at random with the seed. If `None`, all rows that
+            `num_calibration` leaves.
         num_calibration (`int`, *optional*, defaults to `0`):
-            Number of further labeled rows to calibrate the confidence on.
+            Number of further rows used with their labels, to calibrate the confidence.
         unlabeled_dataset_name (`str`, *optional*):
-            Pool. If `None`, the rows of `dataset_name` beyond these two numbers, their labels hidden.
+            Pool. If `None`, the other rows of `dataset_name`, without their labels.
         eval_dataset_name (`str`, *optional*):
-            Held-out labeled pairs to measure on.
+            Labeled pairs to evaluate on.
         calibration_dataset_name (`str`, *optional*):
-            Held-out labeled pairs to calibrate the confidence on, instead of `num_calibration`.
+            Labeled pairs to calibrate the confidence, instead of `num_calibration`.
         padding_token (`str`, *optional*):
-            Padding token, which for PPO must not be the end token. If `None`, that of the tokenizer.
+            Padding token. PPO needs one that differs from the end token. If `None`, the tokenizer's own.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Whether to check data, model and settings, say what each round would cost, and end.
+            Whether to check data, model and settings, print the cost of each round, and train nothing.
     """
 
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Labeled pairs: hub ID, folder, or file (JSON lines, CSV, TSV, Parquet)."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split with the labeled pairs."})
     dataset_test_split: str = field(
-        default="test", metadata={"help": "Split with held-out pairs, where there is no `eval_dataset_name`."}
+        default="test", metadata={"help": "Split to evaluate on, if `eval_dataset_name` is not set."}
     )
     num_labeled: int | None = field(
-        default=None, metadata={"help": "Rows whose labels are used, drawn from the seed. Default: all."}
+        default=None, metadata={"help": "Number of rows used with their labels, drawn with the seed. Default: all."}
     )
-    num_calibration: int = field(default=0, metadata={"help": "Further labeled rows, to calibrate the confidence on."})
+    num_calibration: int = field(
+        default=0, metadata={"help": "Number of further rows used with their labels, to calibrate the confidence."}
+    )
     unlabeled_dataset_name: str | None = field(
-        default=None, metadata={"help": "Pool. Default: the other rows of `dataset_name`, labels hidden."}
+        default=None, metadata={"help": "Pool. Default: the other rows of `dataset_name`, without their labels."}
     )
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out labeled pairs to measure on."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Labeled pairs to evaluate on."})
     calibration_dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Held-out labeled pairs to calibrate the confidence on, instead of `num_calibration`."},
+        metadata={"help": "Labeled pairs to calibrate the confidence, instead of `num_calibration`."},
     )
     padding_token: str | None = field(
         default=None,
-        metadata={"help": "Padding token. PPO needs one that is not the end token. Default: that of the tokenizer."},
+        metadata={"help": "Padding token. PPO needs one that differs from the end token. Default: the tokenizer's."},
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Check data, model and settings, say what each round would cost, and end."},
+        metadata={"help": "Check data, model and settings, print the cost of each round, and train nothing."},
     )
 
 
 def make_parser(**kwargs: Any) -> TrainingParser:
-    """[`TrainingParser`]: the arguments of the command, its own first."""
+    """[`TrainingParser`]: parser of the command. Its own arguments come first, then those of the trainer and the model."""
     words = f"{TRAIN_HELP[0].upper()}{TRAIN_HELP[1:]}."
     types = (TrainArguments, SSRMConfig, ModelConfig)
     return TrainingParser(types, prog="trl-ssrm train", description=words, epilog=EPILOG, **kwargs)
@@ -121,20 +128,21 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
         train_args ([`TrainArguments`]):
             Arguments of the command.
         training_args ([`SSRMConfig`]):
-            Those of the trainer.
+            Arguments of the trainer.
         model_args ([`~trl.ModelConfig`]):
-            Those of the model.
+            Arguments of the model.
 
     Returns:
-        [`SSRMTrainer`]: ready to train.
+        [`SSRMTrainer`]: a trainer that is ready to train.
 
     Raises:
-        ValueError: If something is missing or can't be used; the message names it.
+        ValueError: If an argument is missing or invalid, or data or model can't be loaded. The message names it.
     """
-    for name, words in (("model_name_or_path", "the model to start from"), ("dataset_name", "the labeled pairs")):
-        if getattr(model_args if name == "model_name_or_path" else train_args, name) is None:
-            raise ValueError(f"Pass `--{name}`, {words}.")
-    # Text on the command line, a dictionary by now.
+    if model_args.model_name_or_path is None:
+        raise ValueError("Pass `--model_name_or_path`, the model to start from.")
+    if train_args.dataset_name is None:
+        raise ValueError("Pass `--dataset_name`, the labeled pairs.")
+    # The parser has turned text into a dictionary.
     given = training_args.model_init_kwargs
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -146,16 +154,7 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
     check_model_is_there(model_args.model_name_or_path, revision=model_args.model_revision)
     tokenizer = None
     if train_args.padding_token is not None:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
-            trust_remote_code=training_args.trust_remote_code,
-        )
-        if train_args.padding_token not in tokenizer.get_vocab():
-            raise ValueError(
-                f"`padding_token` {train_args.padding_token!r} is not in the vocabulary; choose one that is."
-            )
-        tokenizer.pad_token = train_args.padding_token
+        tokenizer = _load_tokenizer(train_args.padding_token, training_args, model_args)
     return SSRMTrainer(
         model=str(model_args.model_name_or_path),
         args=training_args,
@@ -166,51 +165,58 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
     )
 
 
+def _load_tokenizer(padding_token: str, training_args: SSRMConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    if padding_token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"`padding_token` {padding_token!r} is not in the vocabulary of {model_args.model_name_or_path}; pass a token "
+            "that is."
+        )
+    tokenizer.pad_token = padding_token
+    return tokenizer
+
+
 def load_pairs(args: TrainArguments, seed: int) -> dict[str, Dataset]:
     """
     Load the datasets of a run.
 
     Args:
         args ([`TrainArguments`]):
-            Which they are.
+            Arguments of the command, with `dataset_name`.
         seed (`int`):
-            Draws the rows whose labels are used, where not all of them are.
+            Seed for drawing the rows that are used with their labels.
 
     Returns:
-        `dict[str, Dataset]`: the datasets by what [`SSRMTrainer`] calls them.
+        `dict[str, Dataset]`: the datasets by the names of the arguments of [`SSRMTrainer`].
 
     Raises:
-        ValueError: If one can't be loaded, there are too few rows, or none is left for the pool.
+        ValueError: If a dataset can't be loaded, has too few rows, or leaves none for the pool.
     """
     assert args.dataset_name is not None
     splits = load_splits(args.dataset_name, args.dataset_config)
     rows = splits.get(args.dataset_train_split)
-    rows = load_data(args.dataset_name, args.dataset_train_split, args.dataset_config) if rows is None else rows
-    if args.num_calibration and args.calibration_dataset_name is not None:
-        raise ValueError("`num_calibration` and `calibration_dataset_name` both calibrate; pass one of them.")
-    num_labeled = len(rows) - args.num_calibration if args.num_labeled is None else args.num_labeled
-    if num_labeled < 1 or args.num_calibration < 0 or len(rows) < num_labeled + args.num_calibration:
-        raise ValueError(
-            f"`num_labeled` is {args.num_labeled} and `num_calibration` {args.num_calibration}, but {args.dataset_name} has "
-            f"{len(rows)} rows; lower the two numbers, and leave one label at least."
-        )
-    if num_labeled < len(rows):
-        rows = rows.shuffle(seed=seed)
-    num_known = num_labeled + args.num_calibration
-    data = {"train_dataset": rows.select(range(num_labeled))}
+    if rows is None:
+        # Accepts a file, which is one split of any name, and raises for any other dataset.
+        rows = load_data(args.dataset_name, args.dataset_train_split, args.dataset_config)
+    labeled, calibration, rest = _split_rows(rows, args, seed)
+    data = {"train_dataset": labeled}
     if args.unlabeled_dataset_name is not None:
         data["unlabeled_dataset"] = load_data(args.unlabeled_dataset_name)
-    elif num_known < len(rows):
-        data["unlabeled_dataset"] = rows.select(range(num_known, len(rows)))
+    elif len(rest) > 0:
+        data["unlabeled_dataset"] = rest
     else:
         raise ValueError(
-            f"All {len(rows)} rows of {args.dataset_name} are labeled ones, and none is left for the pool; pass "
+            f"All {len(rows)} rows of {args.dataset_name} are used with their labels, so none is left for the pool; pass "
             "`--unlabeled_dataset_name`, or a lower `--num_labeled`."
         )
     if args.calibration_dataset_name is not None:
         data["calibration_dataset"] = load_data(args.calibration_dataset_name)
-    elif args.num_calibration:
-        data["calibration_dataset"] = rows.select(range(num_labeled, num_known))
+    elif len(calibration) > 0:
+        data["calibration_dataset"] = calibration
     if args.eval_dataset_name is not None:
         data["eval_dataset"] = load_data(args.eval_dataset_name)
     elif args.dataset_test_split in splits:
@@ -218,10 +224,27 @@ def load_pairs(args: TrainArguments, seed: int) -> dict[str, Dataset]:
     return data
 
 
+def _split_rows(rows: Dataset, args: TrainArguments, seed: int) -> tuple[Dataset, Dataset, Dataset]:
+    """`tuple[Dataset, Dataset, Dataset]`: rows with labels to train on, rows with labels to calibrate, and the others."""
+    if args.num_calibration and args.calibration_dataset_name is not None:
+        raise ValueError("`num_calibration` and `calibration_dataset_name` both calibrate; pass one of them.")
+    num_labeled = len(rows) - args.num_calibration if args.num_labeled is None else args.num_labeled
+    if num_labeled < 1 or args.num_calibration < 0 or len(rows) < num_labeled + args.num_calibration:
+        raise ValueError(
+            f"`num_labeled` is {args.num_labeled} and `num_calibration` {args.num_calibration}, but {args.dataset_name} has "
+            f"{len(rows)} rows; lower these numbers so that at least one labeled row is left to train on."
+        )
+    if num_labeled < len(rows):
+        rows = rows.shuffle(seed=seed)
+    ends = (num_labeled, num_labeled + args.num_calibration, len(rows))
+    labeled, calibration, rest = (rows.select(range(start, end)) for start, end in pairwise((0, *ends)))
+    return labeled, calibration, rest
+
+
 def train(train_args: TrainArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:
     """Train in this process, which may be one of several, and save the model."""
     trainer = make_trainer(train_args, training_args, model_args)
-    # Started again after an interruption, it goes on where it was.
+    # The same command resumes an interrupted run.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model: {training_args.output_dir}")
@@ -231,7 +254,7 @@ def train(train_args: TrainArguments, training_args: SSRMConfig, model_args: Mod
 
 def launch(argv: list[str], debug: bool = False) -> int:
     """
-    Check the arguments, and train in processes that accelerate starts; a dry run stays in this one.
+    Check the arguments, then train: in this process if it is enough, otherwise in processes that accelerate starts.
 
     Args:
         argv (`list[str]`):
@@ -243,22 +266,25 @@ def launch(argv: list[str], debug: bool = False) -> int:
         `int`: exit status.
 
     Raises:
-        ValueError: If an argument can't be used.
+        ValueError: If an argument is invalid.
         KeyboardInterrupt: If the training was interrupted.
     """
-    (train_args, training_args, model_args), rest = make_parser().parse(argv)
+    parsed, rest = make_parser().parse(argv)
     launcher = launch_command_parser()
     launcher.error = _refuse  # type: ignore[method-assign]
     own = [*argv, "--debug"] if debug else argv
     launch_args = launcher.parse_args([*resolve_accelerate_config_argument(rest), "-m", "trl_ssrm.cli.train", *own])
     if launch_args.training_script != "trl_ssrm.cli.train":
         _refuse(f"unrecognized arguments: {' '.join(rest)}")
-    if train_args.dry_run:
-        trainer = make_trainer(train_args, training_args, model_args)
-        print(dry_run(trainer))
+    if parsed[0].dry_run:
+        print(dry_run(make_trainer(*parsed)))
+        return 0
+    if not rest and not os.path.isfile(default_config_file) and torch.accelerator.device_count() < 2:
+        # accelerate would start one process, and importing TRL there again takes seconds.
+        train(*parsed)
         return 0
     if launch_args.num_cpu_threads_per_process is None and not torch.cuda.is_available():
-        # Left alone, accelerate gives a process a single thread, which is right beside a GPU.
+        # The default of accelerate is one thread, which is too few without a GPU.
         threads = max(1, torch.get_num_threads() // (launch_args.num_processes or 1))
         launch_args.num_cpu_threads_per_process = int(os.environ.get("OMP_NUM_THREADS", threads))
     return _launch(launch_args, debug)
@@ -268,12 +294,12 @@ def _launch(launch_args: Any, debug: bool) -> int:
     if not debug:
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.CRITICAL)
-    # Ctrl-C reaches the process that trains too; this one waits until that one has ended.
+    # Ctrl-C also reaches the processes that train. This one has to wait until they have ended.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         launch_command(launch_args)
     except subprocess.CalledProcessError as error:
-        # The process has said what it had to say.
+        # The process has printed its error.
         return _status(error.returncode)
     except ChildFailedError as error:
         if debug:
@@ -297,19 +323,19 @@ def _status(code: int) -> int:
     if code < 0:
         name = signal.Signals(-code).name
         memory = " (the machine may be out of memory)" if code == -signal.SIGKILL else ""
-        raise ValueError(f"The training was ended by {name}{memory}; the same command goes on from where it was.")
+        raise ValueError(f"The training was ended by {name}{memory}; run the same command again to resume.")
     return ERROR
 
 
 def _refuse(message: str) -> None:
-    raise ValueError(f"{message}; see `trl-ssrm train --help`, or `accelerate launch --help` for the launcher.")
+    raise ValueError(f"{message}; see `trl-ssrm train --help` and `accelerate launch --help`.")
 
 
 def _main() -> int:
-    """What each process does that accelerate has started."""
+    """Run one of the processes that accelerate has started, and return its exit status."""
     debug, argv = take_debug(sys.argv[1:])
     try:
-        # What is left are the arguments of the launcher, which has read them.
+        # Unknown arguments are for accelerate, which has read them already.
         parsed, _ = make_parser().parse(argv)
         train(*parsed)
     except KeyboardInterrupt:
@@ -320,7 +346,7 @@ def _main() -> int:
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             tell("trl-ssrm train", f"error: {sentence(error)}")
         else:
-            # The launcher tells it once, whichever of the processes has failed first.
+            # The launcher prints the error of the process that failed first.
             ErrorHandler().record_exception(ValueError(sentence(error)))
         return ERROR
     if torch.distributed.is_initialized():

@@ -192,7 +192,7 @@ def _metric_plot(history: list[dict[str, Any]], metric: str) -> Plot | None:
     described = []
     for number, name in enumerate(names):
         color, marker = SERIES[number % len(SERIES)]
-        kinds = [(f"{name}_{metric}", in_words(name), {})]
+        kinds: list[tuple[str, str, dict[str, Any]]] = [(f"{name}_{metric}", in_words(name), {})]
         if (calibrated := f"{name}_calibrated_{metric}") in history[0]:
             kinds.append((calibrated, f"{in_words(name)}, calibrated", {"ls": ":", "mfc": "none"}))
         for key, label, style in kinds:
@@ -201,9 +201,12 @@ def _metric_plot(history: list[dict[str, Any]], metric: str) -> Plot | None:
             described.append(f"{label} {_numbers(values)}")
         if len(rounds) > 1:
             # One entry of the legend stands for the lines of all datasets.
-            label = "labeled only" if number == len(names) - 1 else None
-            color = GRAY if len(names) == 1 else color
-            axes.axhline(history[0][f"{name}_{metric}"], color=color, ls="--", label=label)
+            axes.axhline(
+                history[0][f"{name}_{metric}"],
+                color=GRAY if len(names) == 1 else color,
+                ls="--",
+                label="labeled only" if number == len(names) - 1 else None,
+            )
     axes.set(xlabel="round", ylabel=f"held-out {words}", xticks=rounds)
     _legend(axes)
     reference = " Dashed: round 0, trained on the labels alone." if len(rounds) > 1 else ""

@@ -1,0 +1,120 @@
+import re
+from pathlib import Path
+
+import pytest
+from cli_runs import error_line, finish_run, flags, settings_of_run, write_data
+from conftest import letter_rows
+from datasets import Dataset
+from safetensors import safe_open
+
+from trl_ssrm import Comparison, SSRMTrainer
+from trl_ssrm.cli.dry_run import round_costs
+from trl_ssrm.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def key_of(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["key"]
+
+
+class Counting(SSRMTrainer):
+    """Counts what is read, by round."""
+
+    def __init__(self, *args, **kwargs):
+        self.trained, self.scored = {}, {}
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            pairs, tokens = self.trained.get(self.round, (0, 0))
+            rows = len(inputs["input_ids"]) // (
+                1 if self.comparison and self.args.comparison_orders == "random" else 2
+            )
+            self.trained[self.round] = pairs + rows, tokens + int(inputs["attention_mask"].sum())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def score_pairs(self, pairs, name, **kwargs):
+        stored = kwargs["directory"].glob("*.safetensors") if "directory" in kwargs else []
+        # A shard with another key is scored again.
+        if not any(key_of(path).startswith(kwargs["key"]) for path in stored):
+            work = self.scored.get(self.round, (0, 0, 0))
+            read = len(pairs.first), len(pairs.lengths), int(pairs.lengths.sum())
+            self.scored[self.round] = tuple(one + two for one, two in zip(work, read, strict=True))
+        return super().score_pairs(pairs, name, **kwargs)
+
+
+PAIRWISE = {"preference_model": "pairwise"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_folds": 2},
+        {"pool_per_round": "shard"},
+        {"num_folds": 2, "pool_per_round": "shard", "round_num_train_epochs": 1},
+        {"max_steps": 5, "selected_fraction": 0.25, "confidence_threshold": None},
+        {**PAIRWISE, "comparison_orders": "both"},
+        {**PAIRWISE, "num_folds": 2},
+    ],
+    ids=lambda settings: ",".join(f"{name}={value}" for name, value in settings.items()),
+)
+def test_costs_are_what_a_run_reads(settings, llama, policy, config, labeled, unlabeled, held_out, tmp_path):
+    is_pairwise = "preference_model" in settings
+    given = {"train_dataset": labeled, "eval_dataset": held_out, "unlabeled_dataset": unlabeled}
+    if is_pairwise:
+        sizes = {"train_dataset": 16, "eval_dataset": 12, "unlabeled_dataset": 24}
+        given = {name: Dataset.from_list(letter_rows(size, seed=size)) for name, size in sizes.items()}
+        template = "{{ messages[0].content }} {{ responses[0] }} {{ responses[1] }}"
+        comparison = Comparison(template, labels=["a", "b"], add_generation_prompt="num_folds" not in settings)
+        comparison.save_pretrained(str(tmp_path))
+        settings = {**settings, "comparison": str(tmp_path / "comparison.json")}
+    trainer = Counting(
+        policy if is_pairwise else llama,
+        config(**{"confidence_threshold": 0.5, "num_train_epochs": 2, **settings}),
+        **given,
+    )
+    costs = round_costs(trainer)
+    trainer.train()
+    assert len(trainer.round_history) > 1
+    for cost in costs[: len(trainer.round_history)]:
+        pairs, tokens = trainer.trained[cost.round]
+        scoring = cost.scoring.pairs, cost.scoring.sequences, cost.scoring.tokens
+        assert trainer.scored[cost.round] == scoring, cost
+        assert tokens <= cost.training_tokens
+        if cost.is_exact:
+            assert (pairs, tokens) == (cost.training.pairs * cost.num_epochs, cost.training_tokens)
+        elif cost.num_epochs is not None:
+            assert pairs <= cost.training.pairs * cost.num_epochs
+    reads_one_order = is_pairwise and "comparison_orders" not in settings
+    assert [cost.is_exact for cost in costs] == ["max_steps" not in settings and not reads_one_order, False, False]
+
+
+def test_dry_run_says_what_each_round_costs_and_trains_nothing(llama, data, tmp_path, capsys):
+    settings = settings_of_run(llama, data, tmp_path / "run")
+    settings |= {"num_rounds": 2, "num_folds": 2, "dataset_test_split": "none"}
+    argv = ["train", "--dry-run", *flags(settings)]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "Pairs:  16 labeled, 40 in the pool, 20 eval\n" in printed and "empty so far\n" in printed
+    rows = [line.split() for line in printed.splitlines() if re.match(r" +\d", line)]
+    # Round, models, epochs; pairs to train on by three models; pairs to score.
+    assert [row[:4] for row in rows] == [["0", "3", "1", "32"], ["1", "3", "1", "≤"], ["2", "3", "1", "≤"]]
+    assert rows[1][4] == str(32 + 3 * 40) and rows[0][6] == rows[1][9] == str(20 + 16 + 3 * 40)
+    assert rows[2][9] == str(20 + 16)
+    assert not list(Path(settings["output_dir"]).rglob("*.safetensors"))
+
+
+def test_dry_run_knows_the_run_in_the_output_directory(llama, data, tmp_path, capsys):
+    finished = finish_run(llama, data, tmp_path / "run")
+    capsys.readouterr()
+    assert main(["train", "--dry_run", *flags(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert "8 labeled, 5 in the pool, 3 calibration\n" in printed
+    assert "holds this run, with 2 rounds over" in printed
+    assert main(["train", "--dry_run", *flags({**finished, "seed": 7})]) == 2
+    assert "was started with other settings or data" in error_line(capsys)
