@@ -1,7 +1,11 @@
-"""What the documentation shows is run: each block of code, each command, each name and each link."""
+"""The documentation is run: each block of code, each command, each name and each link."""
 
+import argparse
 import ast
+import functools
 import importlib
+import inspect
+import keyword
 import os
 import re
 import runpy
@@ -13,7 +17,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import pytest
+import transformers
 import trl
 import yaml
 from accelerate.commands.launch import launch_command_parser
@@ -21,18 +27,20 @@ from conftest import as_messages, llama_config, preference_rows
 from datasets import Dataset
 from packaging.version import Version
 from transformers import LlamaForCausalLM, set_seed
-from trl import TrlParser
+from trl import ModelConfig, TrlParser
 
 import trl_ssrm
-from trl_ssrm import SSRMConfig, SSRMTrainer
-from trl_ssrm.cli.main import main
+from trl_ssrm import SSRMConfig, SSRMRewardFunction, SSRMTrainer
+from trl_ssrm.cli.main import main, make_parser
+from trl_ssrm.cli.quickstart import make_parser as make_quickstart_parser
 from trl_ssrm.cli.train import make_parser as make_train_parser
 from trl_ssrm.cli.train import train
 
 
 ROOT = Path(__file__).parent.parent
 README, RECIPES, TUTORIAL = ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "recipes" / "TUTORIAL.md"
-PAGES = [README, RECIPES, TUTORIAL]
+GUIDES = ROOT / "recipes" / "guides"
+PAGES = [README, RECIPES, TUTORIAL, *sorted(GUIDES.glob("*.md"))]
 HAS_PPO = Version(trl.__version__) < Version("1.13")
 
 # What a machine without a GPU needs, and what keeps a run short.
@@ -46,14 +54,16 @@ SHORT = {
     "disable_tqdm": True,
 }
 
-# What stands in for what has to be downloaded, or takes hours; nothing else of a block is changed.
+# Replaces names that would be downloaded, and sizes that take hours; nothing else of a block is changed.
 MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 DATASETS = ("trl-lib/ultrafeedback_binarized", "trl-lib/ultrafeedback-prompt", "allenai/reward-bench")
 IN_PYTHON = [
     ("32_000", "40"),
     ("2_000", "16"),
-    ("=SSRMConfig(", "=SSRMConfig(**SHORT, "),
-    ("=RewardConfig(", "=RewardConfig(**CPU, "),
+    ("=SSRMConfig(", "=made(SSRMConfig, SHORT, "),
+    # Folds as by default: a teacher switches them off.
+    ('pseudo_label_type="soft"', 'pseudo_label_type="soft", num_folds=None'),
+    ("=RewardConfig(", "=made(RewardConfig, CPU, "),
     ("PPOConfig(", "PPOConfig(**CPU, "),
     ("GRPOTrainer(", "GRPOTrainer(args=trl.GRPOConfig('grpo', **CPU), "),
     ("RLOOTrainer(", "RLOOTrainer(args=trl.RLOOConfig('rloo', **CPU), "),
@@ -104,19 +114,25 @@ def with_places(text: str, places: dict[str, str]) -> str:
     return text
 
 
-def save_other_model(llama: str) -> None:
-    """A second reward model beside the one of the page, to be compared with it."""
-    shutil.copytree(llama, "other-reward-model")
+def save_models(llama: str, *names: str) -> None:
+    """Reward models that a page takes for granted."""
+    for name in names:
+        shutil.copytree(llama, name)
 
 
 # ---- Python ----
 
 
 def as_a_person(path: str) -> None:
-    """Write labels into what `export_for_labeling` wrote."""
+    """Write labels into the file of `export_for_labeling`."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     assert len(lines) == 4 and all('"label": null' in line for line in lines)
     Path(path).write_text("\n".join(line.replace('"label": null', '"label": "a"') for line in lines))
+
+
+def made(kind: type, settings: dict, **of_the_page):
+    """A configuration with settings for a short run, of which the page has the last word."""
+    return kind(**{**settings, **of_the_page})
 
 
 def run(block: str, names: dict, places: dict[str, str], where: str) -> None:
@@ -126,31 +142,65 @@ def run(block: str, names: dict, places: dict[str, str], where: str) -> None:
     exec(compile(block, where, "exec"), names)
 
 
-def test_python_of_the_readme_runs_from_top_to_bottom(places, llama, tokenizer, tmp_path, monkeypatch):
+@pytest.fixture
+def names(tokenizer, tmp_path, monkeypatch) -> dict:
+    """Names that the pages take for granted: data of the reader, and what this test puts in."""
     monkeypatch.chdir(tmp_path)
-    save_other_model(llama)
     labeled, unlabeled = (Dataset.from_list([*map(as_messages, preference_rows(n, seed=n))]) for n in (10, 12))
     tokens = Dataset.from_list([{"input_ids": tokenizer("Say it: ")["input_ids"]}] * 4)
-    # What the page takes for granted: data of the reader, and what this test puts in.
-    names = {"labeled": labeled, "unlabeled": unlabeled, "tokenized": tokens, "tokenized_held_out": tokens}
-    names |= {"prompts": labeled.select_columns("prompt"), "trl": trl, "CPU": CPU, "SHORT": SHORT}
     completions = [{"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]]} for row in labeled]
-    names |= {"completions": Dataset.from_list(completions), "as_a_person": as_a_person}
+    return {
+        "labeled": labeled,
+        "unlabeled": unlabeled,
+        "tokenized": tokens,
+        "tokenized_held_out": tokens,
+        "prompts": labeled.select_columns("prompt"),
+        "completions": Dataset.from_list(completions),
+        **{"trl": trl, "CPU": CPU, "SHORT": SHORT, "made": made, "as_a_person": as_a_person},
+    }
+
+
+def test_swap_runs_before_and_after(names, places):
     (swap,) = blocks(README, "diff")
     before = "\n".join(line[1:] for line in swap.splitlines() if not line.startswith("+"))
     after = "\n".join(line[1:] for line in swap.splitlines() if not line.startswith("-"))
     run(before, dict(names), places, "before the swap")
     run(after, names, places, "after the swap")
     assert isinstance(names["trainer"], SSRMTrainer) and len(names["trainer"].round_history) > 1
-    for number, block in enumerate(blocks(README, "python")):
+    assert Path("reward-model", "model.safetensors").is_file()
+
+
+# What has to be there after the blocks of a page.
+OUTCOMES: dict[str, Callable[[dict], bool]] = {
+    "settings": lambda names: len(names["labels"]) == 4 and names["trainer"].round_history[0]["round"] == 0,
+    "pairwise": lambda names: (
+        Path("preference-model", "comparison.json").is_file()
+        and names["args"].comparison == "my-comparison"
+        and len(names["preferences"]) > 0
+        and names["trainer"].args.output_dir == "taught-model"
+    ),
+    "evaluation": lambda names: Path("reward-model-v4", "config.json").is_file(),
+    "alignment": lambda names: (
+        {"completion", "reward"} <= set(names["best"].column_names)
+        and names["trainer"].__class__.__name__ == ("PPOTrainer" if HAS_PPO else "DPOTrainer")
+    ),
+}
+
+
+def test_every_page_with_python_is_run():
+    assert {page.stem for page in PAGES if blocks(page, "python")} == {TUTORIAL.stem, *OUTCOMES}
+
+
+@pytest.mark.parametrize("page", OUTCOMES)
+def test_python_runs_from_top_to_bottom(page, names, places, llama):
+    save_models(llama, "reward-model", "other-reward-model")
+    for number, block in enumerate(blocks(GUIDES / f"{page}.md", "python")):
         if "trl.experimental.ppo" in block and not HAS_PPO:
             with pytest.raises(ImportError):
-                run(block, names, places, f"block {number}")
+                run(block, names, places, f"block {number} of {page}")
         else:
-            run(block, names, places, f"block {number}")
-    assert len(names["labels"]) == 4 and Path("reward-model-v4", "config.json").is_file()
-    assert {"completion", "reward"} <= set(names["best"].column_names)
-    assert names["trainer"].__class__.__name__ == ("PPOTrainer" if HAS_PPO else "DPOTrainer")
+            run(block, names, places, f"block {number} of {page}")
+    assert OUTCOMES[page](names)
 
 
 def test_python_of_the_tutorial_makes_its_files(tmp_path, monkeypatch):
@@ -175,7 +225,7 @@ def test_no_substitution_is_without_use():
 # ---- Shell ----
 
 # Not ours, and not installed here.
-ELSEWHERE = {"rewardbench", "source"}
+ELSEWHERE = {"rewardbench", "source", "pip-audit"}
 # What keeps a run short, behind what the page says; flags of the page that have to stay are not among them.
 AT_THE_END = {"num_train_epochs": 1, "num_folds": 0, "confidence_threshold": 0.5, "disable_tqdm": True}
 
@@ -192,7 +242,7 @@ class Shell:
         words = shlex.split(with_places(line, self.places), comments=True)
         # What stands before a program is for its environment.
         words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
-        if words[0] not in ELSEWHERE:
+        if words and words[0] not in ELSEWHERE:
             self.ran.append(words[0])
             getattr(self, words[0].replace("-", "_"))(words[1:])
 
@@ -200,9 +250,7 @@ class Shell:
         command = words[0]
         if command == "quickstart":
             # A test of its own trains it.
-            from trl_ssrm.cli.quickstart import make_parser
-
-            assert make_parser().parse(["--bf16", "false", *words[1:]])[1] == []
+            assert make_quickstart_parser().parse(["--bf16", "false", *words[1:]])[1] == []
         elif command == "train" and "--dry_run" not in words:
             settings = {**CPU, **AT_THE_END}
             added = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -230,6 +278,12 @@ class Shell:
             assert Path(parsed[1].output_dir, "model.safetensors").is_file()
 
     def python(self, words: list[str]) -> None:
+        if words[0] == "-m":
+            source = (ROOT / words[1].replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+            assert {word for word in words if word.startswith("--")} <= set(
+                re.findall(r'add_argument\(\s*"(--\w+)"', source)
+            )
+            return
         path = ROOT / words[0]
         # As Python does it for a script.
         self.add_to_path(str(path.parent))
@@ -259,6 +313,13 @@ class Shell:
         named = {name for word in words for names in re.findall(r"\[(.+)\]", word) for name in names.split(",")}
         assert words[0] == "install" and named <= extras.keys()
 
+    def pytest(self, words: list[str]) -> None:
+        files = [ROOT / word for word in words if word.endswith(".py")]
+        assert files and all(file.is_file() for file in files)
+        if "-k" in words:
+            (file,), part = files, words[words.index("-k") + 1]
+            assert re.search(rf"^def test_\w*{part}", file.read_text(encoding="utf-8"), re.MULTILINE)
+
     def mkdir(self, words: list[str]) -> None:
         Path(words[0]).mkdir()
 
@@ -273,7 +334,7 @@ class Shell:
 def shell(places, llama, tmp_path, monkeypatch) -> Shell:
     """A shell in a directory with the files of the pages, which are small here."""
     monkeypatch.chdir(tmp_path)
-    save_other_model(llama)
+    save_models(llama, "other-reward-model")
     pool = Dataset.from_list(preference_rows(24, seed=2))
     pool = pool.rename_columns({"chosen": "completion_a", "rejected": "completion_b"})
     pool.to_csv("pool.csv")
@@ -285,22 +346,45 @@ def shell(places, llama, tmp_path, monkeypatch) -> Shell:
     return Shell(places, monkeypatch.syspath_prepend)
 
 
-@pytest.mark.parametrize(
-    ("page", "programs"),
-    [
-        (README, {"trl-ssrm", "trl", "python", "python3", "pip", "accelerate", "sbatch"}),
-        (RECIPES, {"python", "sbatch"}),
-        (TUTORIAL, {"trl-ssrm", "trl", "python", "pip", "mkdir", "cp"}),
-    ],
-    ids=lambda page: page.name if isinstance(page, Path) else "",
-)
-def test_commands_run(page, programs, shell):
+# Programs in the shell blocks of each page.
+PROGRAMS = {
+    README: {"trl-ssrm", "trl", "python3", "pip"},
+    RECIPES: {"python", "sbatch"},
+    TUTORIAL: {"trl-ssrm", "trl", "python", "pip", "mkdir", "cp"},
+    GUIDES / "alignment.md": {"trl"},
+    GUIDES / "evaluation.md": {"trl-ssrm"},
+    GUIDES / "processes.md": {"accelerate", "sbatch"},
+    GUIDES / "reliability.md": {"python", "pytest", "pip"},
+    GUIDES / "results.md": {"python"},
+    GUIDES / "results_frozen.md": {"python"},
+    GUIDES / "speed.md": {"python"},
+}
+
+
+def test_every_page_with_commands_is_run():
+    assert {page for page in PAGES if commands(page)} == PROGRAMS.keys()
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_run(page, shell, llama):
+    if page.parent == GUIDES:
+        save_models(llama, "reward-model")
     for line in commands(page):
         shell(line)
-    assert set(shell.ran) == programs
+    assert set(shell.ran) == PROGRAMS[page]
 
 
-@pytest.mark.parametrize("flag", ["trl-ssrm evaluate --no_such_flag 1", "trl dpo --no_such_flag 1", "make nothing"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "trl-ssrm evaluate --no_such_flag 1",
+        "trl dpo --no_such_flag 1",
+        "make nothing",
+        "pytest tests/test_hub.py -k no_such_test",
+        "pytest tests/no_such_file.py",
+        "python -m tests.faults.campaign --no_such_flag",
+    ],
+)
 def test_commands_that_do_not_exist_are_noticed(flag, shell):
     with pytest.raises((AssertionError, ValueError)):
         shell(flag)
@@ -329,43 +413,210 @@ def test_slurm_script_starts_a_process_for_each_gpu_of_each_machine(tmp_path):
 # ---- Names, settings and links ----
 
 
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def quoted(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def table(page: Path, heading: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"^\|.*\|$", text[text.index(heading) :].partition("\n\n")[0], re.MULTILINE)[2:]
+
+
+OWN_SETTINGS = {field.name for field in fields(SSRMConfig)} - {field.name for field in fields(trl.RewardConfig)}
+
+
 def test_settings_of_the_table_are_accepted():
-    text = README.read_text(encoding="utf-8")
-    rows = re.findall(r"^\|.*\|$", text[text.index("| Situation | Set |") :].partition("\n\n")[0], re.MULTILINE)[2:]
-    known = {field.name for field in fields(SSRMConfig)}
     told = set()
-    for row in rows:
+    for row in table(GUIDES / "settings.md", "| Situation | Set |"):
         for name, value in re.findall(r"`(\w+)=([^`]+)`", row):
-            # It says nothing of one completion.
-            beside = (
-                {"preference_model": "pairwise"} if name in ("comparison_orders", "require_order_agreement") else {}
-            )
-            assert name in known, name
+            # It means nothing to a scalar model.
+            beside = {"preference_model": "pairwise"} if name == "comparison_orders" else {}
+            assert name in OWN_SETTINGS, name
             SSRMConfig(output_dir="unused", bf16=False, **{**beside, name: ast.literal_eval(value)})
             told.add(name)
-    assert len(rows) > 15 and len(told) > 12
+    # `comparison` is a path, and shown on the page of the pairwise model.
+    assert told == OWN_SETTINGS - {"comparison"}
 
 
-def test_names_exist():
-    sources = [*ROOT.glob("trl_ssrm/**/*"), *ROOT.glob("recipes/**/*.*"), *ROOT.glob("tests/faults/*.py")]
-    sources += [ROOT / "Makefile", ROOT / "pyproject.toml"]
-    code = [path for path in sources if path.suffix not in (".md", ".pyc") and path.is_file()]
-    words = {word for path in code for word in re.findall(r"[A-Za-z_]\w*", path.read_text(encoding="utf-8"))}
-    words |= {field.name for field in fields(SSRMConfig)} | set(dir(trl)) | set(dir(SSRMTrainer))
-    words |= {path.stem for path in (*ROOT.glob("*"), *code)}
-    unknown = set()
-    for page in PAGES:
-        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        for quoted in re.findall(r"`([^`\n]+)`", text):
-            # Strings are values, and a package of another project is none of ours.
-            names = re.findall(r"(?<![\w/.\"-])[A-Za-z_]\w*(?![\w\"])", re.sub(r"\"[^\"]*\"", "", quoted))
-            unknown |= {name for name in names if name not in words and len(name) > 3}
-    assert not unknown
+def test_settings_that_matter_are_settings_with_these_defaults():
+    rows = table(README, "| Setting | Default | Change it |")
+    assert len(rows) == 5
+    for row in rows:
+        name, default = re.findall(r"^\| `(\w+)` \| (.*?) \|", row)[0]
+        assert name in OWN_SETTINGS
+        value = getattr(SSRMConfig(output_dir="unused", bf16=False), name)
+        # A default of `None` is told in words.
+        assert value is None or ast.literal_eval(default.strip("`")) == value
+    text = README.read_text(encoding="utf-8")
+    assert f"has the other {len(OWN_SETTINGS) - len(rows)}." in text
+    assert f"with {len(OWN_SETTINGS)} more settings" in (GUIDES / "settings.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# Names of other projects that the text uses.
+OF_OTHERS = {
+    "fsdp_version",  # accelerate's configuration
+    "base_model_name_or_path",  # PEFT
+    "modules_to_save",
+    "weights_only",  # torch.load
+    "lscpu",
+    "avx512_bf16",
+    "amx_bf16",
+    "round_N",  # the number of a round in a path
+}
+EXTENSIONS = "cff|csv|gitignore|html|json|jsonl|md|parquet|pt|pth|py|sh|yaml"
+
+
+@functools.cache
+def code_names() -> tuple[set[str], set[str]]:
+    """Names that the code defines, and texts in it: words in comments, docstrings and messages are neither."""
+    names, texts = set(), set()
+    for path in (*ROOT.glob("trl_ssrm/**/*.py"), *ROOT.glob("recipes/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                    names.add(name)
+                case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                    names.add(name)
+                case ast.Constant(value=str(text)):
+                    texts.add(text)
+    return names | {text for text in texts if text.isidentifier()}, texts
+
+
+def unknown_names(quotes: list[str], words: set[str]) -> set[str]:
+    # Strings are values, files have a test of their own, and flags too.
+    pattern = rf"\"[^\"]*\"|[\w./-]*\.({EXTENSIONS})\b|--\w+"
+    found = {name for each in quotes for name in re.findall(r"(?<!\w)[A-Za-z_]\w*", re.sub(pattern, " ", each))}
+    return {name for name in found if name not in words and not keyword.iskeyword(name) and len(name) > 3}
+
+
+@pytest.fixture(scope="module")
+def words() -> set[str]:
+    """Names that can stand in a text: ours, those of the libraries under us, and the programs of the blocks."""
+    of_libraries = {name for module in (trl, transformers, datasets) for name in dir(module)}
+    of_types = {name for kind in (SSRMTrainer, SSRMConfig, SSRMRewardFunction) for name in dir(kind)}
+    arguments = {name for kind in (SSRMConfig, ModelConfig) for name in kind.__dataclass_fields__}
+    arguments |= set(inspect.signature(trl.RewardTrainer.__init__).parameters)
+    arguments |= set(inspect.signature(SSRMTrainer.train).parameters)
+    arguments |= {action.dest for action in launch_command_parser()._actions}
+    blocks_of_pages = "\n".join(line for page in PAGES for name in ("bash", "python") for line in blocks(page, name))
+    of_blocks = {"make", *re.findall(r"[A-Za-z_]\w*", blocks_of_pages)}
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    folders = {
+        path.name for path in (*ROOT.glob("*"), *ROOT.glob("recipes/*"), *ROOT.glob("tests/*")) if path.is_dir()
+    }
+    return code_names()[0] | of_libraries | of_types | arguments | of_blocks | targets | folders | OF_OTHERS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_names_exist(page, words):
+    assert not unknown_names(quoted(page), words)
+
+
+@pytest.mark.parametrize(
+    "name",
+    # Names that were settings once, and slips in names that are.
+    [
+        "adaptive_threshold=True",
+        "balance_by",
+        "round_patience",
+        "num_fold",
+        "SSRMConfig(no_such=1)",
+        "calibration_data",
+    ],
+)
+def test_names_that_do_not_exist_are_noticed(name, words):
+    assert unknown_names([name], words)
+
+
+@functools.cache
+def our_commands() -> dict[str, argparse.ArgumentParser]:
+    return next(action.choices for action in make_parser()._actions if action.dest == "command")
+
+
+@functools.cache
+def flags_of_ours() -> set[str]:
+    """Flags of the command, of accelerate's launcher behind it, and of the recipes."""
+    parsers = [make_train_parser(), make_quickstart_parser(), launch_command_parser(), *our_commands().values()]
+    found = {flag for parser in parsers for flag in parser._option_string_actions}
+    for path in ROOT.glob("recipes/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found.add(f"--{node.target.id}")
+    return found
+
+
+# Files that transformers writes or the reader has.
+FILES_OF_READERS = {
+    "train.parquet",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "labels.csv",
+    "pool.csv",
+    "test.csv",
+}
+
+
+def wrong_parts(quote: str, readers: str = "") -> list[str]:
+    """Flags, files and commands in a piece of code within a sentence that do not exist."""
+    found = [flag for flag in re.findall(r"(?<![\w-])--\w+", quote) if flag not in flags_of_ours()]
+    ours = {path.name for path in (*ROOT.glob("*.*"), *ROOT.glob("recipes/**/*.*"), *ROOT.glob("tests/**/*.*"))}
+    for file in re.findall(rf"[\w./-]*\.(?:{EXTENSIONS})\b", quote):
+        name = file.rpartition("/")[2]
+        is_written = any(text.endswith(name) for text in code_names()[1])
+        if not is_written and name not in ours | FILES_OF_READERS and name not in readers:
+            found.append(file)
+    program, *words = quote.split()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    if program == "make" and not re.search(rf"^{words[0]}:", makefile, re.MULTILINE):
+        found.append(quote)
+    if program == "trl-ssrm" and words and words[0] not in our_commands():
+        found.append(quote)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_flags_files_and_commands_in_sentences_exist(page):
+    readers = " ".join(blocks(page, "bash") + blocks(page, "python"))
+    assert not [wrong for quote in quoted(page) for wrong in wrong_parts(quote, readers)]
+
+
+@pytest.mark.parametrize(
+    "quote",
+    ["--no_such_flag 3", "trl-ssrm train --second_opinion", "no_such.py", "make nothing", "trl-ssrm nothing"],
+)
+def test_parts_of_sentences_that_do_not_exist_are_noticed(quote):
+    assert wrong_parts(quote)
+
+
+def test_messages_of_the_guide_are_raised():
+    messages = [re.findall(r'^\| "(.+?)" \|', row)[0] for row in table(GUIDES / "troubleshooting.md", "| Message |")]
+    of_others = {"Your setup doesn't support bf16/gpu", "No module named 'requests'"}
+    texts = code_names()[1]
+    ours = [message.removesuffix(" score.weight") for message in messages if message not in of_others]
+    assert len(ours) == 4 and of_others < set(messages)
+    assert not [message for message in ours if not any(message in text for text in texts)]
+
+
+def test_pages_are_short():
+    lengths = {page: len(page.read_text(encoding="utf-8").splitlines()) for page in PAGES}
+    assert lengths[README] <= 200
+    assert not [page.name for page, length in lengths.items() if page != README and length > 150]
+
+
+def test_guides_are_linked_from_the_readme():
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", README.read_text(encoding="utf-8"))
+    assert not [page.name for page in PAGES[1:] if page.relative_to(ROOT).as_posix() not in links]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = prose(page)
 
     def anchors(path: Path) -> set[str]:
         headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -388,11 +639,11 @@ def test_citation_and_changelog_are_of_this_version():
     names = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
     assert " and ".join(names) in SSRMTrainer._paper["citation"]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    headings = re.findall(r"^#{2,3} (.+)$", changelog, re.MULTILINE)
-    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security", "Decisions"}
-    releases = [heading for heading in headings if heading not in kinds]
-    assert releases[0] == "[Unreleased]" and all(
-        re.match(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d$", x) for x in releases[1:]
-    )
-    # Each kind once a release.
-    assert len(headings) - len(releases) == len(set(headings) & kinds) * len(releases)
+    unreleased, *releases = re.split(r"^## ", changelog, flags=re.MULTILINE)[1:]
+    assert unreleased.startswith("[Unreleased]\n")
+    assert all(re.match(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d\n", release) for release in releases)
+    for release in (unreleased, *releases):
+        groups = re.findall(r"^### (.+)$", release, re.MULTILINE)
+        assert groups and len(groups) == len(set(groups))
+    # Before there is a release, nothing of one can be repaired.
+    assert releases or "### Fixed" not in unreleased
