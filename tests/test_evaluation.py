@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from conftest import CHAT_TEMPLATE, as_messages, make_tokenizer, preference_rows
 from datasets import Dataset
-from scipy.stats import binomtest
 from sklearn.metrics import brier_score_loss, log_loss
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -18,14 +17,11 @@ from trl_ssrm import (
     evaluation_table,
     export_for_rewardbench,
 )
-from trl_ssrm.evaluation.benchmarks import (
-    REWARDBENCH_SECTIONS,
-    best_is_right,
-    final_score,
-    rm_bench_levels,
-    section_scores,
-)
-from trl_ssrm.evaluation.evaluate import sign_test, wilson_interval
+from trl_ssrm.evaluation.benchmarks import REWARDBENCH_SECTIONS, section_scores
+
+
+SECTIONS = ("Chat", "Chat Hard", "Safety", "Reasoning")
+SUBSETS = [subset for section in SECTIONS for subset in REWARDBENCH_SECTIONS[section]]
 
 
 @pytest.fixture(scope="module")
@@ -140,69 +136,17 @@ def test_text_that_is_too_long_is_a_tie_and_is_counted(llama, judge, caplog):
     # Its tokens are bytes.
     found = run(llama, rows, max_length=200)
     assert found.outcomes[3] == 0.5 and found.metrics["all"]["not_judged"] == 1
-    assert "1 of 8 rows have a text that is too long" in caplog.text
+    assert "1 of 8 rows of `dataset` have a text that is too long" in caplog.text
     short = PairwiseJudge(judge)
     short.comparison = replace(short.comparison, max_length=300)
     found = run(short, rows)
     assert found.outcomes[3] == 0.5 and found.metrics["all"]["not_judged"] == 1
     assert "| Not judged |" in evaluation_table([found])
-    with pytest.raises(ValueError, match="A judge has the `max_length` of its comparison"):
+    with pytest.raises(ValueError, match="set `max_length` of the judge's `comparison` instead"):
         run(short, rows, max_length=300)
 
 
-@pytest.mark.parametrize("count", [1, 20, 500])
-def test_interval_is_that_of_wilson(count):
-    for right in {0, count // 3, count}:
-        expected = binomtest(right, count).proportion_ci(method="wilson")
-        assert wilson_interval(right, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
-
-
 # ---- RewardBench ----
-
-# Accuracies of a model that does not exist.
-TABLE = {
-    # 100 * 1 + 95 * .8 + 95 * .6 + 28 * .5 + 40 * .75 = 277 of 358
-    **{"alpacaeval-easy": 1.0, "alpacaeval-length": 0.8, "alpacaeval-hard": 0.6},
-    **{"mt-bench-easy": 0.5, "mt-bench-med": 0.75},
-    # 37 * 0 + 100 * .5 + 134 * .5 + 92 * .25 + 47 * 1 + 46 * .5 = 210 of 456
-    **{"mt-bench-hard": 0.0, "llmbar-natural": 0.5, "llmbar-adver-neighbor": 0.5, "llmbar-adver-GPTInst": 0.25},
-    **{"llmbar-adver-GPTOut": 1.0, "llmbar-adver-manual": 0.5},
-    # 100 * .9 + 100 * .8 + 154 * .5 + 250 * .6 + 136 * .25 = 431 of 740
-    **{"refusals-dangerous": 0.9, "refusals-offensive": 0.8, "xstest-should-refuse": 0.5},
-    **{"xstest-should-respond": 0.6, "donotanswer": 0.25},
-    # Mathematics .5, and code (.75 + .5 + 1 + .25 + 1 + 0) / 6 = 7 / 12; both count half: 13 / 24
-    **{
-        "math-prm": 0.5,
-        "hep-cpp": 0.75,
-        "hep-go": 0.5,
-        "hep-java": 1.0,
-        "hep-js": 0.25,
-        "hep-python": 1.0,
-        "hep-rust": 0.0,
-    },
-}
-SECTIONS = {"Chat": 277 / 358, "Chat Hard": 210 / 456, "Safety": 431 / 740, "Reasoning": 13 / 24}
-
-
-def test_scores_of_rewardbench_are_those_worked_out_by_hand():
-    assert len(TABLE) == 23
-    assert section_scores(TABLE) == pytest.approx(SECTIONS)
-    # .773743 + .460526 + .582432 + .541667 = 2.358368
-    assert final_score(section_scores(TABLE)) == pytest.approx(2.358368 / 4, abs=1e-6)
-    # (.6 + .8 + .5 + .7) / 4 = .65, of which half counts: (2.358368 + .325) / 4.5
-    prior = {"anthropic_helpful": 0.6, "anthropic_hhh": 0.8, "shp": 0.5, "summarize": 0.7}
-    assert section_scores(TABLE | prior) == pytest.approx(SECTIONS | {"Prior Sets": 0.65})
-    assert final_score(section_scores(TABLE | prior)) == pytest.approx(2.683368 / 4.5, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("sections", "score"),
-    # Of the leaderboard in May 2024: ArmoRM-Llama3-8B-v0.1 and pair-preference-model-LLaMA3-8B, as
-    # https://github.com/RLHFlow/RLHF-Reward-Modeling quotes it.
-    [((96.9, 76.8, 92.2, 97.3, 74.3), 89.0), ((98.3, 65.8, 89.7, 94.7, 74.6), 85.7)],
-)
-def test_scores_of_rewardbench_are_those_published(sections, score):
-    assert round(final_score(dict(zip(REWARDBENCH_SECTIONS, sections, strict=True))), 1) == score
 
 
 def rewardbench_rows(subsets: list[str]) -> list[dict]:
@@ -214,7 +158,7 @@ def rewardbench_rows(subsets: list[str]) -> list[dict]:
 
 @pytest.mark.parametrize("kind", ["scalar", "pairwise"])
 def test_rewardbench_is_what_the_models_own_scores_make_of_it(kind, llama, judge):
-    rows = rewardbench_rows([*TABLE])
+    rows = rewardbench_rows(SUBSETS)
     # A tie is wrong.
     rows[0]["rejected"] = rows[0]["chosen"]
     if kind == "scalar":
@@ -232,7 +176,7 @@ def test_rewardbench_is_what_the_models_own_scores_make_of_it(kind, llama, judge
         right.setdefault(row["subset"], []).append(logit > 0)
     found = run({"scalar": llama, "pairwise": judge}[kind], rows, "rewardbench")
     accuracies = {subset: float(np.mean(each)) for subset, each in right.items()}
-    assert {subset: found.metrics[subset]["accuracy"] for subset in TABLE} == pytest.approx(accuracies)
+    assert {subset: found.metrics[subset]["accuracy"] for subset in SUBSETS} == pytest.approx(accuracies)
     sections = section_scores(accuracies)
     assert {name: found.metrics[name]["accuracy"] for name in sections} == pytest.approx(sections)
     assert found.metrics["all"]["score"] == pytest.approx(sum(sections.values()) / 4)
@@ -241,7 +185,7 @@ def test_rewardbench_is_what_the_models_own_scores_make_of_it(kind, llama, judge
 
 
 def test_prior_sets_may_hold_conversations(llama):
-    rows = rewardbench_rows([*TABLE])
+    rows = rewardbench_rows(SUBSETS)
     prior = rewardbench_rows(["anthropic_helpful", "anthropic_hhh", "shp", "summarize"])
     turns = [*as_user("a"), *as_assistant("b"), *as_user("c")]
     prior = [{**row, "prompt": turns} for row in prior]
@@ -264,19 +208,11 @@ def test_part_of_rewardbench_has_no_final_score(llama, caplog):
     # As published: 984 to 164.
     math, code = (found.metrics[subset]["accuracy"] for subset in ("math-prm", "hep-go"))
     assert found.metrics["Reasoning"]["accuracy"] == pytest.approx((6 * math + code) / 7)
-    assert "No row is of alpacaeval-easy" in caplog.text and "no final score of rewardbench" in caplog.text
+    assert "`dataset` has no rows of alpacaeval-easy" in caplog.text
+    assert "so there is no final score of rewardbench" in caplog.text
 
 
 # ---- RM-Bench and best of n ----
-
-
-def test_levels_of_rm_bench_are_the_triangles_of_the_matrix():
-    # Chosen completions by row, from plain to ornate, against rejected ones by column.
-    one = [[1, -1, -1], [1, 1, -1], [1, 1, -1]]
-    other = [[1, 1, -1], [-1, 1, -1], [1, -1, 1]]
-    levels = rm_bench_levels(np.array([one, other]).reshape(2, 9))
-    # Easy lies below the diagonal: 3 and 1 of 3. Normal on it: 2 and 3 of 3. Hard above: 0 and 1 of 3.
-    assert levels == pytest.approx({"easy": 4 / 6, "normal": 5 / 6, "hard": 1 / 6})
 
 
 @pytest.mark.parametrize("kind", ["scalar", "pairwise"])
@@ -335,67 +271,7 @@ def test_best_of_n_is_right_if_the_best_one_is(kind, llama, judge):
     assert run(model, lists, "best_of_n").outcomes == found.outcomes
 
 
-def test_ties_for_the_best_share_it():
-    # Pairs in order: 01, 02, 12. The first two are equal, and better than the third.
-    assert best_is_right(np.array([0.0, 2.0, 2.0]), [True, False, False]) == (0.5, True)
-    # The second could not be compared with anything, so it is not the best.
-    assert best_is_right(np.array([np.nan, 1.0, np.nan]), [True, False, False]) == (1.0, False)
-    assert best_is_right(np.array([-1.0, 1.0, 1.0]), [True, False, False]) == (0.0, False)
-
-
 # ---- Several models ----
-
-
-@pytest.mark.parametrize(("won", "lost"), [(0, 0), (3, 3), (1, 9), (40, 12), (5200, 4800)])
-def test_p_value_is_that_of_the_exact_binomial_test(won, lost):
-    expected = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    assert sign_test(won, lost) == pytest.approx(expected, rel=1e-8)
-
-
-def made_up(model: str, outcomes: list[float], **settings) -> Evaluation:
-    defaults = {
-        "benchmark": "preferences",
-        "metrics": {"all": {"num_rows": len(outcomes), "accuracy": float(np.mean(outcomes)), "not_judged": 0}},
-        "prompts": list(range(len(outcomes))),
-        "strata": ["all"] * len(outcomes),
-        "stratum_weights": {"all": 1.0},
-        "rows_hash": "same",
-    }
-    return Evaluation(model=model, outcomes=outcomes, **{**defaults, **settings})
-
-
-def test_models_on_the_same_rows_are_tested_against_each_other():
-    one, other = [1.0] * 90 + [0.0] * 10, [1.0] * 70 + [0.0] * 25 + [1.0] * 5
-    table = evaluation_table([made_up("one", one), made_up("o|ther", other)])
-    assert table.splitlines()[:4] == [
-        "| Model | Pairs | Accuracy |",
-        "| --- | ---: | ---: |",
-        "| one | 100 | 0.900 |",
-        "| o\\|ther | 100 | 0.750 |",
-    ]
-    line = table.splitlines()[-1].split(" | ")
-    # 20 prompts are right with the one alone, 5 with the other alone.
-    assert line[:2] == ["| one over o\\|ther", "+0.150"] and line[3:5] == ["20 prompts", "5 prompts"]
-    assert line[5] == f"{binomtest(5, 25).pvalue:.2g} |"
-    low, high = map(float, line[2].split(" to "))
-    # Of a mean of 20 ones, 5 minus ones and 75 zeros.
-    half = 1.96 * np.std(np.array(one) - np.array(other)) / 10
-    assert (low, high) == pytest.approx((0.15 - half, 0.15 + half), abs=0.015)
-
-
-def test_rows_with_the_same_prompt_are_one_case():
-    outcomes = [1.0] * 8 + [0.0] * 2
-    prompts = [0] * 8 + [1] * 2
-    line = evaluation_table([made_up("one", outcomes, prompts=prompts), made_up("two", [0.0] * 10, prompts=prompts)])
-    assert line.splitlines()[-1].split(" | ")[3:] == ["1 prompts", "0 prompts", "1 |"]
-
-
-def test_difference_weighs_the_parts_as_the_benchmark_does():
-    strata = {"strata": ["x"] * 2 + ["y"] * 8, "stratum_weights": {"x": 0.75, "y": 0.25}}
-    one, other = made_up("one", [1.0] * 2 + [0.0] * 8, **strata), made_up("two", [0.0] * 10, **strata)
-    line = evaluation_table([one, other]).splitlines()[-1]
-    # Resampled within each part, nothing can vary here.
-    assert "| +0.750 | +0.750 to +0.750 |" in line
 
 
 def test_models_on_other_rows_are_not_tested(llama):
@@ -410,7 +286,7 @@ def test_models_on_other_rows_are_not_tested(llama):
 
 
 def test_table_lists_the_subsets_of_each_model(llama, judge):
-    rows = rewardbench_rows([*TABLE])
+    rows = rewardbench_rows(SUBSETS)
     table = evaluation_table([run(model, rows, "rewardbench") for model in (llama, judge)])
     lines = table.splitlines()
     assert lines[0].startswith("| Model | Pairs | Score | Accuracy |")
@@ -457,15 +333,23 @@ THREE = {"prompt": "a", "chosen": ["b"] * 3, "rejected": ["c"] * 3, "domain": "c
         (
             "rewardbench",
             {**ROW, "subset": "mt-bench"},
-            "RewardBench has no subset 'mt-bench'; leave those rows out, or",
+            "has rows of the subset 'mt-bench', which RewardBench does not have; drop these rows, or",
         ),
-        ("rewardbench", {**ROW, "subset": "shp", "chosen": ["b"]}, "of row 0 of `dataset` are not text"),
+        ("rewardbench", {**ROW, "subset": "shp", "chosen": ["b"]}, "of row 0 of `dataset` must be text, as in"),
         ("rewardbench", {**ROW, "subset": "shp", "chosen": None}, "`chosen` of row 0 of `dataset` is missing"),
-        ("rm_bench", {**THREE, "chosen": ["b"] * 2}, "of row 0 of `dataset` are not three texts each"),
-        ("rm_bench", {**THREE, "domain": "art"}, "RM-Bench has no domain 'art', only"),
-        ("best_of_n", ROW, "`chosen` and `rejected` of row 0 of `dataset` are not lists"),
-        ("best_of_n", {"prompt": "a", "completions": ["b", "c"], "labels": [True]}, "differ in length"),
-        ("best_of_n", {"prompt": "a", "completions": ["b", "c"], "labels": [True, True]}, "No choice is in row 0"),
+        ("rm_bench", {**THREE, "chosen": ["b"] * 2}, "of row 0 of `dataset` must be lists of three texts"),
+        ("rm_bench", {**THREE, "domain": "art"}, "rows of the domain 'art', but RM-Bench has only"),
+        ("best_of_n", ROW, "`chosen` and `rejected` of row 0 of `dataset` must be lists"),
+        (
+            "best_of_n",
+            {"prompt": "a", "completions": ["b", "c"], "labels": [True]},
+            "`completions` of row 0 of `dataset` has 2 entries and `labels` has 1",
+        ),
+        (
+            "best_of_n",
+            {"prompt": "a", "completions": ["b", "c"], "labels": [True, True]},
+            "completions of row 0 of `dataset` are all right or all wrong",
+        ),
     ],
 )
 def test_data_of_another_form_is_refused_before_the_model_is_loaded(benchmark, row, message):

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "Comparison": "models.comparison",
     "ConfidenceFilteredDataCollator": "data.collator",
-    "Evaluation": "evaluation.evaluate",
+    "Evaluation": "evaluation.table",
     "NonFiniteScoreError": "scoring.score",
     "NonFiniteWeightError": "scoring.score",
     "PairScores": "scoring.pair_scores",
@@ -19,7 +19,7 @@ _HOME_OF = {
     "SSRMTrainer": "trainer",
     "best_of_n": "alignment.labeling",
     "evaluate": "evaluation.evaluate",
-    "evaluation_table": "evaluation.evaluate",
+    "evaluation_table": "evaluation.table",
     "export_for_rewardbench": "evaluation.exports",
     "generate_completions": "alignment.generation",
     "label_preferences": "alignment.labeling",
@@ -65,10 +65,10 @@ if TYPE_CHECKING:
     from .alignment.reward_function import SSRMRewardFunction as SSRMRewardFunction
     from .config import SSRMConfig as SSRMConfig
     from .data.collator import ConfidenceFilteredDataCollator as ConfidenceFilteredDataCollator
-    from .evaluation.evaluate import Evaluation as Evaluation
     from .evaluation.evaluate import evaluate as evaluate
-    from .evaluation.evaluate import evaluation_table as evaluation_table
     from .evaluation.exports import export_for_rewardbench as export_for_rewardbench
+    from .evaluation.table import Evaluation as Evaluation
+    from .evaluation.table import evaluation_table as evaluation_table
     from .models.comparison import Comparison as Comparison
     from .models.loading import load_pairwise_model as load_pairwise_model
     from .models.loading import load_reward_model as load_reward_model

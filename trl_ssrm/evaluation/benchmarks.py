@@ -1,4 +1,4 @@
-"""The published benchmarks of reward models: their rows, and how their figures are made."""
+"""Benchmarks of reward models: the rows that each of them takes, and how its scores are computed."""
 
 import itertools
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ ALL = "all"
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completions", "labels", *TEMPLATE_COLUMNS)
 
 PRIOR_SETS = "Prior Sets"
-# Subsets of RewardBench by section, and the number of examples that each counts for (https://huggingface.co/papers/2403.13787
-# and `rewardbench/constants.py` in https://github.com/allenai/reward-bench). math-prm has 447 examples and counts for
-# 984, as many as the six subsets of code have together.
+# Subsets of RewardBench by section, with the number of examples that each is weighted by
+# (https://huggingface.co/papers/2403.13787 and `rewardbench/constants.py` in https://github.com/allenai/reward-bench).
+# math-prm has 447 examples and is weighted as 984, the size of the six subsets of code together.
 REWARDBENCH_SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {
         "alpacaeval-easy": 100,
@@ -55,19 +55,34 @@ REWARDBENCH_SECTIONS: dict[str, dict[str, int]] = {
         "math-prm": 984,
         **{f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")},
     },
-    # Not among the 23: preference sets from before RewardBench, each as much as the others.
+    # Four older preference sets beside the 23 subsets, with equal weights.
     PRIOR_SETS: {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1},
 }
-# Half, so that training on the training parts of those sets pays less (https://huggingface.co/spaces/allenai/reward-bench).
+# Half for the prior sets, since many models are trained on their training parts
+# (https://huggingface.co/spaces/allenai/reward-bench).
 SECTION_WEIGHTS = {"Chat": 1.0, "Chat Hard": 1.0, "Safety": 1.0, "Reasoning": 1.0, PRIOR_SETS: 0.5}
-# The domain `safety` is written as `safety-refuse` and `safety-response` in the data.
+# The data has `safety-refuse` and `safety-response` in place of `safety`.
 RM_BENCH_DOMAINS = ("chat", "code", "math", "safety")
 LEVELS = ("easy", "normal", "hard")
 
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """Completions of a prompt, the pairs of positions to compare, and which completions are right."""
+    """
+    A row of any benchmark in one form.
+
+    Args:
+        prompt (`str` or `list[dict[str, Any]]`):
+            Text or conversation.
+        completions (`list`):
+            Completions of the prompt, as text or messages.
+        pairs (`list[tuple[int, int]]`):
+            Positions of the completions to compare. Except for `"best_of_n"`, the first one of a pair is the better.
+        is_right (`list[bool]`):
+            Whether each completion is right. Only used for `"best_of_n"`.
+        template (`list`):
+            Values of `TEMPLATE_COLUMNS`, `None` where the row has none.
+    """
 
     prompt: Any
     completions: list
@@ -77,73 +92,70 @@ class BenchmarkRow:
 
 
 def check_rows(dataset: Dataset, benchmark: str, subset_column: str | None) -> None:
-    """Refuse data that is not of the form of a benchmark, before a model is loaded."""
+    """
+    Check that a dataset has the form of a benchmark. This needs no model.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows of the benchmark.
+        benchmark (`str`):
+            One of `BENCHMARKS`.
+        subset_column (`str`, *optional*):
+            Column with the subset of each row.
+
+    Raises:
+        TypeError: If it is not a dataset.
+        ValueError: If it has no rows, lacks a column, or has a row of another form.
+    """
     check_is_dataset(dataset, "dataset")
     check_not_empty(dataset, "dataset")
     if subset_column is not None:
         check_columns(dataset, (subset_column,), "dataset")
     if benchmark == "preferences":
         if check_preference_dataset(dataset, "dataset") is None:
-            raise ValueError("`dataset` is tokenized; give it with its texts, `chosen` and `rejected`.")
+            raise ValueError("`dataset` is tokenized; give it with the texts in `chosen` and `rejected`.")
         return
-    columns = ("chosen", "rejected")
-    if benchmark == "best_of_n" and "completions" in dataset.column_names:
-        columns = ("completions", "labels")
+    has_labels = benchmark == "best_of_n" and "completions" in dataset.column_names
+    columns = ("completions", "labels") if has_labels else ("chosen", "rejected")
     check_columns(dataset, ("prompt", *columns), "dataset")
     for number, row in enumerate(dataset.select_columns(["prompt", *columns])):
         where = f"row {number} of `dataset`"
-        for name, value in row.items():
-            if value is None:
-                raise ValueError(f"`{name}` of {where} is missing; fill it in or drop the row.")
-            # Not whether it is empty, which rows of a published benchmark may be.
-            check_characters(value, f"`{name}` of {where}")
-        if not isinstance(row["prompt"], str):
-            check_row({"prompt": row["prompt"]}, where, is_conversational=True)
-        one, other = (row[name] for name in columns)
+        _check_texts(row, where)
         if benchmark == "rewardbench":
-            if not (isinstance(one, str) and isinstance(other, str)):
-                raise ValueError(f"`chosen` and `rejected` of {where} are not text, as they are in RewardBench.")
+            _check_rewardbench_row(row, where)
         elif benchmark == "rm_bench":
-            if not all(isinstance(value, list) and list(map(type, value)) == [str] * 3 for value in (one, other)):
-                raise ValueError(
-                    f"`chosen` and `rejected` of {where} are not three texts each, as they are in RM-Bench."
-                )
+            _check_rm_bench_row(row, where)
         else:
-            if not (isinstance(one, list) and isinstance(other, list)) or any(isinstance(each, dict) for each in one):
-                raise ValueError(
-                    f"`{columns[0]}` and `{columns[1]}` of {where} are not lists with one entry a completion."
-                )
-            if "labels" in row and len(one) != len(other):
-                raise ValueError(
-                    f"`completions` and `labels` of {where} differ in length; give each completion a label."
-                )
-            is_right = _is_right(row)
-            if all(is_right) or not any(is_right):
-                raise ValueError(
-                    f"No choice is in {where}: it needs a completion that is right and one that is not; drop it."
-                )
-            texts = {f"{columns[0]}[{place}]": text for place, text in enumerate(one)}
-            if "labels" not in row:
-                texts |= {f"{columns[1]}[{place}]": text for place, text in enumerate(other)}
-            check_row(texts, where, isinstance(row["prompt"], list))
-
-
-def _is_right(row: dict[str, Any]) -> list[bool]:
-    if "completions" in row:
-        return [bool(label) for label in row["labels"]]
-    return [True] * len(row["chosen"]) + [False] * len(row["rejected"])
+            _check_best_of_n_row(row, columns, where)
 
 
 def strata_of(benchmark: str, subsets: list[str], num_rows: int) -> tuple[list[str], dict[str, float]]:
-    """The part of the benchmark that each row belongs to, and the weight of each part in the figure it goes by."""
+    """
+    Parts of a benchmark, over whose accuracies its score is a weighted mean.
+
+    Args:
+        benchmark (`str`):
+            One of `BENCHMARKS`.
+        subsets (`list[str]` of length `num_rows`):
+            Subset of each row; empty if there is no column of subsets.
+        num_rows (`int`):
+            Number of rows.
+
+    Returns:
+        `tuple[list[str], dict[str, float]]`: the part that each row belongs to, and the weight of each part. The
+        weights sum to 1.
+
+    Raises:
+        ValueError: If a subset is unknown to the published benchmark, or named as all rows together are.
+    """
     if benchmark == "rewardbench":
         section_of = {subset: section for section, counts in REWARDBENCH_SECTIONS.items() for subset in counts}
         if unknown := sorted(set(subsets) - section_of.keys()):
             raise ValueError(
-                f"RewardBench has no subset {', '.join(map(repr, unknown))}; leave those rows out, or use "
-                "`benchmark='preferences'` with `subset_column`."
+                f"`dataset` has rows of the subset {', '.join(map(repr, unknown))}, which RewardBench does not have; "
+                "drop these rows, or use `benchmark='preferences'` with `subset_column`."
             )
-        # The final score is linear in the accuracies, so the weight of a subset is the score if it alone were right.
+        # The final score is linear in the accuracies: the weight of a subset is the score if it alone were all right.
         present = sorted(set(subsets))
         return subsets, {
             subset: final_score(section_scores({other: float(other == subset) for other in present}))
@@ -153,21 +165,35 @@ def strata_of(benchmark: str, subsets: list[str], num_rows: int) -> tuple[list[s
         domains = [subset.split("-")[0] for subset in subsets]
         present = sorted(set(domains))
         if unknown := sorted(set(present) - set(RM_BENCH_DOMAINS)):
-            raise ValueError(f"RM-Bench has no domain {', '.join(map(repr, unknown))}, only {list(RM_BENCH_DOMAINS)}.")
+            raise ValueError(
+                f"`dataset` has rows of the domain {', '.join(map(repr, unknown))}, but RM-Bench has only "
+                f"{list(RM_BENCH_DOMAINS)}; drop these rows."
+            )
         return domains, {domain: 1 / len(present) for domain in present}
     if ALL in subsets:
-        raise ValueError(f"A subset is named {ALL!r}, which is what all rows together are called; rename it.")
+        raise ValueError(f"A subset is named {ALL!r}, the name of the metrics over all rows; rename the subset.")
     return [ALL] * num_rows, {ALL: 1.0}
 
 
 def missing_strata(benchmark: str, strata: list[str]) -> list[str]:
-    """`list[str]`: parts of a published benchmark that no row belongs to, without which there is no final score."""
+    """
+    Parts of a published benchmark that have no row. Without them there is no final score.
+
+    Args:
+        benchmark (`str`):
+            One of `BENCHMARKS`.
+        strata (`list[str]` of length `num_rows`):
+            Part that each row belongs to, as from [`strata_of`].
+
+    Returns:
+        `list[str]`: their names, sorted.
+    """
     due: set[str] = set()
     if benchmark == "rewardbench":
         due = {
             subset
             for section, counts in REWARDBENCH_SECTIONS.items()
-            # Optional as a whole; a part of them is no score of theirs.
+            # The prior sets are optional, but only all four together.
             if section != PRIOR_SETS or not set(strata).isdisjoint(counts)
             for subset in counts
         }
@@ -177,7 +203,20 @@ def missing_strata(benchmark: str, strata: list[str]) -> list[str]:
 
 
 def read_row(row: dict[str, Any], benchmark: str, as_messages: bool) -> BenchmarkRow:
-    """A row of a dataset that [`check_rows`] has let pass; `as_messages` is for text of the published benchmarks."""
+    """
+    Bring a row of a benchmark into the form that all of them share.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row of a dataset that passed [`check_rows`].
+        benchmark (`str`):
+            One of `BENCHMARKS`.
+        as_messages (`bool`):
+            Whether to make conversations of the text prompts of the two published benchmarks.
+
+    Returns:
+        [`BenchmarkRow`]: the row.
+    """
     template = [row.get(name) for name in TEMPLATE_COLUMNS]
     if benchmark == "preferences":
         row = maybe_extract_prompt(row)
@@ -209,7 +248,7 @@ def section_scores(accuracies: dict[str, float]) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: mean of the accuracies of each section, weighted by the published numbers of examples.
-        Sections and subsets that have no accuracy are left out.
+        Sections and subsets without an accuracy are left out.
     """
     scores = {}
     for section, counts in REWARDBENCH_SECTIONS.items():
@@ -229,17 +268,28 @@ def final_score(sections: dict[str, float]) -> float:
             Scores of the sections, as from [`section_scores`].
 
     Returns:
-        `float`: their mean, in which the prior sets, if they are there, have half the weight of another section.
+        `float`: their mean. The prior sets, if present, have half the weight of another section.
     """
     total = sum(score * SECTION_WEIGHTS[section] for section, score in sections.items())
     return total / sum(SECTION_WEIGHTS[section] for section in sections)
 
 
 def rm_bench_levels(cells: np.ndarray) -> dict[str, float]:
-    """Accuracies of RM-Bench from the logits of the nine comparisons, of shape `(num_rows, 9)`."""
+    """
+    Accuracies of RM-Bench by level of difficulty ([RM-Bench](https://huggingface.co/papers/2410.16184)).
+
+    Args:
+        cells (`np.ndarray` of shape `(num_rows, 9)`, float64):
+            Logits of the nine comparisons: three chosen completions, from the plainest to the most ornate style, each
+            against three rejected ones in the same order.
+
+    Returns:
+        `dict[str, float]`: `easy` (the chosen completion has the more ornate style), `normal` (equal styles) and
+        `hard` (the chosen completion has the plainer style).
+    """
     wins = (cells > 0).mean(axis=0).reshape(3, 3)
     above = np.triu_indices(3, 1)
-    # Rows are the style of the chosen completion, columns that of the rejected one, from plain to ornate.
+    # Rows are styles of the chosen completion, columns those of the rejected one.
     return {
         "easy": float(wins.T[above].mean()),
         "normal": float(wins.diagonal().mean()),
@@ -248,7 +298,20 @@ def rm_bench_levels(cells: np.ndarray) -> dict[str, float]:
 
 
 def best_is_right(logits: np.ndarray, is_right: list[bool]) -> tuple[float, bool]:
-    """Share of the best completions of a row that are right, and whether there are several."""
+    """
+    Whether the completion that a model finds best is right.
+
+    Args:
+        logits (`np.ndarray` of shape `(n * (n - 1) / 2,)`, float64):
+            Logits of all pairs of the `n` completions, in the order of `itertools.combinations`; NaN where a pair was
+            not compared.
+        is_right (`list[bool]` of length `n`):
+            Whether each completion is right.
+
+    Returns:
+        `tuple[float, bool]`: share of right ones among the best completions, and whether several share the first
+        place.
+    """
     number = len(is_right)
     matrix = np.zeros((number, number))
     above = np.triu_indices(number, 1)
@@ -258,6 +321,63 @@ def best_is_right(logits: np.ndarray, is_right: list[bool]) -> tuple[float, bool
     wins = mean_win_probability(matrix)
     if is_compared.any():
         wins = np.where(is_compared.any(axis=1), wins, -np.inf)
-    # Sums of the same probabilities in another order may differ in their last bits.
+    # The same probabilities, summed in another order, may differ in their last bits.
     is_best = np.isclose(wins, wins.max(), rtol=0, atol=1e-12)
     return float(np.array(is_right)[is_best].mean()), bool(is_best.sum() > 1)
+
+
+def _check_texts(row: dict[str, Any], where: str) -> None:
+    """Check the cells of a row for missing values and broken characters, and a conversation for its messages."""
+    for name, value in row.items():
+        if value is None:
+            raise ValueError(f"`{name}` of {where} is missing; fill it in or drop the row.")
+        # Empty text is allowed: published benchmarks have some.
+        check_characters(value, f"`{name}` of {where}")
+    if not isinstance(row["prompt"], str):
+        check_row({"prompt": row["prompt"]}, where, is_conversational=True)
+
+
+def _check_rewardbench_row(row: dict[str, Any], where: str) -> None:
+    if not (isinstance(row["chosen"], str) and isinstance(row["rejected"], str)):
+        raise ValueError(
+            f"`chosen` and `rejected` of {where} must be text, as in RewardBench; give each one completion."
+        )
+
+
+def _check_rm_bench_row(row: dict[str, Any], where: str) -> None:
+    for texts in (row["chosen"], row["rejected"]):
+        if not isinstance(texts, list) or list(map(type, texts)) != [str] * 3:
+            raise ValueError(
+                f"`chosen` and `rejected` of {where} must be lists of three texts, as in RM-Bench; give each three "
+                "completions."
+            )
+
+
+def _check_best_of_n_row(row: dict[str, Any], columns: tuple[str, str], where: str) -> None:
+    one, other = (row[name] for name in columns)
+    # A dictionary is a message: the column then holds one conversation in place of a list of them.
+    if not (isinstance(one, list) and isinstance(other, list)) or any(isinstance(each, dict) for each in one):
+        raise ValueError(
+            f"`{columns[0]}` and `{columns[1]}` of {where} must be lists with one entry per completion; put a single "
+            "completion into a list."
+        )
+    if "labels" in row and len(one) != len(other):
+        raise ValueError(
+            f"`completions` of {where} has {len(one)} entries and `labels` has {len(other)}; give each completion one "
+            "label."
+        )
+    is_right = _is_right(row)
+    if all(is_right) or not any(is_right):
+        raise ValueError(
+            f"The completions of {where} are all right or all wrong, so there is nothing to choose; drop the row."
+        )
+    texts = {f"{columns[0]}[{place}]": text for place, text in enumerate(one)}
+    if "labels" not in row:
+        texts |= {f"{columns[1]}[{place}]": text for place, text in enumerate(other)}
+    check_row(texts, where, isinstance(row["prompt"], list))
+
+
+def _is_right(row: dict[str, Any]) -> list[bool]:
+    if "completions" in row:
+        return [bool(label) for label in row["labels"]]
+    return [True] * len(row["chosen"]) + [False] * len(row["rejected"])

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from trl_ssrm import Evaluation, evaluation_table
+from trl_ssrm.evaluation.table import sign_test
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (3, 3), (1, 9), (40, 12), (5200, 4800)])
+def test_p_value_is_that_of_the_exact_binomial_test(won, lost):
+    expected = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    assert sign_test(won, lost) == pytest.approx(expected, rel=1e-8)
+
+
+def made_up(model: str, outcomes: list[float], **settings) -> Evaluation:
+    defaults = {
+        "benchmark": "preferences",
+        "metrics": {"all": {"num_rows": len(outcomes), "accuracy": float(np.mean(outcomes)), "not_judged": 0}},
+        "prompts": list(range(len(outcomes))),
+        "strata": ["all"] * len(outcomes),
+        "stratum_weights": {"all": 1.0},
+        "rows_hash": "same",
+    }
+    return Evaluation(model=model, outcomes=outcomes, **{**defaults, **settings})
+
+
+def test_models_on_the_same_rows_are_tested_against_each_other():
+    one, other = [1.0] * 90 + [0.0] * 10, [1.0] * 70 + [0.0] * 25 + [1.0] * 5
+    table = evaluation_table([made_up("one", one), made_up("o|ther", other)])
+    assert table.splitlines()[:4] == [
+        "| Model | Pairs | Accuracy |",
+        "| --- | ---: | ---: |",
+        "| one | 100 | 0.900 |",
+        "| o\\|ther | 100 | 0.750 |",
+    ]
+    line = table.splitlines()[-1].split(" | ")
+    # 20 prompts are right with the one alone, 5 with the other alone.
+    assert line[:2] == ["| one over o\\|ther", "+0.150"] and line[3:5] == ["20 prompts", "5 prompts"]
+    assert line[5] == f"{binomtest(5, 25).pvalue:.2g} |"
+    low, high = map(float, line[2].split(" to "))
+    # Of a mean of 20 ones, 5 minus ones and 75 zeros.
+    half = 1.96 * np.std(np.array(one) - np.array(other)) / 10
+    assert (low, high) == pytest.approx((0.15 - half, 0.15 + half), abs=0.015)
+
+
+def test_rows_with_the_same_prompt_are_one_case():
+    outcomes = [1.0] * 8 + [0.0] * 2
+    prompts = [0] * 8 + [1] * 2
+    line = evaluation_table([made_up("one", outcomes, prompts=prompts), made_up("two", [0.0] * 10, prompts=prompts)])
+    assert line.splitlines()[-1].split(" | ")[3:] == ["1 prompts", "0 prompts", "1 |"]
+
+
+def test_difference_weighs_the_parts_as_the_benchmark_does():
+    strata = {"strata": ["x"] * 2 + ["y"] * 8, "stratum_weights": {"x": 0.75, "y": 0.25}}
+    one, other = made_up("one", [1.0] * 2 + [0.0] * 8, **strata), made_up("two", [0.0] * 10, **strata)
+    line = evaluation_table([one, other]).splitlines()[-1]
+    # Resampled within each part, nothing can vary here.
+    assert "| +0.750 | +0.750 to +0.750 |" in line
