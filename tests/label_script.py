@@ -1,6 +1,6 @@
 """
-Generation and labeling in a process of its own, which can be told to kill itself. Started by the tests of resumption and
-of several processes; prints, as its last line, what came out.
+Generates and labels in a process of its own, which can kill itself. The tests of resumption and of several processes
+start it. Its last line is the result.
 """
 
 import json
@@ -22,8 +22,9 @@ from trl_ssrm import Comparison, PairwiseJudge, generate_completions, label_pref
 
 def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "", sharded: bool = False) -> None:
     """
-    `kill_at` is `generation` or `labeling`: killed when the third shard is to be written. `sharded` is as under a launcher
-    that shards models by FSDP, for which transformers loads them in the first process only.
+    With `kill_at="generation"` or `"labeling"`, the process kills itself before it writes the third shard of that
+    step. `sharded` sets the environment of a launcher that shards models by FSDP: transformers then loads the weights
+    in the first process only, unless we prevent it.
     """
     if sharded:
         os.environ |= {"ACCELERATE_USE_FSDP": "True", "FSDP_CPU_RAM_EFFICIENT_LOADING": "True"}
@@ -54,7 +55,7 @@ def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "", sha
     labels = label_preferences(
         reward_model, completions, f"{output_dir}/labels", pairing="best_vs_random", disable_tqdm=True
     )
-    # As TRL calls a reward function: every process has a part of the group.
+    # TRL calls a reward function so: every process has a part of the group.
     judge = PairwiseJudge(policy, comparison=Comparison(labels=["a", "b"]))
     texts, state = ["abc", "xyz", "hello", "a b c"], PartialState()
     mine = texts[state.process_index * len(texts) // state.num_processes :][: len(texts) // state.num_processes]
@@ -71,9 +72,9 @@ def main(policy: str, reward_model: str, output_dir: str, kill_at: str = "", sha
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # Without a GPU, the processes know of each other only so.
+    # Without a GPU, the processes find each other only if this is said first.
     PartialState(cpu=True)
     main(**json.loads(sys.argv[1]))
-    # A process that ends with the group's threads at work now and then aborts.
+    # A process that ends while the threads of the group run sometimes aborts.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 import trl_ssrm
-from trl_ssrm import NonFiniteScoreError, SSRMRewardFunction, load_ppo_models, load_reward_model
+from trl_ssrm import (
+    Comparison,
+    NonFiniteScoreError,
+    PairwiseJudge,
+    SSRMRewardFunction,
+    load_ppo_models,
+    load_reward_model,
+)
 
 
 CPU = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpointing": False}
@@ -148,10 +155,15 @@ def test_reference_dataset_fixes_mean_and_variance(llama):
 
 def test_rewards_are_clipped_after_scaling(llama):
     prompts, completions = conversations(40)
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preference_rows(30)]
+    settings = {"reference_dataset": Dataset.from_list(rows)}
+    scaled = SSRMRewardFunction(llama, **settings)(prompts, completions)
+    low, high = np.quantile(scaled, [0.25, 0.75])
+    clipped = SSRMRewardFunction(llama, reward_clip_range=(low, high), **settings)(prompts, completions)
+    np.testing.assert_allclose(clipped, np.clip(scaled, low, high))
+    # Clipping before scaling would give other rewards.
     plain = SSRMRewardFunction(llama)(prompts, completions)
-    low, high = np.quantile(plain, [0.25, 0.75])
-    clipped = SSRMRewardFunction(llama, reward_clip_range=(low, high))(prompts, completions)
-    np.testing.assert_allclose(clipped, np.clip(plain, low, high))
+    assert not np.allclose(np.clip(plain, low, high), np.clip(scaled, low, high), atol=0.1)
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -282,6 +294,25 @@ def test_models_of_ppo_come_from_two_checkpoints(policy, scorer):
     assert load_ppo_models(policy, scorer(), with_ref_model=False)["ref_model"] is None
 
 
+def test_models_of_ppo_pad_as_the_reward_model_does(policy, scorer):
+    models = load_ppo_models(policy, scorer(lambda tokenizer: setattr(tokenizer, "pad_token", "<|user|>")))
+    assert models["processing_class"].pad_token == "<|user|>"
+    pad_token_ids = {models[name].config.pad_token_id for name in ("reward_model", "value_model")}
+    assert pad_token_ids == {models["processing_class"].convert_tokens_to_ids("<|user|>")}
+
+
+def test_fingerprint_of_a_judge_changes_with_all_that_decides_its_probabilities(policy):
+    def judge(**settings) -> PairwiseJudge:
+        return PairwiseJudge(policy, comparison=Comparison(**{"labels": ["a", "b"], **settings}))
+
+    changed_weight, changed_template = judge(), judge()
+    next(changed_weight.model.parameters()).data.zero_()
+    changed_template.processing_class.chat_template += " "
+    judges = [judge(), judge(labels=["c", "d"]), judge(max_length=50), changed_weight, changed_template]
+    assert len({each.fingerprint for each in judges}) == 5
+    assert judge().fingerprint == judges[0].fingerprint
+
+
 def test_template_that_goes_on_behind_the_end_token_is_told_of(policy, scorer, caplog):
     load_ppo_models(policy, scorer())
     assert "puts text behind the end token" not in caplog.text
@@ -294,7 +325,7 @@ def test_template_that_goes_on_behind_the_end_token_is_told_of(policy, scorer, c
 def test_models_of_ppo_have_to_fit_together(policy, scorer, bert, llama):
     with pytest.raises(ValueError, match="have different vocabularies"):
         load_ppo_models(policy, llama)
-    with pytest.raises(ValueError, match="PPO tells the end of a completion from padding"):
+    with pytest.raises(ValueError, match="PPO needs a padding token that is not the end token"):
         load_ppo_models(policy, scorer(lambda tokenizer: setattr(tokenizer, "pad_token", tokenizer.eos_token)))
     with pytest.raises(ValueError, match="PPO reads a reward at every token, which BertForSequenceClassification"):
         load_ppo_models(bert, bert)

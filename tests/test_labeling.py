@@ -137,9 +137,11 @@ def test_labels_are_what_trl_trains_on(policy, llama, tmp_path, columns):
     cpu = {"report_to": "none", "bf16": False, "use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 2}
     labels = label_preferences(llama, data, str(tmp_path / "labels"))
     assert set(columns) <= set(labels.column_names)
-    DPOTrainer(policy, args=DPOConfig(output_dir=str(tmp_path / "dpo"), **cpu), train_dataset=labels).train()
+    trained = DPOTrainer(policy, args=DPOConfig(output_dir=str(tmp_path / "dpo"), **cpu), train_dataset=labels).train()
+    assert trained.global_step == 1
     best = best_of_n(llama, data, str(tmp_path / "best"))
-    SFTTrainer(policy, args=SFTConfig(output_dir=str(tmp_path / "sft"), **cpu), train_dataset=best).train()
+    trained = SFTTrainer(policy, args=SFTConfig(output_dir=str(tmp_path / "sft"), **cpu), train_dataset=best).train()
+    assert trained.global_step == 1
 
 
 def test_shards_do_not_change_the_labels(llama, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The finished pairwise preference model as a judge, as a reward function, and as a teacher."""
+"""The finished pairwise preference model as a judge of pairs, as a reward function, and as a teacher."""
 
 import itertools
 import logging
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 class PairwiseJudge:
     """
-    A pairwise preference model: which of two completions is better, asked in both orders.
+    A pairwise preference model, which reads two completions together, in both orders, and tells the better one.
 
-    It judges pairs, ranks completions, labels preferences ([`label_preferences`]), teaches a scalar model
-    ([`PseudoLabelingCallback`]), and is a reward function for [`~trl.GRPOTrainer`], [`~trl.RLOOTrainer`] and
-    [`~trl.experimental.online_dpo.OnlineDPOTrainer`]: the reward of a completion is then its mean probability of being
-    preferred to the other completions of the same prompt in the batch.
+    It judges pairs, ranks completions, labels preferences ([`label_preferences`]), and labels the pool for a scalar
+    model (`PseudoLabelingCallback(teacher=judge)`). It is also a reward function for [`~trl.GRPOTrainer`],
+    [`~trl.RLOOTrainer`] and [`~trl.experimental.online_dpo.OnlineDPOTrainer`]: the reward of a completion is its mean
+    probability of being preferred to the other completions of the same prompt in the batch.
 
     Example:
 
@@ -48,17 +48,18 @@ class PairwiseJudge:
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Directory or model ID of a pairwise preference model or an adapter for one, or of a causal language model,
-            which is then a judge that was never trained; or a pairwise preference model that is loaded.
+            Directory or model ID of a pairwise preference model or an adapter for one; a loaded pairwise preference
+            model; or a directory or model ID of a causal language model, which then judges without training.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the model. If `None`, it is loaded from where the model comes from.
+            Tokenizer of the model. If `None`, it is loaded from the directory or ID of the model.
         comparison ([`Comparison`], *optional*):
-            How pairs are shown to the model. If `None`, as it was trained, or the default for one that was not.
+            How pairs are shown to the model. If `None`, as in its training; the default comparison if it was not
+            trained.
         batch_tokens (`int`, *optional*):
-            Size of a scoring batch in tokens, padding included. It does not change the probabilities. If `None`, it is found by
-            trying.
+            Size of a scoring batch in tokens, padding included. It does not change the probabilities. If `None`, 4,096
+            on a CPU; on an accelerator 16,384 at first, and more as long as it fits.
         device (`str` or `torch.device`, *optional*):
-            Where the model runs. If `None`, on the device of the process, from the first call on.
+            Device to run the model on. If `None`, the device of the process. The model is moved at the first call.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
             Precision to load the model in. The last layer is computed in float32 in any case.
         model_init_kwargs (`dict[str, Any]`, *optional*):
@@ -66,8 +67,16 @@ class PairwiseJudge:
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the checkpoint.
 
+    Attributes:
+        - **model** ([`~transformers.PreTrainedModel`]) -- Sequence classifier with one label, in evaluation mode. Its
+          score of a tokenized comparison is the logit that the completion shown first is preferred.
+        - **processing_class** ([`~transformers.PreTrainedTokenizerBase`]) -- Its tokenizer, with a padding token.
+        - **comparison** ([`Comparison`]) -- How pairs are shown to the model. `comparison.tokenize(processing_class,
+          prompt, first, second)` gives the token IDs of both orders.
+        - **fingerprint** (`str`) -- Hash of everything that decides the probabilities.
+
     Raises:
-        ValueError: If the model is an encoder, or a label of the comparison is not one token.
+        ValueError: If the model is an encoder, or if a label of the comparison is not one token.
     """
 
     def __init__(
@@ -84,7 +93,7 @@ class PairwiseJudge:
         kwargs = model_init_kwargs or {}
         check_model_is_there(model, **kwargs)
         name_or_path = model if isinstance(model, str) else str(model.config.name_or_path)
-        # TRL names the column of the logs after it.
+        # TRL names a column of its logs after the function.
         self.__name__ = os.path.basename(name_or_path.rstrip("/"))
         self.processing_class: Any = processing_class or AutoTokenizer.from_pretrained(
             name_or_path, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code
@@ -105,7 +114,7 @@ class PairwiseJudge:
 
     @property
     def fingerprint(self) -> str:
-        """`str`: hash of the weights, the comparison and the chat template, which decide the probabilities."""
+        """`str`: hash of the weights, the comparison and the chat template. Together they decide the probabilities."""
         weights = tensors_hash(dict(self.model.named_parameters()))
         return content_hash(weights, asdict(self.comparison), self.processing_class.chat_template)
 
@@ -120,8 +129,9 @@ class PairwiseJudge:
                 Two completions of each, as text or messages.
 
         Returns:
-            `list[float]` of length `num_pairs`: the mean of the probabilities in the two orders; NaN where the
-            comparison is longer than its `max_length` even without the earlier turns, which is logged.
+            `list[float]` of length `num_pairs`: the mean of the probabilities in the two orders. NaN if the pair is
+            too long: more tokens than `max_length` of the comparison, even without the earlier turns. The number of
+            such pairs is logged.
 
         Raises:
             NonFiniteScoreError: If a score is NaN or infinite.
@@ -130,7 +140,7 @@ class PairwiseJudge:
 
     def logits(self, prompts: Sequence, pairs: Sequence[tuple[Any, Any]]) -> np.ndarray:
         """
-        Pair logits, of which [`PairwiseJudge.judge`] gives the probabilities.
+        Logits of the probabilities that [`PairwiseJudge.judge`] gives.
 
         Args:
             prompts (`list` of length `num_pairs`):
@@ -139,8 +149,8 @@ class PairwiseJudge:
                 Two completions of each, as text or messages.
 
         Returns:
-            `np.ndarray` of shape `(num_pairs,)`, float64: positive if the first completion is preferred; exchanging the
-            two changes the sign and nothing else. NaN as in [`PairwiseJudge.judge`].
+            `np.ndarray` of shape `(num_pairs,)`, float64: positive if the first completion is preferred. Exchanging
+            the two completions only changes the sign. NaN if the pair is too long.
 
         Raises:
             NonFiniteScoreError: If a score is NaN or infinite.
@@ -153,7 +163,8 @@ class PairwiseJudge:
         fits = np.array([longest is None or max(map(len, orders)) <= longest for orders in both], dtype=bool)
         if not fits.all():
             logger.warning(
-                f"{(~fits).sum()} of {len(both)} comparisons are longer than {longest} tokens and not judged."
+                f"{(~fits).sum()} of {len(both)} pairs are not judged: they are longer than {longest} tokens, the "
+                "`max_length` of the comparison."
             )
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(self.device or PartialState().device)
@@ -180,7 +191,7 @@ class PairwiseJudge:
 
         Returns:
             `list[np.ndarray]` of length `num_prompts`: each of shape `(n, n)`, float64, with the logit that the row is
-            preferred to the column, and 0 on the diagonal. NaN as in [`PairwiseJudge.judge`].
+            preferred to the column, and 0 on the diagonal. NaN if the pair is too long.
 
         Raises:
             NonFiniteScoreError: If a score is NaN or infinite.
@@ -212,58 +223,40 @@ class PairwiseJudge:
             completions (`list` of length `n`):
                 Completions, as text or messages.
             method (`str`, *optional*, defaults to `"all"`):
-                `"all"` compares all pairs, `n * (n - 1) / 2`, and ranks by the mean probability of being preferred.
-                `"tournament"` plays a knock-out of `n - 1` comparisons: who loses later ranks higher, and among those
-                who lose at the same time, who came closer to winning.
+                `"all"` compares all `n * (n - 1) / 2` pairs and ranks by the mean probability of being preferred.
+                `"tournament"` is a knock-out of `n - 1` comparisons: completions that lose in a later round rank
+                higher, and within a round those with the smaller margin.
 
         Returns:
             `list[int]` of length `n`: positions in `completions`, the best one first.
 
         Raises:
-            ValueError: If `method` is neither, or if a comparison is longer than its `max_length`.
+            ValueError: If `method` is neither `"all"` nor `"tournament"`, or if a pair is too long.
         """
         if method == "all":
             compared = self.compare([prompt], [completions])[0]
             self._check_judged(compared)
             return np.argsort(-mean_win_probability(compared), kind="stable").tolist()
-        if method != "tournament":
-            raise ValueError(f"`method` must be 'all' or 'tournament', got {method!r}.")
-        playing, ranking = list(range(len(completions))), []
-        while len(playing) > 1:
-            games = list(zip(playing[0::2], playing[1::2], strict=False))
-            logits = self.logits([prompt] * len(games), [(completions[i], completions[j]) for i, j in games])
-            self._check_judged(logits)
-            winners = [i if logit >= 0 else j for (i, j), logit in zip(games, logits, strict=True)]
-            losers = [j if logit >= 0 else i for (i, j), logit in zip(games, logits, strict=True)]
-            # Those who lost closely come last here, since the whole is turned round in the end.
-            ranking += [losers[position] for position in np.argsort(-np.abs(logits), kind="stable")]
-            # Of an odd number, the last one waits, and plays first in the next round.
-            playing = playing[2 * len(games) :] + winners
-        return [*playing, *reversed(ranking)]
-
-    @staticmethod
-    def _check_judged(logits: np.ndarray) -> None:
-        if np.isnan(logits).any():
-            raise ValueError(
-                "A comparison is longer than its `max_length`, so there is no ranking; shorten the completions or raise it."
-            )
+        if method == "tournament":
+            return self._tournament(prompt, completions)
+        raise ValueError(f"`method` must be 'all' or 'tournament', got {method!r}.")
 
     def __call__(self, prompts: list, completions: list, **kwargs: Any) -> list[float | None]:
         """
-        Rewards of completions, as TRL asks for them.
+        Rewards of completions, with the arguments that TRL calls a reward function with.
 
         Args:
             prompts (`list` of length `num_completions`):
-                Text or conversations, one for each completion. Completions of the same prompt are one group, also
-                where TRL has spread them over processes; all of them have to call this together.
+                Text or conversations, one for each completion. Completions of the same prompt are one group, even if
+                TRL has spread them over processes. All processes have to make this call together.
             completions (`list` of length `num_completions`):
                 Text or messages.
             kwargs:
-                Not used.
+                Ignored.
 
         Returns:
             `list[float | None]` of length `num_completions`: mean probability of being preferred to the others of the
-            group; 0.5 if there is no other, and `None`, which TRL leaves out, if no comparison with one fits.
+            group. 0.5 for a group of one. `None`, which TRL ignores, if all pairs with the others are too long.
 
         Raises:
             NonFiniteScoreError: If a score is NaN or infinite.
@@ -286,3 +279,25 @@ class PairwiseJudge:
             wins = np.where(is_judged, mean_win_probability(logits), np.nan)
             rewards.update(zip(group, (None if np.isnan(win) else float(win) for win in wins), strict=True))
         return [rewards[position] for position in mine]
+
+    def _tournament(self, prompt: Any, completions: Sequence) -> list[int]:
+        playing: list[int] = list(range(len(completions)))
+        from_the_worst: list[int] = []
+        while len(playing) > 1:
+            games = list(zip(playing[0::2], playing[1::2], strict=False))
+            logits = self.logits([prompt] * len(games), [(completions[i], completions[j]) for i, j in games])
+            self._check_judged(logits)
+            winners = [i if logit >= 0 else j for (i, j), logit in zip(games, logits, strict=True)]
+            losers = [j if logit >= 0 else i for (i, j), logit in zip(games, logits, strict=True)]
+            from_the_worst += [losers[position] for position in np.argsort(-np.abs(logits), kind="stable")]
+            # If the number is odd, the last completion waits and plays first in the next round.
+            playing = playing[2 * len(games) :] + winners
+        return [*playing, *reversed(from_the_worst)]
+
+    @staticmethod
+    def _check_judged(logits: np.ndarray) -> None:
+        if np.isnan(logits).any():
+            raise ValueError(
+                "A pair has more tokens than `max_length` of the comparison, so there is no ranking; shorten the "
+                "completions, or raise `max_length`."
+            )

@@ -1,4 +1,4 @@
-"""The finished reward model as a labeler: preference pairs for DPO, best completions for SFT."""
+"""Completions labeled by the finished reward model: preference pairs for DPO, best completions for SFT."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from .reward_function import SSRMRewardFunction
 from .shards import Row, map_in_shards
 
 
-# What a process takes at a time: what is lost when labeling is interrupted, and what the others may wait for.
+# Rows that a process labels before it writes them. After an interruption, it labels at most so many again.
 SHARD_ROWS = 64
 
 PAIRINGS = ("best_vs_worst", "best_vs_random", "all")
@@ -42,43 +42,44 @@ def label_preferences(
     """
     Turn prompts with completions into preference pairs for [`~trl.DPOTrainer`], labeled by a reward model.
 
-    Started again after an interruption, it goes on where it was. Launched with several processes, they share the work.
+    After an interruption, the same call continues with the missing shards. Several processes share the work.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`], [`SSRMRewardFunction`] or [`PairwiseJudge`]):
-            Reward model. A reward function says how to load and run it; its shifting and clipping is left out. A judge
-            compares all pairs of a row; the best completion is the one with the highest mean probability of being
-            preferred.
+            Reward model. The rewards of a reward function are taken before it shifts and clips them. A judge compares
+            all pairs of a row; the best completion is the one with the highest mean probability of being preferred.
         dataset ([`~datasets.Dataset`]):
             Rows with `prompt` and `completions`, with `prompt`, `completion_a` and `completion_b`, or with `prompt`,
-            `chosen` and `rejected`, whose labels are not looked at. Text or conversations; `tools` and
+            `chosen` and `rejected`, which are read as two completions in any order. Text or conversations; `tools` and
             `chat_template_kwargs` as in TRL.
         output_dir (`str`):
             Directory for the labels, the same for all processes.
         pairing (`str`, *optional*, defaults to `"best_vs_worst"`):
-            Pairs that a row gives: `"best_vs_worst"`, `"best_vs_random"` (the best completion against one of the
+            Pairs to make of a row: `"best_vs_worst"`, `"best_vs_random"` (the best completion against one of the
             others, drawn from the seed and the row), or `"all"`.
         min_confidence (`float`, *optional*, defaults to `0.5`):
             A pair is kept if its confidence is at least this. In `[0.5, 1)`.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Divisor of the margin that calibrates the confidence, such as the one that [`SSRMTrainer`] fitted.
+            Divisor of the margin, to calibrate the confidence, such as the temperature that [`SSRMTrainer`] fitted.
             Positive.
         max_length (`int`, *optional*):
-            Longest sequence in tokens of the reward model; longer completions are left out. If `None`, as many as the model
-            has learned positions for, if it has. For a judge, set that of its comparison.
+            Longest sequence in tokens of the reward model; longer completions are dropped. If `None`, the number of
+            learned positions of the model, and no limit if it has none. For a judge, set `max_length` of its
+            comparison.
         seed (`int`, *optional*, defaults to `42`):
             Seed of `"best_vs_random"`.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Whether to leave out the progress bar.
+            Whether to hide the progress bar.
 
     Returns:
         [`~datasets.Dataset`]: memory-mapped, with `prompt`, `chosen`, `rejected`, `margin` (difference of the two
-        rewards, or pair logit of a judge; float64, positive), `confidence` (`sigmoid(margin / temperature)`, float64), and `tools` and
-        `chat_template_kwargs` where the input has them. Ties are left out; whatever is left out is counted in the log.
+        rewards, or pair logit of a judge; float64, positive), `confidence` (`sigmoid(margin / temperature)`, float64),
+        and `tools` and `chat_template_kwargs` if the input has them. Ties are dropped. The log counts everything that
+        is dropped, by reason.
 
     Raises:
-        ValueError: If the data or the settings can't be used, if no pair is left, or if `output_dir` holds other
-            labels.
+        ValueError: If a row or a setting can't be used, if no pair is left, or if `output_dir` holds the result of
+            another job.
         NonFiniteScoreError: If a reward is NaN or infinite.
     """
     if pairing not in PAIRINGS:
@@ -89,30 +90,22 @@ def label_preferences(
         raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
 
     def label(number: int, scored: ScoredCompletions, dropped: Counter[str]) -> list[Row]:
-        completions, rewards = scored.completions, scored.rewards
-        if len(completions) < 2:
+        if len(scored.completions) < 2:
             dropped["rows with fewer than two completions"] += 1
             return []
         labeled = []
-        for pair in _pairs(pairing, rewards, np.random.default_rng([seed, number])):
-            chosen, rejected = sorted(pair, key=lambda position: -rewards[position])
+        for pair in _pairs(pairing, scored.rewards, np.random.default_rng([seed, number])):
+            chosen, rejected = sorted(pair, key=lambda position: -scored.rewards[position])
             margin = float(scored.margins[chosen, rejected])
             confidence = float(sigmoid(np.array(margin / temperature)))
-            if math.isnan(margin):
-                dropped["pairs too long to be compared"] += 1
-            elif margin == 0:
-                dropped["tie"] += 1
-            elif margin < 0:
-                # A judge may prefer a to b, b to c, and c to a.
-                dropped["preferred by the mean over the others, but not in the pair"] += 1
-            elif confidence < min_confidence:
-                dropped[f"confidence below {min_confidence}"] += 1
+            if reason := _reason_to_drop(margin, confidence, min_confidence):
+                dropped[reason] += 1
             else:
-                pair_texts = {"chosen": completions[chosen], "rejected": completions[rejected]}
-                labeled.append({**pair_texts, "margin": margin, "confidence": confidence})
+                texts = {"chosen": scored.completions[chosen], "rejected": scored.completions[rejected]}
+                labeled.append({**texts, "margin": margin, "confidence": confidence})
         return labeled
 
-    _check(dataset)
+    _check_rows(dataset)
     feature = completion_feature(dataset)
     columns = {"chosen": feature, "rejected": feature, "margin": Value("float64"), "confidence": Value("float64")}
     settings = {"pairing": pairing, "min_confidence": min_confidence, "temperature": temperature, "seed": seed}
@@ -127,27 +120,27 @@ def best_of_n(
     disable_tqdm: bool = False,
 ) -> Dataset:
     """
-    Rejection sampling: the best completion of each prompt, by a reward model, for [`~trl.SFTTrainer`].
+    Rejection sampling: choose the best completion of each prompt by a reward model, for [`~trl.SFTTrainer`].
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`], [`SSRMRewardFunction`] or [`PairwiseJudge`]):
-            Reward model, as in [`label_preferences`]. The reward of a judge is the mean probability of being preferred.
+            Reward model, as in [`label_preferences`]. The reward of a judge is the mean probability of being
+            preferred.
         dataset ([`~datasets.Dataset`]):
             Prompts with completions, as in [`label_preferences`].
         output_dir (`str`):
             Directory for the result, the same for all processes.
         max_length (`int`, *optional*):
-            Longest sequence in tokens of the reward model; longer completions are left out. If `None`, as many as the model
-            has learned positions for, if it has. For a judge, set that of its comparison.
+            As in [`label_preferences`].
         disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Whether to leave out the progress bar.
+            Whether to hide the progress bar.
 
     Returns:
         [`~datasets.Dataset`]: memory-mapped, with `prompt`, `completion`, `reward` (float64), and `tools` and
-        `chat_template_kwargs` where the input has them.
+        `chat_template_kwargs` if the input has them. If several completions are best, the first one is taken.
 
     Raises:
-        ValueError: As [`label_preferences`].
+        ValueError: If a row can't be used, if no row is left, or if `output_dir` holds the result of another job.
         NonFiniteScoreError: If a reward is NaN or infinite.
     """
 
@@ -158,14 +151,14 @@ def best_of_n(
         best = int(scored.rewards.argmax())
         return [{"completion": scored.completions[best], "reward": float(scored.rewards[best])}]
 
-    _check(dataset)
+    _check_rows(dataset)
     columns = {"completion": completion_feature(dataset), "reward": Value("float64")}
     return _map_scored(model, dataset, output_dir, select, columns, {}, max_length, "Selecting", disable_tqdm)
 
 
 @dataclass(frozen=True)
 class ScoredCompletions:
-    """Completions of a prompt, the reward of each, of shape `(n,)`, and the margin of each over each, `(n, n)`."""
+    """Completions of a prompt, their rewards, of shape `(n,)`, and the margin of each over each, of shape `(n, n)`."""
 
     completions: list
     rewards: np.ndarray
@@ -183,28 +176,27 @@ def _map_scored(
     desc: str,
     disable_tqdm: bool,
 ) -> Dataset:
-    """Score the completions of each row, and turn them into rows with the prompt and other columns."""
-    labeler: PairwiseJudge | SSRMRewardFunction
-    score: Callable[[list[Row], int, Counter[str]], list[ScoredCompletions]]
+    """Score the completions of each row, and turn each row into those that `function` makes of its scores."""
     if isinstance(model, PairwiseJudge):
         if max_length is not None:
-            raise ValueError("A judge has the `max_length` of its comparison; set it there.")
-        judge = model
-        labeler, score = judge, lambda rows, first_row, dropped: _judge_rows(judge, rows, first_row, dropped)
-        settings = {**settings, "comparison": asdict(judge.comparison)}
+            raise ValueError(
+                "`max_length` is for scalar models; set `max_length` of the judge's `comparison` instead."
+            )
+        settings = {**settings, "comparison": asdict(model.comparison)}
+        scorer: PairwiseJudge | SSRMRewardFunction = model
     else:
-        scalar = model if isinstance(model, SSRMRewardFunction) else SSRMRewardFunction(model)
-        labeler, score = (
-            scalar,
-            lambda rows, first_row, dropped: _score_rows(scalar, rows, first_row, max_length, dropped),
-        )
+        scorer = model if isinstance(model, SSRMRewardFunction) else SSRMRewardFunction(model)
 
     def map_shard(rows: list[Row], first_row: int) -> tuple[list[Row], Counter[str]]:
         dropped: Counter[str] = Counter()
+        if isinstance(scorer, PairwiseJudge):
+            scored = _judge_rows(scorer, rows, first_row, dropped)
+        else:
+            scored = _score_rows(scorer, rows, first_row, max_length, dropped)
         made: list[Row] = []
-        for number, (row, scored) in enumerate(zip(rows, score(rows, first_row, dropped), strict=True)):
+        for number, (row, own) in enumerate(zip(rows, scored, strict=True), first_row):
             shared = {name: row[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in row}
-            made += [{**shared, **new} for new in function(first_row + number, scored, dropped)]
+            made += [{**shared, **new} for new in function(number, own, dropped)]
         return made, dropped
 
     used = ("prompt", *TEMPLATE_COLUMNS, "completions", "completion_a", "completion_b", "chosen", "rejected")
@@ -214,8 +206,8 @@ def _map_scored(
         columns,
         output_dir,
         {
-            "reward_model": tensors_hash(dict(labeler.model.named_parameters())),
-            "chat_template": content_hash(labeler.processing_class.chat_template),
+            "reward_model": tensors_hash(dict(scorer.model.named_parameters())),
+            "chat_template": content_hash(scorer.processing_class.chat_template),
             "max_length": max_length,
             **settings,
         },
@@ -276,8 +268,8 @@ def _judge_rows(
     return scored
 
 
-def _check(dataset: Dataset) -> None:
-    """Refuse prompts with completions that can't be labeled, before anything is loaded."""
+def _check_rows(dataset: Dataset) -> None:
+    """Refuse prompts and completions that can't be labeled, before a model is loaded."""
     check_format(dataset, "dataset")
     check_prompts(dataset, "dataset", named_completions)
 
@@ -290,3 +282,14 @@ def _pairs(pairing: str, rewards: np.ndarray, draw: np.random.Generator) -> list
     if pairing == "best_vs_worst":
         return [(best, int(rewards.argmin()))]
     return [(best, int(draw.choice(np.delete(np.arange(len(rewards)), best))))]
+
+
+def _reason_to_drop(margin: float, confidence: float, min_confidence: float) -> str | None:
+    if math.isnan(margin):
+        return "pairs too long to be compared"
+    if margin == 0:
+        return "tie"
+    if margin < 0:
+        # A judge may prefer a to b, b to c, and c to a.
+        return "preferred on average over the others, but not in the pair itself"
+    return f"confidence below {min_confidence}" if confidence < min_confidence else None

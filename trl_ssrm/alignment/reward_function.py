@@ -1,7 +1,6 @@
-"""The finished reward model in TRL's alignment trainers: as a reward function, and as the models of PPO."""
+"""The finished reward model as a reward function of TRL's online trainers."""
 
 import json
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -24,8 +23,6 @@ from ..scoring.layout import choose_layout
 from ..scoring.score import NonFiniteScoreError, score_sequences
 
 
-logger = logging.getLogger(__name__)
-
 REWARD_MODEL_VARIABLE = "SSRM_REWARD_MODEL"
 
 
@@ -34,11 +31,11 @@ class SSRMRewardFunction:
     A reward model as a reward function for [`~trl.GRPOTrainer`], [`~trl.RLOOTrainer`] and
     [`~trl.experimental.online_dpo.OnlineDPOTrainer`].
 
-    It reads text, so the policy may have another tokenizer and chat template. Prompt and completion are put together
-    as [`~trl.RewardTrainer`] puts them together in training: conversations by the chat template of the reward model,
-    with the columns `tools` and `chat_template_kwargs` of the dataset if it has them; text with the end-of-sequence
-    token behind it. (TRL itself, given the directory of a reward model, leaves that token and those columns out.)
-    Special tokens that a message spells out are read as the characters that they are: no completion opens a turn.
+    It reads text, so the policy may have another tokenizer and chat template. Prompt and completion are joined as
+    [`~trl.RewardTrainer`] joins them in training: conversations by the chat template of the reward model, with the
+    columns `tools` and `chat_template_kwargs` of the dataset if it has them; text with the end-of-sequence token
+    appended. (TRL leaves out this token and these columns if it gets the directory of a reward model.) Special tokens
+    that are spelled out in a message are read as plain characters, so a completion can't open a turn.
 
     Example:
 
@@ -55,21 +52,22 @@ class SSRMRewardFunction:
         model (`str` or [`~transformers.PreTrainedModel`]):
             Reward model. A directory or model ID is loaded by [`load_reward_model`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the reward model. If `None`, it is loaded from where the model comes from.
+            Tokenizer of the reward model. If `None`, it is loaded from the directory or ID of the model.
         reference_dataset ([`~datasets.Dataset`], *optional*):
-            Rows with `prompt` and `completion`. Rewards are shifted and scaled so that those of these rows have mean 0
-            and variance 1.
+            Rows with `prompt` and `completion`. Rewards are shifted and scaled so that the rewards of these rows have
+            mean 0 and variance 1.
         baseline_column (`str`, *optional*):
             Column of the training dataset with a completion to compare with. The reward is then the difference to the
-            reward of that completion, which under the Bradley-Terry model is the log-odds of being preferred to it.
-            Not together with `reference_dataset`.
+            reward of this completion. Under the Bradley-Terry model it is the log-odds of being preferred to it. Can't
+            be combined with `reference_dataset`.
         reward_clip_range (`tuple[float, float]`, *optional*):
-            Lowest and highest reward; others are clipped, after shifting and scaling.
+            Lowest and highest reward. Rewards are clipped after shifting and scaling.
         batch_tokens (`int`, *optional*):
-            Size of a scoring batch in tokens, padding included. It does not change the rewards. If `None`, it is found by
-            trying.
+            Size of a scoring batch in tokens, padding included. It does not change the rewards. If `None`, 4,096 on a
+            CPU; on an accelerator 16,384 at first, and more as long as it fits.
         device (`str` or `torch.device`, *optional*):
-            Where the reward model runs. If `None`, on the device of the process, from the first call on.
+            Device to run the reward model on. If `None`, the device of the process. The model is moved at the first
+            call.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
             Precision to load the model in. The last layer is computed in float32 in any case.
         model_init_kwargs (`dict[str, Any]`, *optional*):
@@ -78,7 +76,8 @@ class SSRMRewardFunction:
             Whether to run code that comes with the checkpoint.
 
     Raises:
-        ValueError: If the model is none with one trained label, or the arguments can't go together.
+        ValueError: If the model is not a reward model with one trained label, if a row of `reference_dataset` lacks
+            text, if `reward_clip_range` is empty, or if `baseline_column` and `reference_dataset` are both given.
     """
 
     def __init__(
@@ -94,37 +93,26 @@ class SSRMRewardFunction:
         model_init_kwargs: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
     ):
-        if reference_dataset is not None:
-            if baseline_column is not None:
-                raise ValueError(
-                    "`baseline_column` gives log-odds, and `reference_dataset` would rescale them; choose one."
-                )
-            check_columns(reference_dataset, ("prompt", "completion"), "reference_dataset")
-            check_prompts(reference_dataset, "reference_dataset", lambda row: {"completion": row["completion"]})
-        if reward_clip_range is not None and not reward_clip_range[0] < reward_clip_range[1]:
-            raise ValueError(f"`reward_clip_range` must be a lower and a higher bound, got {reward_clip_range}.")
+        _check_shaping(reference_dataset, baseline_column, reward_clip_range)
         kwargs = model_init_kwargs or {}
         check_model_is_there(model, **kwargs)
+        name_or_path = model if isinstance(model, str) else str(model.config.name_or_path)
+        # TRL names a column of its logs after the function.
+        self.__name__ = os.path.basename(name_or_path.rstrip("/"))
+        self.processing_class: Any = processing_class or AutoTokenizer.from_pretrained(
+            name_or_path, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code
+        )
         if isinstance(model, str):
-            # TRL names the column of the logs after it.
-            self.__name__ = os.path.basename(model.rstrip("/"))
-            processing_class = processing_class or AutoTokenizer.from_pretrained(
-                model, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code
-            )
             model = load_reward_model(model, dtype, trust_remote_code, **kwargs)
-        else:
-            name_or_path = str(model.config.name_or_path)
-            self.__name__ = os.path.basename(name_or_path)
-            processing_class = processing_class or AutoTokenizer.from_pretrained(
-                name_or_path, trust_remote_code=trust_remote_code
+        elif model.config.num_labels != 1:
+            raise ValueError(
+                f"The model has {model.config.num_labels} labels, but a reward model has one; train it with "
+                "`num_labels=1`."
             )
-            if model.config.num_labels != 1:
-                raise ValueError(f"The model has {model.config.num_labels} labels, but a reward model has one.")
-        check_padding(processing_class)
-        # A decoder reads the reward at the last token that is no padding.
-        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        check_padding(self.processing_class)
+        # A decoder reads the reward at the last token that is not padding.
+        model.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
         self.model = model.eval()
-        self.processing_class = processing_class
         self.reference_dataset = reference_dataset
         self.baseline_column = baseline_column
         self.reward_clip_range = reward_clip_range
@@ -135,7 +123,7 @@ class SSRMRewardFunction:
 
     def __call__(self, prompts: list, completions: list, **kwargs: Any) -> list[float]:
         """
-        Rewards of completions, as TRL asks for them.
+        Rewards of completions, with the arguments that TRL calls a reward function with.
 
         Args:
             prompts (`list` of length `num_completions`):
@@ -143,15 +131,15 @@ class SSRMRewardFunction:
             completions (`list` of length `num_completions`):
                 Text or messages.
             kwargs:
-                Columns of the dataset, each of length `num_completions`. `tools`, `chat_template_kwargs` and
-                `baseline_column` are used.
+                Columns of the dataset, each of length `num_completions`. Only `tools`, `chat_template_kwargs` and the
+                column named by `baseline_column` are used.
 
         Returns:
             `list[float]` of length `num_completions`: the rewards.
 
         Raises:
             NonFiniteScoreError: If a reward is NaN or infinite.
-            ValueError: If the model has no positions for so many tokens.
+            ValueError: If `baseline_column` is missing, or if a text has more tokens than the model has positions.
         """
         columns = {name: kwargs.get(name) for name in ("tools", "chat_template_kwargs")}
         if self.baseline_column is None:
@@ -162,16 +150,7 @@ class SSRMRewardFunction:
                 raise ValueError(
                     f"The dataset has no column `{self.baseline_column}`; add it, or leave `baseline_column` out."
                 )
-            baselines = [
-                [{"role": "assistant", "content": baseline}]
-                if isinstance(prompt, list) and isinstance(baseline, str)
-                # It is put together with the prompt as any completion is.
-                else baseline
-                for prompt, baseline in zip(prompts, kwargs[self.baseline_column], strict=True)
-            ]
-            twice = {name: None if column is None else [*column, *column] for name, column in columns.items()}
-            own, other = np.split(self.score([*prompts, *prompts], [*completions, *baselines], **twice), 2)
-            rewards = own - other
+            rewards = self._log_odds(prompts, completions, kwargs[self.baseline_column], columns)
         if self.reward_clip_range is not None:
             rewards = rewards.clip(*self.reward_clip_range)
         return rewards.tolist()
@@ -180,7 +159,7 @@ class SSRMRewardFunction:
         self, prompts: Sequence, completions: Sequence, tools: Sequence | None = None, chat_template_kwargs=None
     ) -> np.ndarray:
         """
-        Rewards as the model gives them, neither shifted nor clipped.
+        Rewards of the model, before they are shifted, scaled and clipped.
 
         Args:
             prompts (`list` of length `num_completions`):
@@ -197,7 +176,7 @@ class SSRMRewardFunction:
 
         Raises:
             NonFiniteScoreError: If a reward is NaN or infinite.
-            ValueError: If the model has no positions for so many tokens.
+            ValueError: If a text has more tokens than the model has positions.
         """
         nothing = [None] * len(prompts)
         return self.score_tokenized(
@@ -209,24 +188,24 @@ class SSRMRewardFunction:
 
     def score_tokenized(self, sequences: list[list[int]]) -> np.ndarray:
         """
-        Rewards of tokenized sequences, neither shifted nor clipped.
+        Rewards of tokenized sequences, before they are shifted, scaled and clipped.
 
         Args:
             sequences (`list[list[int]]` of length `num_sequences`):
-                What [`SSRMRewardFunction.tokenize`] gives.
+                Token IDs, as from [`SSRMRewardFunction.tokenize`].
 
         Returns:
             `np.ndarray` of shape `(num_sequences,)`, float64.
 
         Raises:
             NonFiniteScoreError: If a reward is NaN or infinite.
-            ValueError: If the model has no positions for so many tokens.
+            ValueError: If a text has more tokens than the model has positions.
         """
         longest = max(map(len, sequences), default=0)
         if self.num_positions is not None and longest > self.num_positions:
             raise ValueError(
                 f"A prompt with its completion has {longest} tokens, but the reward model has positions for "
-                f"{self.num_positions}; shorten the prompts, or limit the completions (`max_completion_length`)."
+                f"{self.num_positions}; shorten the prompts or set a lower `max_completion_length`."
             )
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(self.device or PartialState().device)
@@ -239,7 +218,7 @@ class SSRMRewardFunction:
 
     def tokenize(self, prompt, completion, tools=None, chat_template_kwargs=None) -> list[int]:
         """
-        Token IDs of a prompt with a completion, the same as [`~trl.RewardTrainer`] trains on.
+        Token IDs of a prompt with a completion, the same that [`~trl.RewardTrainer`] trains on.
 
         Args:
             prompt (`str` or `list[dict[str, Any]]`):
@@ -257,7 +236,7 @@ class SSRMRewardFunction:
         Raises:
             ValueError: If the prompt is a conversation and the tokenizer has no chat template.
         """
-        tokenizer: Any = self.processing_class
+        tokenizer = self.processing_class
         if isinstance(prompt, str):
             end = (
                 "" if tokenizer.eos_token is None or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
@@ -265,11 +244,11 @@ class SSRMRewardFunction:
             return tokenizer(prompt + completion + end)["input_ids"]
         if tokenizer.chat_template is None:
             raise ValueError(
-                "The prompts are conversations, but the tokenizer of the reward model has no chat template; set one, or "
-                "give the prompts as text, as the reward model was trained on."
+                "The prompts are conversations, but the tokenizer of the reward model has no chat template; give the "
+                "prompts as text, or set the template that the reward model was trained with."
             )
         tools = json.loads(tools) if isinstance(tools, str) else tools
-        # A policy that spells the end of a turn out must not be rewarded for what comes behind it.
+        # A policy that spells out the end of a turn must not be rewarded for the text after it.
         messages, tools = as_literal([prompt + completion, tools], self._special_tokens)
         return tokenizer.apply_chat_template(
             messages,
@@ -278,6 +257,18 @@ class SSRMRewardFunction:
             return_dict=True,
             **(chat_template_kwargs or {}),
         )["input_ids"]
+
+    def _log_odds(self, prompts: list, completions: list, baselines: list, columns: dict[str, Any]) -> np.ndarray:
+        # Text becomes a message, so that it is joined with a conversation as a completion is.
+        baselines = [
+            [{"role": "assistant", "content": baseline}]
+            if isinstance(prompt, list) and isinstance(baseline, str)
+            else baseline
+            for prompt, baseline in zip(prompts, baselines, strict=True)
+        ]
+        twice = {name: None if column is None else [*column, *column] for name, column in columns.items()}
+        own, other = np.split(self.score([*prompts, *prompts], [*completions, *baselines], **twice), 2)
+        return own - other
 
     @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
@@ -294,18 +285,37 @@ class SSRMRewardFunction:
         }
         rewards = self.score(self.reference_dataset["prompt"], self.reference_dataset["completion"], **columns)
         if not rewards.std() > 0:
-            raise ValueError("All rows of `reference_dataset` get the same reward; give it completions that differ.")
+            raise ValueError(
+                "All rows of `reference_dataset` get the same reward, so rewards can't be scaled; give it completions "
+                "that differ."
+            )
         return float(rewards.mean()), float(rewards.std())
 
 
+def _check_shaping(
+    reference_dataset: Dataset | None,
+    baseline_column: str | None,
+    reward_clip_range: tuple[float, float] | None,
+) -> None:
+    if reference_dataset is not None:
+        if baseline_column is not None:
+            raise ValueError(
+                "`baseline_column` gives log-odds, and `reference_dataset` would rescale them; choose one."
+            )
+        check_columns(reference_dataset, ("prompt", "completion"), "reference_dataset")
+        check_prompts(reference_dataset, "reference_dataset", lambda row: {"completion": row["completion"]})
+    if reward_clip_range is not None and not reward_clip_range[0] < reward_clip_range[1]:
+        raise ValueError(f"`reward_clip_range` must be a lower and a higher bound, got {reward_clip_range}.")
+
+
 def __getattr__(name: str):
-    # For scripts that take a reward function by its import path. Made on being named, so that a wrong directory is
-    # known before the policy is loaded.
+    # TRL's scripts take a reward function by its import path. It is made when the path is looked up, so that a wrong
+    # directory is refused before the policy is loaded.
     if name != "ssrm_reward":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if REWARD_MODEL_VARIABLE not in os.environ:
         raise ValueError(
             f"`trl_ssrm.ssrm_reward` needs the environment variable {REWARD_MODEL_VARIABLE} with the directory of the "
-            "reward model; set it, or list it under `env` in the YAML configuration."
+            "reward model; set it in the shell, or under `env` in the YAML configuration."
         )
     return SSRMRewardFunction(os.environ[REWARD_MODEL_VARIABLE])
