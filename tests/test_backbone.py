@@ -67,7 +67,7 @@ def test_head_that_reads_something_else_is_refused(llama, config, labeled):
         train_dataset=labeled,
         processing_class=AutoTokenizer.from_pretrained(llama),
     )
-    with pytest.raises(ValueError, match="`freeze_backbone` can't tell what the score head"):
+    with pytest.raises(ValueError, match="`freeze_backbone` can't tell which features the score head"):
         trainer.train()
 
 
