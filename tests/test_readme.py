@@ -26,7 +26,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import as_messages, llama_config, preference_rows
 from datasets import Dataset
 from packaging.version import Version
-from transformers import LlamaForCausalLM, set_seed
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, set_seed
 from trl import ModelConfig, TrlParser
 
 import trl_ssrm
@@ -60,10 +60,10 @@ DATASETS = ("trl-lib/ultrafeedback_binarized", "trl-lib/ultrafeedback-prompt", "
 IN_PYTHON = [
     ("32_000", "40"),
     ("2_000", "16"),
-    ("=SSRMConfig(", "=made(SSRMConfig, SHORT, "),
+    ("SSRMConfig(", "made(SSRMConfig, SHORT, "),
     # Folds as by default: a teacher switches them off.
     ('pseudo_label_type="soft"', 'pseudo_label_type="soft", num_folds=None'),
-    ("=RewardConfig(", "=made(RewardConfig, CPU, "),
+    ("RewardConfig(", "made(RewardConfig, CPU, "),
     ("PPOConfig(", "PPOConfig(**CPU, "),
     ("GRPOTrainer(", "GRPOTrainer(args=trl.GRPOConfig('grpo', **CPU), "),
     ("RLOOTrainer(", "RLOOTrainer(args=trl.RLOOConfig('rloo', **CPU), "),
@@ -114,10 +114,21 @@ def with_places(text: str, places: dict[str, str]) -> str:
     return text
 
 
-def save_models(llama: str, *names: str) -> None:
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory, llama) -> str:
+    """Directory of a reward model that is sure of itself, as a trained one is."""
+    directory = tmp_path_factory.mktemp("reward_model")
+    model = LlamaForSequenceClassification.from_pretrained(llama)
+    model.score.weight.data *= 100
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(directory)
+    return str(directory)
+
+
+def save_models(reward_model: str, *names: str) -> None:
     """Reward models that a page takes for granted."""
     for name in names:
-        shutil.copytree(llama, name)
+        shutil.copytree(reward_model, name)
 
 
 # ---- Python ----
@@ -192,8 +203,8 @@ def test_every_page_with_python_is_run():
 
 
 @pytest.mark.parametrize("page", OUTCOMES)
-def test_python_runs_from_top_to_bottom(page, names, places, llama):
-    save_models(llama, "reward-model", "other-reward-model")
+def test_python_runs_from_top_to_bottom(page, names, places, reward_model):
+    save_models(reward_model, "reward-model", "other-reward-model")
     for number, block in enumerate(blocks(GUIDES / f"{page}.md", "python")):
         if "trl.experimental.ppo" in block and not HAS_PPO:
             with pytest.raises(ImportError):
@@ -331,10 +342,10 @@ class Shell:
 
 
 @pytest.fixture
-def shell(places, llama, tmp_path, monkeypatch) -> Shell:
+def shell(places, reward_model, tmp_path, monkeypatch) -> Shell:
     """A shell in a directory with the files of the pages, which are small here."""
     monkeypatch.chdir(tmp_path)
-    save_models(llama, "other-reward-model")
+    save_models(reward_model, "other-reward-model")
     pool = Dataset.from_list(preference_rows(24, seed=2))
     pool = pool.rename_columns({"chosen": "completion_a", "rejected": "completion_b"})
     pool.to_csv("pool.csv")
@@ -366,9 +377,9 @@ def test_every_page_with_commands_is_run():
 
 
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_commands_run(page, shell, llama):
+def test_commands_run(page, shell, reward_model):
     if page.parent == GUIDES:
-        save_models(llama, "reward-model")
+        save_models(reward_model, "reward-model")
     for line in commands(page):
         shell(line)
     assert set(shell.ran) == PROGRAMS[page]
