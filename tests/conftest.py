@@ -207,11 +207,13 @@ def config(tmp_path):
             "logging_steps": 2,
             "num_rounds": 2,
             "confidence_threshold": 0.6,
-            # What the rounds do; what the folds add is in tests of their own.
+            # Fold models have tests of their own.
             "num_folds": 0,
             "save_strategy": "no",
             "disable_tqdm": True,
         }
+        if any(settings.get(name) is not None for name in ("target_precision", "selected_fraction")):
+            del defaults["confidence_threshold"]
         return SSRMConfig(**{**defaults, **settings})
 
     return make

@@ -13,6 +13,8 @@ from trl_ssrm import (
     PseudoLabelingCallback,
     SSRMTrainer,
 )
+from trl_ssrm.rounds.callback import RoundCallback
+from trl_ssrm.rounds.label import join
 
 
 def top_five(scores: PairScores) -> np.ndarray:
@@ -135,7 +137,7 @@ def test_nan_reward_stops_the_run_and_names_the_rows(llama, config, labeled, unl
 # ---- What the settings select ----
 
 
-def test_threshold_that_is_left_open_is_one_that_held_out_labels_vouch_for(llama, config, labeled, unlabeled):
+def test_default_threshold_is_found_by_held_out_labels_where_there_are_25(llama, config, labeled, unlabeled):
     def thresholds(num_calibration: int, **settings):
         rows = Dataset.from_list(preference_rows(num_calibration, seed=9)) if num_calibration else None
         args = config(confidence_threshold=None, num_rounds=1, num_train_epochs=10, **settings)
@@ -153,6 +155,80 @@ def test_threshold_that_is_left_open_is_one_that_held_out_labels_vouch_for(llama
     used, found = thresholds(25)
     assert used == found != 0.8
     assert thresholds(25, selected_fraction=1.0)[1] is None
+
+
+def test_collator_of_the_user_is_taken_as_it_is_or_refused(llama, config, labeled, unlabeled):
+    def make(threshold: float, **settings) -> SSRMTrainer:
+        collator = ConfidenceFilteredDataCollator(0, confidence_threshold=threshold)
+        return SSRMTrainer(
+            llama, config(**settings), train_dataset=labeled, unlabeled_dataset=unlabeled, data_collator=collator
+        )
+
+    assert make(0.6, confidence_threshold=0.6).data_collator.confidence_threshold == 0.6
+    with pytest.raises(ValueError, match=r"leaves out pairs with a confidence up to 0.7, .* from 0.6 on"):
+        make(0.7, confidence_threshold=0.6)
+    with pytest.raises(ValueError, match=r"from 0.5 on"):
+        make(0.6, selected_fraction=0.5)
+
+
+def test_callbacks_are_told_of_rounds_and_labelings_and_can_end_the_rounds(llama, config, labeled, unlabeled):
+    told = []
+
+    class Watch(RoundCallback):
+        def on_round_begin(self, args, state, control, round, **kwargs):
+            told.append(("round begin", round))
+
+        def on_round_end(self, args, state, control, round, facts, round_history, **kwargs):
+            told.append(("round end", round))
+            assert facts is round_history[-1] and "temperature" in facts
+
+        def on_labeling_begin(self, args, state, control, round, facts, settings, **kwargs):
+            told.append(("labeling begin", round))
+            assert facts["round"] == round and settings.confidence_threshold == 0.6
+
+        def on_labeling_end(self, args, state, control, round, facts, **kwargs):
+            told.append(("labeling end", round))
+            assert facts["kept"] > 0
+            control.should_training_stop = round == 2
+
+    trainer = SSRMTrainer(
+        llama,
+        config(num_rounds=3),
+        train_dataset=labeled,
+        unlabeled_dataset=unlabeled,
+        callbacks=[Watch(), Chance()],
+    )
+    output = trainer.train()
+    assert told == [
+        *[("round begin", 0), ("round end", 0), ("labeling begin", 0), ("labeling end", 1)],
+        *[("round begin", 1), ("round end", 1), ("labeling begin", 1), ("labeling end", 2)],
+    ]
+    assert output.metrics["termination_reason"] == "callback" and len(trainer.round_history) == 2
+
+
+def test_policy_is_told_rows_and_lengths(llama, config, labeled, unlabeled):
+    seen = []
+
+    def watch(scores: PairScores) -> np.ndarray:
+        seen.append(scores)
+        return scores.confidence > 0.5
+
+    trainer = SSRMTrainer(
+        llama,
+        config(num_rounds=1),
+        train_dataset=labeled,
+        unlabeled_dataset=unlabeled,
+        callbacks=[PseudoLabelingCallback(selection_policy=watch)],
+    )
+    trainer.train()
+    pool, (scores,) = trainer.data.pool, seen
+    assert scores.rows.tolist() == list(range(40))
+    for pair in range(40):
+        texts = pool.texts(pair, first_is_chosen=True)
+        row, tokenize = unlabeled[int(scores.rows[pair])], trainer.processing_class
+        assert texts["prompt"] == row["prompt"]
+        expected = [len(tokenize(texts["prompt"] + texts[side])["input_ids"]) + 1 for side in ("chosen", "rejected")]
+        assert scores.lengths[pair].tolist() == expected
 
 
 class Fixed(PseudoLabelingCallback):
@@ -197,14 +273,9 @@ def test_fraction_of_the_pool_is_kept_and_trained_on(kept_by):
     assert facts["confidence_threshold"] == pytest.approx(1 / (1 + np.exp(-abs(LOGITS[11]))))
 
 
-def test_adaptive_threshold_is_the_mean_confidence(kept_by):
-    _, pseudo_labels, facts = kept_by(LOGITS, adaptive_threshold=True)
-    confidence = 1 / (1 + np.exp(-np.abs(LOGITS)))
-    assert facts["confidence_threshold"] == pytest.approx(confidence.mean())
-    assert sorted(pseudo_labels["pair"]) == np.flatnonzero(confidence > confidence.mean()).tolist()
-
-
-def test_target_precision_keeps_what_the_held_out_labels_vouch_for(llama, config, labeled, unlabeled):
+def test_target_precision_keeps_the_pairs_above_the_threshold_of_the_held_out_labels(
+    llama, config, labeled, unlabeled
+):
     seen = []
 
     class Watch(PseudoLabelingCallback):
@@ -229,7 +300,7 @@ def test_target_precision_keeps_what_the_held_out_labels_vouch_for(llama, config
     assert trainer.round_history[1]["num_train_pairs"] == 16 + facts["kept"]
 
 
-def test_target_that_the_held_out_labels_do_not_vouch_for_selects_nothing(llama, config, labeled, unlabeled):
+def test_target_that_the_held_out_labels_do_not_reach_selects_nothing(llama, config, labeled, unlabeled):
     # Labels of chance.
     rows = preference_rows(60, seed=9)
     turned = [
@@ -248,11 +319,11 @@ def test_target_that_the_held_out_labels_do_not_vouch_for_selects_nothing(llama,
     assert trainer.round_history[0]["precision_threshold"] == 1.0
 
 
-@pytest.mark.parametrize("name", ["num_folds", "target_precision", "second_opinion"])
-def test_scores_of_someone_else_do_not_go_with_what_needs_those_of_the_model(
+@pytest.mark.parametrize("name", ["num_folds", "target_precision"])
+def test_own_scores_are_refused_with_settings_that_need_the_scores_of_the_model(
     llama, config, labeled, unlabeled, held_out, name
 ):
-    value = {"num_folds": 2, "target_precision": 0.7, "second_opinion": "first_round"}[name]
+    value = {"num_folds": 2, "target_precision": 0.7}[name]
     with pytest.raises(ValueError, match=name):
         SSRMTrainer(
             llama,
@@ -262,51 +333,6 @@ def test_scores_of_someone_else_do_not_go_with_what_needs_those_of_the_model(
             calibration_dataset=held_out,
             callbacks=[Fixed(LOGITS)],
         )
-
-
-def test_best_against_worst_is_the_most_confident_pair_of_a_prompt(kept_by):
-    rows = [{"prompt": f"Say {number}: ", "completions": ["one", "two", "three"]} for number in range(4)]
-    logits = [1, 2, 3, 1, 5, 4, 0.1, 0.2, 0.3, 9, 8, 7]
-    pool = Dataset.from_list(rows)
-    _, pseudo_labels, _ = kept_by(logits, pool=pool, max_pairs_per_prompt=1, confidence_threshold=0.5)
-    assert sorted(pseudo_labels["pair"]) == [2, 4, 8, 9]
-
-
-def test_quantile_is_one_of_the_best_against_worst(llama, config, labeled):
-    rows = [{"prompt": f"Say {number}: ", "completions": ["one", "two", "three"]} for number in range(4)]
-    logits = [1, 2, 3, 1, 5, 4, 0.1, 0.2, 0.3, 9, 8, 7]
-    trainer = SSRMTrainer(
-        llama,
-        config(num_rounds=1, max_pairs_per_prompt=1, selected_fraction=0.5),
-        train_dataset=labeled,
-        unlabeled_dataset=Dataset.from_list(rows),
-        callbacks=[Fixed(logits)],
-    )
-    trainer.train()
-    assert sorted(trainer.run.read_pseudo_labels(1)[0]["pair"]) == [4, 9]
-
-
-def test_kept_pairs_have_the_lengths_of_the_pool(kept_by, llama, config, labeled, unlabeled):
-    pool = SSRMTrainer(llama, config(), train_dataset=labeled, unlabeled_dataset=unlabeled).data.pool
-    lengths = pool.pairs.lengths
-    difference = lengths[pool.pairs.first] - lengths[pool.pairs.second]
-    # The model likes length, and is the surer the longer.
-    logits = np.where(difference == 0, 0.1, difference)
-    _, _, free = kept_by(logits, confidence_threshold=0.85)
-    shutil.rmtree(config().output_dir)
-    _, pseudo_labels, facts = kept_by(logits, confidence_threshold=0.85, balance_by=["length"])
-    assert 0 < facts["kept"] < free["kept"]
-    assert facts["mean_confidence"] < free["mean_confidence"]
-
-
-def test_no_source_gets_more_than_its_share(kept_by):
-    rows = [{**row, "source": "web" if number < 30 else "books"} for number, row in enumerate(preference_rows(40, 2))]
-    logits = np.where(np.arange(40) < 30, 0.1, 3.0)
-    logits[:5] = 2.0
-    _, pseudo_labels, _ = kept_by(logits, pool=Dataset.from_list(rows), balance_by=["source"])
-    kept = sorted(pseudo_labels["pair"])
-    # 15 were selected; a quarter of the pool is books.
-    assert kept[:5] == [0, 1, 2, 3, 4] and len(kept) == 5 + 4
 
 
 def test_length_bias_is_logged(kept_by):
@@ -329,13 +355,14 @@ def test_memory_of_labeling_a_pool_from_files_is_that_of_a_few_numbers_a_pair(ll
             unlabeled_dataset=Dataset.from_parquet(path, cache_dir=str(tmp_path)),
             callbacks=[Fixed(np.linspace(1, 2, num_rows))],
         )
-        trainer.round_history = [{"temperature": 1.0}]
+        trainer.round_history = [{"temperature": 1.0, "global_step": 0}]
         tracemalloc.start()
         try:
-            rows = trainer.pseudo_labeling_callback.on_round_end(
-                trainer.args, trainer.state, trainer.control, trainer=trainer, round=0
-            )
-            rows = trainer.data_collator.build_dataset(trainer.data.labeled, rows)
+            trainer.begin_labeling()
+            share = trainer.share_of_pool(1)
+            scores = trainer.score(share)
+            trainer.keep(share, scores, trainer.pseudo_labeling_callback.kept(scores))
+            rows = join(trainer.data.labeled, trainer.rows_of(trainer.read_labels()))
             assert len(rows) == len(labeled) + num_rows
             return tracemalloc.get_traced_memory()[1]
         finally:
@@ -351,85 +378,25 @@ class Chance(PseudoLabelingCallback):
         return PairScores(np.random.default_rng(round).normal(size=len(pool)) * 5)
 
 
-def test_weight_of_pseudo_labels_rises_over_the_rounds(llama, config, labeled, unlabeled):
-    args = config(num_rounds=3, pseudo_label_warmup_rounds=2, pseudo_label_weight=0.8, confidence_threshold=0.5)
-    trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, callbacks=[Chance()])
-    seen = []
-    build = trainer.data_collator.build_dataset
-    trainer.data_collator.build_dataset = lambda *args: seen.append(build(*args)) or seen[-1]
-    trainer.train()
-    assert [set(rows["weight"]) for rows in seen] == [{1.0, 0.4}, {1.0, 0.8}, {1.0, 0.8}]
-
-
 def test_weight_of_a_collator_of_the_user_counts(llama, config, labeled, unlabeled):
     args = config(num_rounds=1, confidence_threshold=0.5)
     collator = ConfidenceFilteredDataCollator(0, confidence_threshold=0.5, pseudo_label_weight=0.25)
     trainer = SSRMTrainer(
         llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, data_collator=collator, callbacks=[Chance()]
     )
-    seen = []
-    build = collator.build_dataset
-    collator.build_dataset = lambda *args: seen.append(build(*args)) or seen[-1]
+    weights = set()
+    collate = collator.torch_call
+    collator.torch_call = lambda examples: weights.update((batch := collate(examples))["weight"].tolist()) or batch
     trainer.train()
-    assert set(collator(seen[0].to_list())["weight"].tolist()) == {1.0, 0.25}
-
-
-def test_rounds_go_on_while_the_weight_rises(llama, config, labeled, unlabeled):
-    args = config(num_rounds=3, pseudo_label_warmup_rounds=3, confidence_threshold=0.5)
-    logits = np.linspace(1, 2, 40)
-    trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, callbacks=[Fixed(logits)])
-    trainer.train()
-    assert trainer.termination_reason == "max_rounds"
-
-
-def test_pseudo_labels_of_the_labeled_pairs_are_subtracted(llama, config, labeled, unlabeled):
-    args = config(
-        num_rounds=1, debias_pseudo_labels=True, num_folds=4, pseudo_label_weight=0.5, confidence_threshold=0.5
-    )
-    trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled)
-    seen = []
-    build = trainer.data_collator.build_dataset
-    trainer.data_collator.build_dataset = lambda *args: seen.append(build(*args)) or seen[-1]
-    trainer.train()
-    rows, *of_folds = seen
-    # Labels of 12 pairs and the pool, with the same weight.
-    assert [len(each) for each in of_folds] == [12 + 40] * 4
-    weight = np.array(rows["weight"])
-    assert weight[:16].tolist() == [1.0] * 16
-    # Together they weigh half of what the labels weigh, once with one sign and once with the other.
-    assert weight[16:56].tolist() == pytest.approx([0.5 * 16 / 40] * 40)
-    assert weight[56:].tolist() == [-0.5] * 16
-    assert rows["chosen_ids"][:16] == rows["chosen_ids"][56:]
-    # By models that have not seen the labels.
-    logits = trainer.folds.held_out_logits(0)
-    assert ((np.array(rows["probability"][56:]) > 0.5) == (logits > 0)).all()
-    assert rows["probability"][:16] == [None] * 16 and None not in rows["probability"][16:]
-
-
-def test_rounds_end_when_they_no_longer_help(llama, config, labeled, unlabeled, held_out):
-    # A learning rate that wrecks the model in the rounds.
-    args = config(num_rounds=9, round_patience=2, confidence_threshold=0.5, learning_rate=0.05, num_train_epochs=1)
-    trainer = SSRMTrainer(
-        llama,
-        args,
-        train_dataset=labeled,
-        unlabeled_dataset=unlabeled,
-        eval_dataset=held_out,
-        callbacks=[Chance()],
-    )
-    trainer.train()
-    losses = [facts["eval_log_loss"] for facts in trainer.round_history]
-    assert trainer.termination_reason == "no_improvement"
-    assert np.argmin(losses) == len(losses) - 3 and len(losses) < 10
+    assert weights == {1.0, 0.25}
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"balance_by": ["source"]}, "`balance_by` names 'source', which is no column of `unlabeled_dataset`"),
-        ({"target_precision": 0.9}, "`target_precision` needs `calibration_dataset` or `num_folds`"),
-        ({"target_precision": 0.9, "num_folds": 2}, "the held-out labels can vouch for 0.855 at most"),
-        ({"round_patience": 1}, "`round_patience` needs `calibration_dataset`, `num_folds` or `eval_dataset`"),
+        ({"target_precision": 0.9}, "`target_precision` needs held-out labels; give `calibration_dataset`"),
+        ({"target_precision": 0.9, "num_folds": 2}, "16 held-out labels can confirm 0.855 at most"),
+        ({"keep_best_round": True}, "`keep_best_round` needs held-out labels"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(llama, config, labeled, unlabeled, settings, message):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 from trl import RewardConfig, TrlParser
@@ -60,6 +62,14 @@ def test_settings_of_the_paper_are_one_line(tmp_path):
     args = SSRMConfig.paper(str(tmp_path), bf16=False, learning_rate=1e-5, num_rounds=2)
     assert (args.confidence_threshold, args.pseudo_label_type, args.num_folds) == (0.8, "hard", 0)
     assert (args.output_dir, args.learning_rate, args.num_rounds) == (str(tmp_path), 1e-5, 2)
+    other = SSRMConfig.paper(str(tmp_path), bf16=False, selected_fraction=0.5)
+    assert (other.confidence_threshold, other.selected_fraction) == (None, 0.5)
+
+
+def test_every_setting_is_described(tmp_path):
+    own = SSRMConfig.__annotations__
+    described = re.findall(r"^        (\w+) \(`", SSRMConfig.__doc__, flags=re.MULTILINE)
+    assert described == list(own) and len(own) <= 20
 
 
 @pytest.mark.parametrize(
@@ -68,21 +78,14 @@ def test_settings_of_the_paper_are_one_line(tmp_path):
         ({"num_folds": 1}, "`num_folds` must be 0 or at least 2"),
         ({"target_precision": 0.5}, r"`target_precision` must be in \(0.5, 1\)"),
         ({"selected_fraction": 0.0}, r"`selected_fraction` must be in \(0, 1\]"),
-        ({"pseudo_label_smoothing": 1.0}, r"`pseudo_label_smoothing` must be in \[0, 1\)"),
-        ({"selected_fraction": 0.5, "adaptive_threshold": True}, "both choose the threshold; set one of them"),
-        ({"second_opinion": "folds", "num_folds": 0}, "needs `num_folds`, the number of models to ask"),
-        (
-            {"debias_pseudo_labels": True, "num_folds": 2, "pseudo_label_weight": 1.5},
-            r"must be in \[0, 1\] with `debias_pseudo_labels`",
-        ),
-        ({"debias_pseudo_labels": True, "num_folds": 0}, "`debias_pseudo_labels` needs `num_folds`"),
-        ({"debias_pseudo_labels": True, "num_folds": 2, "max_pairs_per_prompt": 1}, "selects by a threshold alone"),
+        ({"selected_fraction": 0.5, "target_precision": 0.9}, "both choose the threshold; set one of them"),
+        ({"confidence_threshold": 0.8, "target_precision": 0.9}, "both choose the threshold; set one of them"),
         (
             {"num_folds": 2, "load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
-            "set one",
+            "`num_folds` and `load_best_model_at_end` can't be combined",
         ),
-        ({"preference_model": "pairwise", "balance_by": ["length"]}, "can't tell the lengths"),
-        ({"freeze_backbone": True, "neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` adds noise"),
+        ({"comparison": "comparison.json"}, "set `preference_model='pairwise'` with it"),
+        ({"freeze_backbone": True, "neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` adds new noise"),
         ({"comparison_orders": "one"}, r"`comparison_orders` must be one of \['random', 'both'\]"),
     ],
 )

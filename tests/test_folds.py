@@ -13,8 +13,7 @@ def make(llama, args, labeled, unlabeled, **kwargs) -> SSRMTrainer:
 
 
 def test_folds_change_nothing_in_the_model_of_the_round(llama, config, labeled, unlabeled, tmp_path):
-    # The same temperature in both, or other pairs would be kept.
-    args = {"confidence_threshold": 0.5, "keep_best_round": False, "second_opinion": "none"}
+    args = {"confidence_threshold": 0.5, "keep_best_round": False, "num_rounds": 0}
     plain = make(llama, config(**args), labeled, unlabeled)
     plain.train()
     folded = make(llama, config(**args, num_folds=3, output_dir=str(tmp_path / "folds")), labeled, unlabeled)
@@ -90,11 +89,11 @@ def test_round_that_is_best_by_the_folds_is_kept(llama, config, labeled, unlabel
     trainer = make(llama, config(num_folds=3), labeled, unlabeled)
     output = trainer.train()
     losses = [facts["cross_fit_calibrated_log_loss"] for facts in trainer.round_history]
-    assert output.metrics["kept_round"] == int(np.argmin(losses)) == trainer.best_round
+    assert output.metrics["kept_round"] == int(np.argmin(losses)) == trainer.kept_round
 
 
 def test_run_with_folds_is_resumed_to_the_same_result(llama, config, labeled, unlabeled, tmp_path):
-    args = {"num_folds": 3, "second_opinion": "folds", "keep_best_round": False, "require_agreement": False}
+    args = {"num_folds": 3, "keep_best_round": False}
     expected = make(llama, config(**args, output_dir=str(tmp_path / "whole")), labeled, unlabeled)
     expected.train()
     trainer = make(llama, config(**args), labeled, unlabeled)
@@ -116,8 +115,8 @@ def test_run_with_folds_is_resumed_to_the_same_result(llama, config, labeled, un
         assert {name: one[name] for name in names} == {name: other[name] for name in names}
 
 
-def test_everyone_has_a_say_in_a_pseudo_label(llama, config, labeled, unlabeled, tmp_path):
-    args = config(num_folds=3, second_opinion="folds", num_rounds=1, confidence_threshold=0.5)
+def test_all_models_agree_on_a_pseudo_label_and_its_probability_is_their_mean(llama, config, labeled, unlabeled):
+    args = config(num_folds=3, num_rounds=1, confidence_threshold=0.5)
     trainer = make(llama, args, labeled, unlabeled)
     trainer.train()
     pseudo_labels, facts = trainer.run.read_pseudo_labels(1)
@@ -127,51 +126,14 @@ def test_everyone_has_a_say_in_a_pseudo_label(llama, config, labeled, unlabeled,
     assert len(logits) == 3 and 0 < len(pairs) == facts["kept"]
     for each in logits:
         assert np.sign(each[pairs]).tolist() == own
-    single = make(
-        llama,
-        config(
-            num_folds=3, second_opinion="none", num_rounds=1, confidence_threshold=0.5, output_dir=str(tmp_path / "x")
-        ),
-        labeled,
-        unlabeled,
-    )
-    single.train()
-    rows = single.run.read_pseudo_labels(1)[0]
-    alone = dict(zip(rows["pair"], rows["confidence"], strict=True))
-    disagreeing = np.any([np.sign(each) != np.sign(logits[0]) for each in logits], axis=0)
-    assert facts["model_disagreement"] >= disagreeing.mean()
-    for pair, confidence in zip(pairs, pseudo_labels["confidence"], strict=True):
-        votes = [1 / (1 + np.exp(-abs(each[pair]) / facts["temperature"])) for each in logits]
-        assert 4 * confidence - sum(votes) < 1 and confidence < 1
-        # The fourth vote is that of the model of the round, the same without a second opinion.
-        assert 4 * confidence - sum(votes) == pytest.approx(alone[pair], abs=1e-6)
-
-
-def test_first_round_has_a_say_in_later_ones(llama, config, labeled, unlabeled):
-    # Some labels are wrong, so that there is a temperature to fit.
-    rows = [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if number % 4 == 0 else row
-        for number, row in enumerate(labeled)
-    ]
-    labeled = Dataset.from_list(rows)
-    args = config(second_opinion="first_round", confidence_threshold=0.5, num_folds=2)
-    trainer = make(llama, args, labeled, unlabeled)
-    seen = {}
-    real = trainer.second_opinions
-    trainer.second_opinions = lambda round, *args: seen.setdefault(round, real(round, *args))
-    trainer.train()
-    assert seen[0] == [] and len(seen[1]) == 1
-    assert trainer.run.weights_path(0).is_file()
-    # At the temperature of round 0, whatever that of round 1 is.
-    ratio = trainer.round_history[1]["temperature"] / trainer.round_history[0]["temperature"]
     trainer.run.read_weights(trainer.run.weights_path(0), trainer.model)
-    scores_of_round_0 = seen[1][0]
-    expected = ratio * trainer.score_pairs(trainer.data.pool.pairs, "pool").logits
-    assert ratio != 1 and np.allclose(scores_of_round_0, expected, atol=1e-5)
-    pseudo_labels, facts = trainer.run.read_pseudo_labels(2)
-    signs = (np.array(pseudo_labels["first_is_chosen"]) * 2 - 1).tolist()
-    assert np.sign(scores_of_round_0[pseudo_labels["pair"][:]]).tolist() == signs
-    assert "model_disagreement" in facts and "model_disagreement" not in trainer.round_history[1]
+    alone = trainer.score_pairs(trainer.data.pool.pairs, "pool").logits
+    everyone = [*logits, alone]
+    disagree = np.any([np.sign(each) != np.sign(alone) for each in everyone], axis=0)
+    assert facts["model_disagreement"] == pytest.approx(disagree.mean())
+    for pair, confidence in zip(pairs, pseudo_labels["confidence"], strict=True):
+        votes = [1 / (1 + np.exp(-abs(each[pair]) / facts["temperature"])) for each in everyone]
+        assert confidence == pytest.approx(np.mean(votes), abs=1e-6)
 
 
 def test_callbacks_of_the_user_are_told_of_the_round_alone(llama, config, labeled, unlabeled, held_out):
@@ -199,13 +161,10 @@ def test_folds_are_there_where_nothing_else_calibrates(llama, config, labeled, u
         return make(llama, config(num_folds=None, **settings), rows, unlabeled, **kwargs).folds.num_folds
 
     assert num_folds() == 5
-    assert make(llama, config(num_folds=None), labeled, unlabeled).second_opinion == "folds"
-    assert make(llama, config(), labeled, unlabeled).second_opinion == "none"
-    assert "the rounds are done 5 times more" in caplog.text
+    assert "so 5 more models are trained" in caplog.text and "takes 6 times as long" in caplog.text
     assert num_folds(rows=labeled.select(range(3))) == 3
     assert num_folds(rows=labeled.select(range(1))) == 0
     assert num_folds(calibration_dataset=held_out) == 0
-    assert num_folds(calibration_dataset=held_out, second_opinion="folds") == 5
     assert num_folds(num_rounds=0) == 0
 
     class Own(PseudoLabelingCallback):
@@ -213,8 +172,6 @@ def test_folds_are_there_where_nothing_else_calibrates(llama, config, labeled, u
             return super().score(trainer, pool, round)
 
     assert num_folds(callbacks=[Own()]) == 0
-    with pytest.raises(ValueError, match="a model that labels the pool itself"):
-        num_folds(callbacks=[Own()], debias_pseudo_labels=True)
 
 
 def test_more_parts_than_prompts_are_refused(llama, config, labeled, unlabeled):
@@ -224,8 +181,8 @@ def test_more_parts_than_prompts_are_refused(llama, config, labeled, unlabeled):
 
 def test_labels_of_a_part_reach_its_model_in_no_round(llama, config, labeled, unlabeled, tmp_path, monkeypatch):
     # The one number that is fitted on all labels.
-    monkeypatch.setattr("trl_ssrm.trainer.fit_temperature", lambda logits: 1.0)
-    args = {"num_folds": 4, "confidence_threshold": 0.5, "keep_best_round": False, "second_opinion": "none"}
+    monkeypatch.setattr("trl_ssrm.rounds.calibrate.fit_temperature", lambda logits: 1.0)
+    args = {"num_folds": 4, "confidence_threshold": 0.5, "keep_best_round": False}
     one = make(llama, config(**args, output_dir=str(tmp_path / "one")), labeled, unlabeled)
     turned = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if one.folds.fold_of[number] == 2 else row

@@ -236,9 +236,7 @@ def test_encoder_is_refused(bert, config, labeled):
     ("settings", "message"),
     [
         ({"preference_model": "triple"}, "`preference_model` must be one of"),
-        ({"preference_model": "pairwise", "comparison_labels": ["A"]}, "`comparison_labels` must be two labels"),
-        ({"require_order_agreement": True}, "`require_order_agreement` needs `preference_model='pairwise'`"),
-        ({"preference_model": "pairwise", "center_rewards_coefficient": 0.1}, "a pairwise model has none"),
+        ({"preference_model": "pairwise", "center_rewards_coefficient": 0.1}, "a pairwise model gives none"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config, settings, message):
@@ -309,8 +307,6 @@ def test_both_orders_teach_that_the_order_says_nothing(
 def test_folds_of_a_pairwise_model_are_asked_in_both_orders(causal, pairwise_config, labeled, unlabeled):
     args = pairwise_config(
         num_folds=2,
-        second_opinion="folds",
-        require_order_agreement=True,
         comparison_orders="both",
         num_train_epochs=10,
         confidence_threshold=0.5,
@@ -379,17 +375,22 @@ def test_pair_is_shown_in_one_order_whichever_is_preferred(causal, pairwise_conf
     assert torch.equal(one["label"], 1 - other["label"])
 
 
-def test_order_agreement_can_be_required(causal, pairwise_config, labeled, unlabeled):
+def test_policy_can_require_that_both_orders_agree(causal, pairwise_config, labeled, unlabeled):
     kept = []
-    for required in (False, True):
+    for policy in (None, lambda scores: scores.orders_agree):
         args = pairwise_config(
-            output_dir=f"{pairwise_config().output_dir}-{required}",
+            output_dir=f"{pairwise_config().output_dir}-{len(kept)}",
             num_train_epochs=6,
             round_num_train_epochs=1,
             confidence_threshold=0.5,
-            require_order_agreement=required,
         )
-        trainer = SSRMTrainer(causal(), args, train_dataset=labeled, unlabeled_dataset=unlabeled)
+        trainer = SSRMTrainer(
+            causal(),
+            args,
+            train_dataset=labeled,
+            unlabeled_dataset=unlabeled,
+            callbacks=[PseudoLabelingCallback(selection_policy=policy)],
+        )
         trainer.train()
         facts = trainer.round_history[1]
         kept.append(facts["kept"])
@@ -531,14 +532,17 @@ def test_completions_that_can_not_be_compared_are_no_labels(trained_judge, tmp_p
     assert best["prompt"][:] == ["a"]
 
 
-def test_scalar_and_pairwise_models_are_not_taken_for_each_other(trained_judge, llama, pairwise_config, labeled):
+def test_scalar_and_pairwise_models_are_not_taken_for_each_other(
+    trained_judge, llama, pairwise_config, labeled, tmp_path
+):
     for load in (load_reward_model, SSRMRewardFunction, lambda path: load_ppo_models(path, path)):
         with pytest.raises(ValueError, match="is a pairwise model, which gives no reward to a single completion"):
             load(trained_judge)
     with pytest.raises(ValueError, match="is a scalar reward model, whose score is none of a comparison"):
         PairwiseJudge(llama)
+    Comparison(labels=["X", "Y"]).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="was trained on another comparison"):
-        SSRMTrainer(trained_judge, pairwise_config(comparison_labels=["X", "Y"]), train_dataset=labeled)
+        SSRMTrainer(trained_judge, pairwise_config(comparison=str(tmp_path)), train_dataset=labeled)
     # With the same comparison, training goes on from it.
     trainer = SSRMTrainer(trained_judge, pairwise_config(), train_dataset=labeled)
     torch.testing.assert_close(trainer.model.score.weight.cpu(), PairwiseJudge(trained_judge).model.score.weight)

@@ -1,16 +1,14 @@
 import numpy as np
 import pytest
 
+from trl_ssrm import PairScores
 from trl_ssrm.rounds.select import (
     above_threshold,
-    adaptive_threshold,
-    balanced,
+    candidates,
     fraction_threshold,
     precision_threshold,
     wilson_lower_bound,
-    within_quota,
 )
-from trl_ssrm.scoring.pair_scores import PairScores
 
 
 def test_confidence_is_the_larger_probability_to_the_bit():
@@ -91,37 +89,8 @@ def test_pseudo_labels_above_the_threshold_are_right_as_often_as_wanted():
         assert max(bounds) < target
 
 
-def test_threshold_follows_the_model():
-    unsure, sure = PairScores(np.full(10, 0.5)), PairScores(np.full(10, 3.0))
-    first = adaptive_threshold(unsure, None)
-    assert first == pytest.approx(unsure.confidence[0])
-    second = adaptive_threshold(sure, first)
-    assert first < second < adaptive_threshold(sure, second) < sure.confidence[0]
-
-
-def test_no_group_gets_more_than_its_share():
-    draw = np.random.default_rng(0)
-    groups = draw.choice(3, size=900, p=[0.5, 0.3, 0.2])
-    confidence = draw.random(900) / 2 + 0.5
-    # Nearly all of what was selected is of the last group.
-    mask = (groups == 2) | (draw.random(900) < 0.1)
-    stays = balanced(mask, confidence, groups)
-    assert not (stays & ~mask).any()
-    for group in range(3):
-        share = (groups == group).mean()
-        assert stays[groups == group].sum() <= np.ceil(share * mask.sum())
-    left_out = mask & ~stays & (groups == 2)
-    assert left_out.any() and confidence[left_out].max() <= confidence[stays & (groups == 2)].min()
-
-
-def test_pool_that_is_kept_as_a_whole_is_balanced():
-    groups = np.array([0, 0, 1, 2, 2, 2])
-    assert balanced(np.ones(6, dtype=bool), np.linspace(0.5, 1, 6), groups).all()
-
-
-def test_quota_keeps_the_most_confident():
-    group = np.array([0, 0, 0, 1, 1, 2])
-    confidence = np.array([0.6, 0.9, 0.7, 0.8, 0.95, 0.55])
-    mask = np.array([True, True, True, True, False, True])
-    stays = within_quota(mask, confidence, group, np.array([2, 1, 0]))
-    assert stays.tolist() == [False, True, True, True, False, False]
+def test_ties_and_pairs_that_models_disagree_on_can_have_no_label():
+    agree = np.array([True, True, False, True])
+    scores = PairScores(np.array([0.0, 1.0, 2.0, 1e-17]), models_agree=agree)
+    assert candidates(scores).tolist() == [False, True, False, False]
+    assert candidates(scores.take(np.array([1, 2]))).tolist() == [True, False]

@@ -250,19 +250,27 @@ def test_unchanged_selection_ends_the_rounds(llama, config, labeled, unlabeled):
     assert len(trainer.round_history) < 6
 
 
-@pytest.mark.parametrize("chosen_by", ["eval", "calibration"])
-def test_best_round_is_kept(llama, config, labeled, unlabeled, held_out, chosen_by):
+def test_round_with_the_lowest_log_loss_on_the_calibration_pairs_is_kept(llama, config, labeled, unlabeled, held_out):
     # Labels turned round in the held-out pairs: every round is worse than the one before.
     turned = held_out.rename_columns({"chosen": "rejected", "rejected": "chosen"})
     args = config(keep_best_round=True, num_train_epochs=2, confidence_threshold=0.5)
-    trainer = SSRMTrainer(
-        llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, **{f"{chosen_by}_dataset": turned}
-    )
+    trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, calibration_dataset=turned)
     output = trainer.train()
-    log_losses = [facts[f"{chosen_by}_log_loss"] for facts in trainer.round_history]
-    assert output.metrics["kept_round"] == int(np.argmin(log_losses)) < len(log_losses) - 1
-    logits = trainer.score_pairs(trainer.data.held_out[chosen_by], chosen_by).logits
-    assert np.mean(np.logaddexp(0, -logits)) == pytest.approx(min(log_losses), abs=1e-6)
+    log_losses = [facts["calibration_calibrated_log_loss"] for facts in trainer.round_history]
+    kept = int(np.argmin(log_losses))
+    assert output.metrics["kept_round"] == kept < len(log_losses) - 1
+    logits = trainer.score_pairs(trainer.data.held_out["calibration"], "calibration").logits
+    expected = trainer.round_history[kept]["calibration_log_loss"]
+    assert np.mean(np.logaddexp(0, -logits)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluation_pairs_choose_no_round(llama, config, labeled, unlabeled, held_out):
+    turned = held_out.rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    args = config(num_train_epochs=2, confidence_threshold=0.5)
+    trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, eval_dataset=turned)
+    output = trainer.train()
+    losses = [facts["eval_log_loss"] for facts in trainer.round_history]
+    assert np.argmin(losses) < output.metrics["kept_round"] == len(losses) - 1
 
 
 def test_temperature_is_fitted_on_the_calibration_pairs(llama, config, labeled, unlabeled, held_out):
@@ -289,9 +297,9 @@ def test_labels_weigh_what_the_config_says(llama, config, labeled, unlabeled):
         SSRMTrainer(llama, config(**settings), train_dataset=labeled, unlabeled_dataset=unlabeled).data_collator
         for settings in ({}, {"pseudo_label_type": "soft", "pseudo_label_weight": 0.3, "confidence_threshold": 0.7})
     ]
-    assert collators[0] == ConfidenceFilteredDataCollator(collators[0].pad_token_id, confidence_threshold=0.6)
+    assert collators[0] == ConfidenceFilteredDataCollator(collators[0].pad_token_id)
     assert collators[1] == ConfidenceFilteredDataCollator(
-        collators[0].pad_token_id, confidence_threshold=0.7, pseudo_label_type="soft", pseudo_label_weight=0.3
+        collators[0].pad_token_id, pseudo_label_type="soft", pseudo_label_weight=0.3
     )
 
 
@@ -403,7 +411,7 @@ def test_model_card_names_the_method_and_holds_the_rounds(llama, config, labeled
             "needs gold labels",
         ),
         ({"calibration_dataset": preference_rows(16, seed=1)[:3]}, "shares 3 pairs with `train_dataset`"),
-        ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "`optimizers` can't be started afresh"),
+        ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "`optimizers` can't be used"),
         ({"data_collator": lambda rows: rows}, "`data_collator` must be a `ConfidenceFilteredDataCollator`"),
         ({"callbacks": [PseudoLabelingCallback(), PseudoLabelingCallback()]}, "has 2 callbacks that label the pool"),
         ({"unlabeled_dataset": None, "callbacks": [PseudoLabelingCallback()]}, "so it needs `unlabeled_dataset`"),

@@ -217,7 +217,7 @@ class SSRMTrainer(RoundSteps):
 
     def _prepare_rounds(self, raw: dict[str, Any], unlabeled_dataset: Any, is_conversational: bool | None) -> None:
         """Index the data, make the pool, and resolve the settings."""
-        check_sharding(self.accelerator, self.args.freeze_backbone, False)
+        check_sharding(self.accelerator, self.args.freeze_backbone)
         self.run = RunDirectory(str(self.args.output_dir))
         # A stream is written to the run directory, and may replace the rows of another run.
         with contextlib.nullcontext() if isinstance(unlabeled_dataset, Dataset) else self._alone():
@@ -231,6 +231,7 @@ class SSRMTrainer(RoundSteps):
                 is_conversational,
                 by_pair=self.comparison is not None,
             )
+        self.check_shares()
         own = [each for each in self.callback_handler.callbacks if isinstance(each, PseudoLabelingCallback)]
         if len(own) > 1:
             raise ValueError(f"`callbacks` has {len(own)} callbacks that label the pool; pass one.")

@@ -15,7 +15,7 @@ def refusal_of(error: Exception) -> str:
     """The sentence of an error that the package itself has raised; fails on any other."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     message = str(error)
-    if raised_in.parent != PACKAGE:
+    if PACKAGE not in raised_in.parents:
         raise AssertionError(f"{raised_in} raised {type(error).__name__}: {message}") from error
     assert isinstance(error, ValueError | TypeError), type(error)
     assert message and "\n" not in message and len(message) < 1500, message

@@ -10,7 +10,8 @@ from conftest import preference_rows
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
-from trl_ssrm import PseudoLabelingCallback, SSRMTrainer
+from trl_ssrm import SSRMTrainer
+from trl_ssrm.rounds.callback import RoundCallback
 
 
 # The first rounds fill caches; what is kept by each round shows after them.
@@ -69,17 +70,13 @@ def test_many_rounds_leave_neither_memory_nor_open_files(llama, config, labeled)
     num_rounds = 50 if os.environ.get("SSRM_LONG_FAULTS") else 8
     measured = {}
 
-    class Measure(PseudoLabelingCallback):
-        def on_round_end(self, args, state, control, trainer, round):
-            rows = super().on_round_end(args, state, control, trainer, round)
+    class Measure(RoundCallback):
+        def on_labeling_end(self, args, state, control, round, **kwargs):
             gc.collect()
             process = psutil.Process()
-            measured[round] = process.memory_info().rss, len(os.listdir("/proc/self/fd")), process.num_threads()
-            # So that no round ends them all.
-            self.termination_reason = None
-            return rows
+            measured[round - 1] = process.memory_info().rss, len(os.listdir("/proc/self/fd")), process.num_threads()
 
-    # A share of the pool for each round, so that none of them keeps what the one before has kept.
+    # A share of the pool for each round, so that no round keeps the pairs of the round before.
     pool = Dataset.from_list(preference_rows(8 * num_rounds, seed=2))
     trainer = SSRMTrainer(
         llama,

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from faults.outcomes import refusal_of
 from trl_ssrm import NonFiniteScoreError, PseudoLabelingCallback, SSRMTrainer, write_report
 from trl_ssrm.rounds.calibrate import fit_temperature
-from trl_ssrm.rounds.select import adaptive_threshold, fraction_threshold, precision_threshold
+from trl_ssrm.rounds.select import fraction_threshold, precision_threshold
 from trl_ssrm.scoring.metrics import preference_metrics, reliability_curve
 from trl_ssrm.scoring.pair_scores import PairScores
 from trl_ssrm.scoring.preference import mean_logits, mean_win_probability, pairwise_logits
@@ -174,18 +174,17 @@ def test_equal_rewards_are_ties_and_nothing_is_kept(run, llama, folds, settings)
         {},
         {"num_folds": None},
         {"confidence_threshold": None},
-        {"second_opinion": "first_round"},
-        {"second_opinion": "folds", "num_folds": 2},
-        {"debias_pseudo_labels": True, "num_folds": 2},
+        {"num_folds": 2},
         {"target_precision": 0.9, "num_folds": 2, "confidence_threshold": None},
         {"preference_model": "pairwise"},
     ],
 )
 @pytest.mark.parametrize(("num_labeled", "num_unlabeled"), [(1, 3), (3, 1)])
-def test_one_labeled_pair_and_a_pool_of_one(request, run, settings, num_labeled, num_unlabeled):
+def test_one_labeled_pair_and_a_pool_of_one(request, run, settings, num_labeled, num_unlabeled, tmp_path):
     model = request.getfixturevalue("policy" if settings.get("preference_model") == "pairwise" else "llama")
     if settings.get("preference_model") == "pairwise":
-        settings = {**settings, "comparison_labels": ["a", "b"], "max_length": 2000}
+        (tmp_path / "comparison.json").write_text(json.dumps({"labels": ["a", "b"]}))
+        settings = {**settings, "comparison": str(tmp_path), "max_length": 2000}
     try:
         trainer = run(
             model=model,
@@ -204,9 +203,6 @@ def test_one_labeled_pair_and_a_pool_of_one(request, run, settings, num_labeled,
 @pytest.mark.parametrize(
     "settings",
     [
-        {"balance_by": ["length", "prompt"]},
-        {"max_pairs_per_prompt": 1},
-        {"adaptive_threshold": True, "confidence_threshold": None},
         {"selected_fraction": 0.001, "confidence_threshold": None},
         {"track_pseudo_label_accuracy": True},
         {"freeze_backbone": True},
@@ -275,7 +271,6 @@ def test_no_size_of_a_logit_makes_a_metric_that_is_no_number(size):
         assert sum(part["count"] for part in reliability_curve(logits, temperature)) == size
         scores = PairScores(logits, temperature)
         assert ((scores.confidence >= 0.5) & (scores.confidence <= 1)).all()
-        assert 0.5 <= adaptive_threshold(scores, None) <= 1
         assert np.nextafter(0.5, 0) <= fraction_threshold(scores, 0.1) <= 1
         threshold = precision_threshold(logits, temperature, 0.9)
         assert threshold is None or 0.5 <= threshold <= 1

@@ -1,9 +1,10 @@
-"""Ask people for the labels that would help most, and bring their answers back."""
+"""Labels from people: choose the pairs whose labels would help most, and read the answers."""
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,30 +12,26 @@ from datasets import Dataset
 
 from ..data.checks import check_row
 from ..data.formats import report_dropped
+from ..data.pool import Pool
 from ..data.prompts import prompt_groups
 from ..io.files import written_aside
 from ..scoring.pair_scores import PairScores
 
 
-if TYPE_CHECKING:
-    from ..data.pool import Pool
-
-
 logger = logging.getLogger(__name__)
 
-# How many uncertain pairs there are to choose from for each that is asked for.
+# Number of candidates for each pair that is asked for.
 NUM_CANDIDATES = 10
 NUM_BUCKETS = 1024
 
 
-def most_useful(scores: PairScores, pool: "Pool", num_pairs: int) -> np.ndarray:
+def most_useful(scores: PairScores, pool: Pool, num_pairs: int) -> np.ndarray:
     """
-    Pairs whose labels would help most: those that the model is least sure of, not two of one prompt, and far from one
-    another.
+    Choose the pairs whose labels would help most: uncertain ones, of different prompts, and unlike one another.
 
-    Of the least certain pairs, ten times as many as asked for, each next one is that whose tokens have the least in
-    common with those taken so far, beginning with the least certain one ([A Geometric
-    Approach](https://huggingface.co/papers/1708.00489) to the choice of a subset, on counts of tokens).
+    Candidates are the least certain pair of each prompt, at most ten times as many as asked for. The least certain one is
+    taken first. Each further one is the candidate whose tokens have the least in common with the pairs taken so far ([A
+    Geometric Approach](https://huggingface.co/papers/1708.00489) to the choice of a subset, on counts of tokens).
 
     Args:
         scores ([`PairScores`]):
@@ -45,8 +42,7 @@ def most_useful(scores: PairScores, pool: "Pool", num_pairs: int) -> np.ndarray:
             Number of pairs to choose.
 
     Returns:
-        `np.ndarray` of shape `(at most num_pairs,)`, int64: positions in the pool, in the order in which they were
-        taken.
+        `np.ndarray` of shape `(at most num_pairs,)`, int64: positions in the pool, the first one taken first.
     """
     prompts = prompt_groups(pool.source)[pool.rows]
     by_uncertainty = np.argsort(scores.confidence, kind="stable")
@@ -62,7 +58,7 @@ def most_useful(scores: PairScores, pool: "Pool", num_pairs: int) -> np.ndarray:
     return candidates[taken]
 
 
-def _token_counts(pool: "Pool", pair: int) -> np.ndarray:
+def _token_counts(pool: Pool, pair: int) -> np.ndarray:
     """Which tokens the two sequences hold, as a vector of length 1."""
     pairs = pool.pairs
     both = (int(pairs.first[pair]), int(pairs.second[pair]))
@@ -71,7 +67,7 @@ def _token_counts(pool: "Pool", pair: int) -> np.ndarray:
     return counts / np.linalg.norm(counts)
 
 
-def write_for_labeling(pool: "Pool", pairs: np.ndarray, scores: PairScores, path: str) -> None:
+def write_for_labeling(pool: Pool, pairs: np.ndarray, scores: PairScores, path: str) -> None:
     """
     Write pairs for a labeling tool, one JSON object a line.
 
@@ -83,8 +79,8 @@ def write_for_labeling(pool: "Pool", pairs: np.ndarray, scores: PairScores, path
         scores ([`PairScores`]):
             Scores of the pool.
         path (`str`):
-            File to write: `prompt`, `completion_a` and `completion_b`, `probability`, what the model thinks of the
-            first, and `label`, which is `null` until someone writes `"a"`, `"b"` or `"tie"`.
+            File to write: `prompt`, `completion_a` and `completion_b`, `probability` (that the first is preferred, as the
+            model predicts it), and `label`, which is `null` until `"a"`, `"b"` or `"tie"` is written there.
     """
     with written_aside(Path(path)) as aside, aside.open("w", encoding="utf-8") as file:
         for pair in pairs.tolist():
@@ -101,55 +97,33 @@ def write_for_labeling(pool: "Pool", pairs: np.ndarray, scores: PairScores, path
 
 def load_labels(path: str) -> Dataset:
     """
-    Read pairs back that people have labeled, to be put beside the labeled pairs.
+    Read pairs that people have labeled. Add them to `train_dataset`; these pairs are then left out of the pool.
 
     Args:
         path (`str`):
             File that [`SSRMTrainer.export_for_labeling`] wrote, with `label` filled in: `"a"` or `"b"` for the preferred
-            completion, `"tie"` for neither, `null` for one that nobody has looked at.
+            completion, `"tie"` if neither is better, `null` for a pair that is not labeled.
 
     Returns:
         [`~datasets.Dataset`]: `prompt`, `chosen` and `rejected`. Ties and pairs without a label are left out, and
         counted in the log.
 
     Raises:
-        ValueError: If a line is no such object, a label is another one, a pair has no text, or no pair is labeled.
+        ValueError: If a line is no such object or has another label, a pair has no text, or no pair is labeled. The
+            message names the line.
     """
     rows: list[dict[str, Any]] = []
     left_out = {"a tie": 0, "without a label": 0}
-    # Not by `splitlines`: JSON leaves other line ends within a text as they are.
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); save it as that.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {path}"
-        try:
-            row = json.loads(line)
-        # Brackets within brackets, a thousand deep, are JSON too.
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({error}); mend it, or delete the line.") from error
-        if not isinstance(row, dict) or not {"completion_a", "completion_b", "label"} <= row.keys():
-            raise ValueError(
-                f"{where} needs `completion_a`, `completion_b` and `label`; add them, or delete the line."
-            )
+    for where, row in _rows_of(path):
         if row["label"] is None or row["label"] == "tie":
             left_out["a tie" if row["label"] else "without a label"] += 1
             continue
-        if row["label"] not in ("a", "b"):
-            raise ValueError(f"{where} has the label {row['label']!r}; make it 'a', 'b', 'tie' or null.")
-        chosen, rejected = (
-            ("completion_a", "completion_b") if row["label"] == "a" else ("completion_b", "completion_a")
-        )
-        prompt = {} if row.get("prompt") is None else {"prompt": row["prompt"]}
-        pair = {**prompt, "chosen": row[chosen], "rejected": row[rejected]}
+        pair = _oriented(row, where)
         first = rows[0] if rows else pair
         check_row(pair, where, isinstance(first["chosen"], list))
         if pair.keys() != first.keys():
             raise ValueError(
-                f"{where} has {'a' if prompt else 'no'} `prompt`, unlike those before; give it to all or none."
+                f"{where} has {'a' if 'prompt' in pair else 'no'} `prompt`, unlike the lines before; give it to all or none."
             )
         rows.append(pair)
     report_dropped(path, left_out)
@@ -161,3 +135,35 @@ def load_labels(path: str) -> Dataset:
         raise ValueError(
             f"The messages in {path} have fields of different types ({error}); give all the same."
         ) from error
+
+
+def _rows_of(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects in a file of labels, each with its place for messages."""
+    try:
+        # `splitlines` would split at line ends within a text, too.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {path}"
+        try:
+            row = json.loads(line)
+        # A thousand nested brackets are valid JSON, but too deep for the parser.
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON ({error}); correct it, or delete the line.") from error
+        if not isinstance(row, dict) or not {"completion_a", "completion_b", "label"} <= row.keys():
+            raise ValueError(
+                f"{where} needs `completion_a`, `completion_b` and `label`; add them, or delete the line."
+            )
+        yield where, row
+
+
+def _oriented(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A labeled row as a preference pair."""
+    if row["label"] not in ("a", "b"):
+        raise ValueError(f"{where} has the label {row['label']!r}; make it 'a', 'b', 'tie' or null.")
+    other = "b" if row["label"] == "a" else "a"
+    prompt = {} if row.get("prompt") is None else {"prompt": row["prompt"]}
+    return {**prompt, "chosen": row[f"completion_{row['label']}"], "rejected": row[f"completion_{other}"]}

@@ -156,6 +156,15 @@ class RoundTrainer(PairTrainer):
         rows = np.random.default_rng(self.args.seed).permutation(len(pool.source))
         return np.flatnonzero(np.isin(pool.rows, rows[round - 1 :: self.args.num_rounds]))
 
+    def check_shares(self) -> None:
+        """Refuse shares of the pool that have no pair."""
+        shares = range(1, self.args.num_rounds + 1) if self.args.pool_per_round == "shard" else []
+        if empty := [round for round in shares if not len(self.share_of_pool(round))]:
+            raise ValueError(
+                f"`pool_per_round='shard'` leaves no pair of the {len(self.data.pool)} in the pool to round {empty[0]}; lower "
+                "`num_rounds`, or give a larger pool."
+            )
+
     def score_with(self, weights: Path, pool: Pool, directory: Path) -> PairScores:
         """
         Score pairs of the pool with the model in memory.

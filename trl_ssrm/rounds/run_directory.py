@@ -61,10 +61,10 @@ from .label import LABEL_FEATURES
 
 logger = logging.getLogger(__name__)
 
-# Workers that load data outlive a killed process by some seconds, and may hold its lock until then.
+# Worker processes of a killed run may hold its lock for some seconds.
 SECONDS_TO_WAIT_FOR_LOCK = 10
 
-# Told in the report, whatever they were when the round ended.
+# Versions that the report tells.
 _REPORTED_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft")
 
 
@@ -88,12 +88,12 @@ class RunDirectory:
 
     @property
     def run_key(self) -> str:
-        """`str`: what the files of this run and of no other are known by. There once the run was started."""
+        """`str`: hash that names this run; empty until the run is started."""
         path = self.root / "run.json"
         return content_hash(sorted(read_record(path).items())) if path.is_file() else ""
 
     def key(self, path: Path) -> str:
-        """`str`: what a file is known by: its run, and its place in it."""
+        """`str`: names a file by its run and its place in it."""
         return f"{self.run_key} {Path(os.path.relpath(path, self.root)).as_posix()}"
 
     @functools.cached_property
@@ -102,10 +102,10 @@ class RunDirectory:
 
     def acquire(self) -> None:
         """
-        Have the directory for oneself, until [`RunDirectory.release`] or the end of the process, whatever ends it.
+        Lock the directory until [`RunDirectory.release`], or until the process ends in whatever way.
 
         Raises:
-            ValueError: If another process has it.
+            ValueError: If another process has locked it.
             WriteError: If nothing can be written there.
         """
         try:
@@ -114,8 +114,8 @@ class RunDirectory:
                 self._lock.acquire(timeout=SECONDS_TO_WAIT_FOR_LOCK)
         except Timeout:
             raise ValueError(
-                f"Another run is at work in {self.output_dir}; wait for its end, end it, or choose another `output_dir`. "
-                f"If there is none, on any machine, delete {self.root / 'lock'}."
+                f"Another run is at work in {self.output_dir}; wait until it ends, stop it, or choose another `output_dir`. If "
+                f"there is none on any machine, delete {self.root / 'lock'}."
             ) from None
         except WriteError as error:
             # Some network file systems have no locks.
@@ -124,7 +124,7 @@ class RunDirectory:
             logger.warning(f"{self.output_dir} is on a file system without locks; start one run at a time in it.")
 
     def release(self) -> None:
-        """Let others have the directory."""
+        """Unlock the directory."""
         self._lock.release()
 
     @property
@@ -184,12 +184,12 @@ class RunDirectory:
         write_tensors(path, weights, self.key(path))
 
     def has_weights(self, path: Path) -> bool:
-        """`bool`: whether weights are there, whole, and of this run."""
+        """`bool`: whether the file holds undamaged weights of this run."""
         return read_tensors(path, self.key(path)) is not None
 
     def read_weights(self, path: Path, model: nn.Module) -> None:
         """
-        Put the trainable weights of a model back, in every process at the same time.
+        Load stored weights into the trainable parameters of a model. Every process has to call it at the same time.
 
         Raises:
             ValueError: If the file is missing, damaged, of another run, or holds the weights of another model.
@@ -197,8 +197,8 @@ class RunDirectory:
         stored, current = read_tensors(path, self.key(path)), trainable_parameters(model)
         if stored is None:
             raise ValueError(
-                f"{path} is missing or damaged, or belongs to another run or round, so the run can't go on; put a copy in its "
-                "place, or start the run anew elsewhere."
+                f"{path} is missing or damaged, or belongs to another run or round; put a copy in its place, or start the run "
+                "anew in another `output_dir`."
             )
         if {name: list(tensor.shape) for name, tensor in stored.items()} != {
             name: shape_of(parameter) for name, parameter in current.items()
@@ -215,8 +215,8 @@ class RunDirectory:
         self, round: int, facts: dict[str, Any], log_history: list[dict[str, float]], reliability: dict[str, Any]
     ) -> None:
         """
-        End a round with its facts, the logs up to here and its reliability curves, all in one file or none. What is NaN or
-        infinite in them, such as the norm of a gradient that has overflowed, is null there, and `None` when it is read.
+        Write the facts of a round, the logs so far and its reliability curves into one file, the sign that the round is
+        over. NaN and infinite values become null, and `None` when they are read.
         """
         versions = {package: importlib.metadata.version(package) for package in _REPORTED_PACKAGES}
         versions = {"python": platform.python_version(), "trl_ssrm": __version__, **versions}
@@ -225,8 +225,8 @@ class RunDirectory:
 
     def read_round(self, round: int) -> dict[str, Any]:
         """
-        `dict[str, Any]`: `facts` and `log_history` of a round that is over, and the curves of [`reliability_curve`]
-        `before` and `after` the temperature for each held-out dataset, as `reliability`.
+        `dict[str, Any]`: `facts`, `log_history` and `reliability` of a round that is over; see
+        [`RunDirectory.write_round`].
 
         Raises:
             ValueError: If the file is damaged or of another run.
@@ -234,24 +234,24 @@ class RunDirectory:
         return self._read(self.round_dir(round) / "round.json")
 
     def write_labeling(self, round: int, summary: dict[str, Any]) -> None:
-        """Keep what the report tells of how the pool was labeled for a round; see [`summarize_labeling`]."""
+        """Keep the summary of a labeling for the report; see [`summarize_labeling`]."""
         self._write(self.round_dir(round) / "labeling.json", summary)
 
     def write_end(self, termination_reason: str | None, kept_round: int) -> None:
-        """Say that the run is over, why, and which round the model is of."""
+        """Keep why the run has ended, and the round that the model comes from."""
         self._write(self.root / "end.json", {"termination_reason": termination_reason, "kept_round": kept_round})
 
     def state_path(self, round: int) -> Path:
-        """`Path`: state of the trainer at the end of a round, there once the round was trained."""
+        """`Path`: file with the state of the trainer at the end of a round. It exists once the round is trained."""
         return self.round_dir(round) / "trainer_state.json"
 
     def write_state(self, round: int, state: TrainerState) -> None:
-        """Keep the state of the trainer at the end of a round, which is the sign that it was trained."""
+        """Keep the state of the trainer at the end of a round, the sign that the round is trained."""
         self._write(self.state_path(round), asdict(state))
 
     def read_state(self, round: int) -> TrainerState:
         """
-        State of the trainer at the end of a round.
+        Read the state of the trainer at the end of a round.
 
         Raises:
             ValueError: If the file is missing, damaged or of another run.
@@ -259,7 +259,7 @@ class RunDirectory:
         return TrainerState(**self._read(self.state_path(round)))
 
     def is_trained(self, round: int) -> bool:
-        """`bool`: whether state and weights of a round are there and whole; what is damaged is logged."""
+        """`bool`: whether state and weights of a round are there and undamaged. Damage is logged."""
         if not self.state_path(round).is_file():
             return False
         try:
@@ -269,7 +269,7 @@ class RunDirectory:
             return False
         path = self.weights_path(round)
         if not self.has_weights(path):
-            logger.warning(f"{path} is not as it was written; round {round} is trained again.")
+            logger.warning(f"{path} is missing or damaged; round {round} is trained again.")
             return False
         return True
 
@@ -280,36 +280,38 @@ class RunDirectory:
         try:
             return read_record(path, self.key(path))
         except ValueError as error:
-            raise ValueError(f"{error}; put a copy in its place, or start the run anew elsewhere.") from None
+            raise ValueError(
+                f"{error}; put a copy in its place, or start the run anew in another `output_dir`."
+            ) from None
 
     def write_pseudo_labels(
         self, round: int, features: Features, parts: Iterable[Dataset], facts: dict[str, Any]
     ) -> None:
-        """Keep the pairs that a round will train on, part by part, and the facts of their selection."""
+        """Keep the pseudo-labels that a round will train on, part by part, and the facts about them."""
         path = self._pseudo_labels_path(round)
         write_table(path, features, parts, facts, self.key(path))
 
     def has_pseudo_labels(self, round: int) -> bool:
-        """`bool`: whether the pairs that a round trains on are there and whole."""
+        """`bool`: whether the pseudo-labels that a round trains on are there and undamaged."""
         path = self._pseudo_labels_path(round)
         return read_facts(path, self.key(path)) is not None
 
     def read_pseudo_labels(self, round: int) -> tuple[Dataset, dict[str, Any]] | None:
         """
-        The pairs that a round trains on, with their texts, and the facts of their selection.
+        Read the pseudo-labels that a round trains on, with their texts, and the facts about them.
 
         Returns:
             `tuple[Dataset, dict]` or `None`: `None` if there are none yet.
 
         Raises:
-            ValueError: If the file is damaged or of another run. A run that is past that round goes on without it.
+            ValueError: If the file is damaged or of another run.
         """
         path = self._pseudo_labels_path(round)
         return read_table(path, self.key(path))
 
     def read_labels(self, round: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """
-        The pseudo-labels that a round trains on, without the texts, and the facts about them.
+        Read the pseudo-labels that a round trains on, without their texts, and the facts about them.
 
         Raises:
             ValueError: If the file is missing, damaged or of another run.
@@ -331,7 +333,7 @@ class RunDirectory:
         mark_checkpoint(checkpoint, self.key(checkpoint / CHECKPOINT_MARKER))
 
     def last_checkpoint(self, round: int) -> str | None:
-        """`str` or `None`: directory of the last checkpoint of a round that is whole. A damaged one is logged."""
+        """`str` or `None`: directory of the last whole checkpoint of a round. Damage is logged."""
         ended = [path.parent for path in self.round_dir(round).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{CHECKPOINT_MARKER}")]
         for checkpoint in sorted(ended, key=lambda path: -int(path.name.rsplit("-", 1)[1])):
             if (damage := self.damage_of(checkpoint)) is None:
@@ -344,21 +346,21 @@ class RunDirectory:
         return damage_of(checkpoint, self.key(checkpoint / CHECKPOINT_MARKER))
 
     def weights_path(self, round: int) -> Path:
-        """`Path`: trainable weights after a round; round -1 stands for the initial ones."""
+        """`Path`: file with the trainable weights after a round; round -1 stands for the initial weights."""
         return self.root / "initial.safetensors" if round < 0 else self.round_dir(round) / "weights.safetensors"
 
     def fold_weights_path(self, round: int, fold: int) -> Path:
-        """`Path`: trainable weights of a model that lacks a part of the labeled pairs, after a round."""
+        """`Path`: file with the trainable weights of a fold model after a round."""
         return self.round_dir(round) / f"fold_{fold}" / "weights.safetensors"
 
     def write_fold(self, round: int, fold: int, logits: dict[str, np.ndarray]) -> None:
-        """Keep the pair logits that such a model gives, by what they are of."""
+        """Keep the pair logits of a fold model, by the name of the pairs."""
         tensors = {name: torch.from_numpy(values) for name, values in logits.items()}
         path = self._fold_logits_path(round, fold)
         write_tensors(path, tensors, self.key(path))
 
     def read_fold(self, round: int, fold: int) -> dict[str, np.ndarray] | None:
-        """`dict[str, np.ndarray]` or `None`: the same; `None` if there are none yet or the file is damaged."""
+        """`dict[str, np.ndarray]` or `None`: these pair logits; `None` if there are none yet, or if they are damaged."""
         path = self._fold_logits_path(round, fold)
         tensors = read_tensors(path, self.key(path))
         return None if tensors is None else {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -371,7 +373,7 @@ class RunDirectory:
         return self.round_dir(round) / f"fold_{fold}" / "logits.safetensors"
 
     def prune_weights(self, needed: set[int]) -> None:
-        """Delete the weights after rounds that are over, but for some."""
+        """Delete the weights of all rounds that are over, except the needed ones."""
         with telling_where(self.root):
             for round in set(range(-1, self.num_finished)) - needed:
                 self.weights_path(round).unlink(missing_ok=True)

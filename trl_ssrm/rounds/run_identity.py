@@ -30,7 +30,7 @@ _DECISIVE_SETTINGS = (
 
 def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
     """
-    What decides the result of a run.
+    The facts that decide the result of a run.
 
     Args:
         args ([`SSRMConfig`]):
@@ -55,5 +55,5 @@ def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> di
 
 
 def _as_told(setting: Any) -> Any:
-    """A setting as JSON keeps it apart from others: `max_grad_norm` may be infinite."""
+    """A setting as JSON can hold it: `max_grad_norm` may be infinite."""
     return str(setting) if isinstance(setting, float) and not math.isfinite(setting) else setting

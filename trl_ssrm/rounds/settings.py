@@ -1,5 +1,6 @@
 """What the settings of a run come to: checked before any work, and resolved once, when the data is known."""
 
+import logging
 import os
 import tempfile
 from dataclasses import dataclass, fields
@@ -15,6 +16,8 @@ from ..models.tokenizers import model_id
 from .run_data import RunData
 from .select import wilson_lower_bound
 
+
+logger = logging.getLogger(__name__)
 
 # The threshold of the paper's released code.
 DEFAULT_CONFIDENCE_THRESHOLD = 0.8
@@ -175,7 +178,15 @@ def _resolve_num_folds(args: SSRMConfig, data: RunData, labels_by_itself: bool, 
     if args.num_folds is None:
         is_possible = labels_by_itself and not args.load_best_model_at_end and num_prompts > 1
         is_needed = not has_calibration and args.num_rounds > 0
-        return min(NUM_FOLDS, num_prompts) if is_possible and is_needed else 0
+        if not (is_possible and is_needed):
+            return 0
+        num_folds = min(NUM_FOLDS, num_prompts)
+        logger.warning(
+            f"No `calibration_dataset` is given, so {num_folds} more models are trained, each without one part of the labels. "
+            "Their predictions on that part calibrate the confidence and choose the threshold and the round. The run takes "
+            f"{num_folds + 1} times as long; set `num_folds=0` to go without."
+        )
+        return num_folds
     if num_prompts < args.num_folds:
         raise ValueError(
             f"`num_folds` is {args.num_folds}, but the labeled pairs have {num_prompts} prompts; set it to {num_prompts} or "

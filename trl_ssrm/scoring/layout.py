@@ -15,7 +15,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from ..models.classifier import classifier_of, windows_of_layers
 from .rows import SharedRow, shared_rows
 from .rows import paired_rows as paired_rows  # until rounds/pair_trainer.py imports it from there
-from .shared_attention import SHARED_ROWS_ATTENTION, attention_masks
+from .shared_attention import SHARED_ROWS_ATTENTION, attention_masks, branches_of
 
 
 logger = logging.getLogger(__name__)
@@ -146,17 +146,17 @@ class _Hooks:
         self.ends = tuple(to_device(torch.from_numpy(each), device) for each in ends)
         position_ids = to_device(torch.from_numpy(positions), device)
         # Kernels for packed rows need no mask: they find each sequence by its positions, which start at 0.
-        masks = None
+        seen: dict[str, Any] = {"attention_mask": None}
         if self.layout == "shared":
             on_device = to_device(torch.from_numpy(branch), device)
-            masks = self._masks(rows, lengths, on_device, position_ids, parameter.dtype)
+            seen = self._seen(rows, lengths, on_device, position_ids, parameter.dtype)
         return args, {
             **kwargs,
+            **seen,
             "input_ids": to_device(torch.from_numpy(on_cpu.reshape(-1)[source]), device),
             "position_ids": position_ids,
             # With a cache, transformers does not look for several sequences in a row.
             "use_cache": False,
-            "attention_mask": masks,
         }
 
     def keep_scores(self, head: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -178,25 +178,31 @@ class _Hooks:
             return [SharedRow(tuple(range(len(lengths))), 0, int(lengths.sum()))]
         return self.rows_of([ids[:length] for ids, length in zip(on_cpu, lengths, strict=True)])
 
-    def _masks(
+    def _seen(
         self,
         rows: list[SharedRow],
         lengths: np.ndarray,
         branch: torch.Tensor,
         positions: torch.Tensor,
         dtype: torch.dtype,
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Make the masks; if masks for the last tokens suffice, switch to the attention that takes these."""
+    ) -> dict[str, Any]:
+        """What each token sees, as arguments of the model; switches to the attention that takes them."""
         # A window at least as long as all sequences hides nothing.
         longest = int(lengths.max())
         windows = {kind: window if window and window < longest else None for kind, window in self.windows.items()}
         # Checkpointed activations are computed again in the backward pass, after `gather` has put the attention back.
         computes_again = torch.is_grad_enabled() and _is_checkpointed(self.classifier)
         is_split = self.attention == "sdpa" and not computes_again and not any(windows.values())
-        ends_of_first = [int(lengths[row.sequences[0]]) for row in rows if len(row.sequences) > 1]
         self.config._attn_implementation = SHARED_ROWS_ATTENTION if is_split else self.attention
+        branches = branches_of(rows, lengths, branch.device) if is_split else None
+        if branches is not None:
+            # An empty mask, since transformers would make one of its own in the place of none.
+            empty = torch.empty(len(rows), 1, 0, branch.shape[1], dtype=torch.bool, device=branch.device)
+            masks = dict.fromkeys(self.windows, empty) if "sliding_attention" in self.windows else empty
+            return {"attention_mask": masks, "branches": branches}
+        ends_of_first = [int(lengths[row.sequences[0]]) for row in rows if len(row.sequences) > 1]
         start = min(ends_of_first) if is_split else 0
-        return attention_masks(branch, positions, start, windows, self.attention, dtype)
+        return {"attention_mask": attention_masks(branch, positions, start, windows, self.attention, dtype)}
 
 
 def _possible_layout(classifier: Any) -> str:

@@ -1,13 +1,19 @@
 """Attention over rows that hold several sequences with a common start: its masks, and a faster way to apply them."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .rows import SharedRow
 
+
+# Attention by branch copies keys and values, so it has to save this part of the work.
+WORTH_BRANCHING = 0.7
 # Name under which transformers finds `_attention` below.
 SHARED_ROWS_ATTENTION = "sdpa_shared_rows"
 
@@ -61,18 +67,89 @@ def attention_masks(
     return of_kind if "sliding_attention" in of_kind else of_kind["full_attention"]
 
 
+@dataclass(frozen=True)
+class Branches:
+    """
+    The sequences of shared rows other than the first of each row, as a padded batch: each sees the common start of its row
+    and itself, and nothing of the other sequences in the row.
+
+    Args:
+        queries (`torch.Tensor` of shape `(branches, own)`, int64):
+            Places of their own tokens in the flattened rows.
+        keys (`torch.Tensor` of shape `(branches, start + own)`, int64):
+            Places of the tokens of the common start, and of their own tokens.
+        mask (`torch.Tensor` of shape `(branches, 1, own, start + own)`, bool):
+            Which of these each of their own tokens sees.
+        is_token (`torch.Tensor` of shape `(branches, own)`, bool):
+            Which of `queries` are tokens and not padding.
+        end_of_first (`int`):
+            Largest place behind the first sequence of a row.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor
+    is_token: torch.Tensor
+    end_of_first: int
+
+
+def branches_of(rows: list[SharedRow], lengths: np.ndarray, device: torch.device) -> Branches | None:
+    """
+    Find the branches of shared rows, if attention by branch is cheaper than attention over the whole rows.
+
+    Args:
+        rows (`list[SharedRow]`):
+            The rows of a batch.
+        lengths (`np.ndarray` of shape `(num_sequences,)`, int64):
+            Lengths of the sequences of the batch in tokens.
+        device (`torch.device`):
+            Where the model is.
+
+    Returns:
+        [`Branches`] or `None`: `None` if a mask over the whole rows is cheaper.
+    """
+    length = max(row.length for row in rows)
+    ends = [int(lengths[row.sequences[0]]) for row in rows]
+    begins, prefixes, owns = [], [], []
+    for number, row in enumerate(rows):
+        begin = number * length + int(lengths[row.sequences[0]])
+        for position in row.sequences[1:]:
+            own = int(lengths[position]) - row.prefix
+            begins, prefixes, owns = [*begins, begin], [*prefixes, (number * length, row.prefix)], [*owns, own]
+            begin += own
+    longest_start, longest_own = max(prefix for _, prefix in prefixes), max(owns)
+    in_rows = len(rows) * (length - min(ends)) * length
+    if len(owns) * longest_own * (longest_start + longest_own) > WORTH_BRANCHING * in_rows:
+        return None
+    start, own = np.arange(longest_start), np.arange(longest_own)
+    rows_begin, prefix = np.array(prefixes).T
+    is_start, is_own = start < prefix[:, None], own < np.array(owns)[:, None]
+    queries = np.where(is_own, np.array(begins)[:, None] + own, 0)
+    keys = np.concatenate([np.where(is_start, rows_begin[:, None] + start, 0), queries], axis=1)
+    sees_start = np.broadcast_to(is_start[:, None], (len(owns), longest_own, longest_start))
+    sees_own = np.broadcast_to(own[:, None] >= own, (len(owns), longest_own, longest_own))
+    # Padding sees its own place, since a softmax over nothing is NaN.
+    mask = np.concatenate([sees_start, sees_own], axis=2)[:, None]
+    on_device = [torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in (queries, keys, mask, is_own)]
+    return Branches(*on_device, end_of_first=max(ends))
+
+
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    branches: Branches | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """
-    Scaled dot product attention with a mask for the last tokens of each row only. The tokens before see all earlier
-    tokens; for them, the kernels need no mask and compute half as much.
+    Scaled dot product attention over shared rows. The first sequence of each row sees all earlier tokens, for which the
+    kernels need no mask and compute half as much. The others are computed by branch, or else with a mask for the last
+    tokens of each row.
     """
+    if branches is not None:
+        return _attention_by_branch(module, query, key, value, branches, **kwargs), None
     start = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]
     if start == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -81,6 +158,27 @@ def _attention(
     )
     rest, _ = sdpa_attention_forward(module, query[:, :, start:], key, value, attention_mask, **kwargs)
     return torch.cat([first, rest], dim=1), None
+
+
+def _attention_by_branch(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    branches: Branches,
+    **kwargs: Any,
+) -> torch.Tensor:
+    end = branches.end_of_first
+    first, _ = sdpa_attention_forward(module, query[:, :, :end], key[:, :, :end], value[:, :, :end], None, **kwargs)
+    # Of shape (rows * length, heads, size), so that tokens are taken by their place.
+    tokens = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
+    places = (branches.queries, branches.keys, branches.keys)
+    own = [each[place].transpose(1, 2) for each, place in zip(tokens, places, strict=True)]
+    rest, _ = sdpa_attention_forward(module, *own, branches.mask, **kwargs)
+    rows, _, length, _ = query.shape
+    output = nn.functional.pad(first, (0, 0, 0, 0, 0, length - end)).flatten(0, 1)
+    output = output.index_copy(0, branches.queries[branches.is_token], rest[branches.is_token])
+    return output.unflatten(0, (rows, length))
 
 
 AttentionInterface.register(SHARED_ROWS_ATTENTION, _attention)
