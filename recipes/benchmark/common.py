@@ -1,4 +1,4 @@
-"""What the benchmarks of quality share: the split by prompt, the model, and intervals over seeds."""
+"""Shared by the benchmarks: the model, the split by prompt, and intervals over seeds."""
 
 import importlib.util
 import math
@@ -24,8 +24,8 @@ def default_model_path() -> str:
 
 def split_by_prompt(rows_of: dict[str, list[Row]], max_prompts: int | None = None) -> dict[str, list[list[Row]]]:
     """
-    Rows by part and prompt, always in the same way: a quarter of the prompts is test, an eighth is dev. Of fewer than all
-    prompts, the same ones are taken.
+    Rows by part and prompt, always in the same way: a quarter of the prompts is test, an eighth is dev. A given number of
+    prompts are always the same ones.
     """
     prompts = sorted(rows_of)
     random.Random(0).shuffle(prompts)

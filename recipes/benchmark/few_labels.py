@@ -1,12 +1,12 @@
 """
-What few labels are worth with an unlabeled pool: labeled-only, SSRM by round, and all labels, over seeds.
+What an unlabeled pool adds to few labels: labeled-only, SSRM by round, and all labels, over seeds.
 
     python recipes/benchmark/few_labels.py --config recipes/benchmark/few_labels.yaml --dataset_path pairs.parquet
 
 The pairs are split by prompt into train, dev and test, always in the same way. A seed draws the training prompts that
-keep their labels; the rest is the pool. With `--preference_model pairwise` the same is done with a pairwise model, whose
-zero-shot judgement (`--arms zero ssrm all`) comes from its pretraining. Settings are chosen with `--part dev`, and the table is made with `--part test`.
-Results are kept line by line in `output_dir/results.jsonl`; what is there is not measured again.
+keep their labels; the rest is the pool. `--preference_model pairwise --arms zero ssrm all` measures a pairwise model, at
+first without any training. Settings are chosen with `--part dev`, and the table is made with `--part test`. Results are
+kept line by line in `output_dir/results.jsonl`, and are not measured again.
 """
 
 import json
@@ -32,7 +32,7 @@ METRICS = ("accuracy", "log_loss", "ece")
 
 @dataclass
 class BenchmarkArguments:
-    """Arguments of the benchmark besides those of the trainer; the `help` of each says what it is."""
+    """Arguments of the benchmark, beside the arguments of the trainer."""
 
     dataset_path: str = field(metadata={"help": "Parquet file with `prompt`, `chosen` and `rejected`, as messages."})
     model_name_or_path: str | None = field(
@@ -73,10 +73,11 @@ def load_parts(script_args: BenchmarkArguments) -> dict[str, list[dict[str, str]
 
 
 def make_model(script_args: BenchmarkArguments, training_args: SSRMConfig, path: str, tokenizer, seed: int):
-    """The pretrained model with a new head, or that of its own answers, the lowest layers frozen."""
+    """The pretrained model with the lowest layers frozen, and a new head or, if pairwise, the head of its labels."""
     set_seed(seed)
     if training_args.preference_model == "pairwise":
-        model = load_pairwise_model(path, Comparison().label_token_ids(tokenizer))
+        given = training_args.comparison and Comparison.from_pretrained(training_args.comparison)
+        model = load_pairwise_model(path, (given or Comparison()).label_token_ids(tokenizer))
     else:
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
     for name, parameter in model.named_parameters():

@@ -1,12 +1,12 @@
 """
-What a pool costs in private memory and in time, by its size and by the stage of a run.
+Memory and time that a pool costs, by its size and by the stage of a run.
 
     python recipes/benchmark/memory.py --num_pairs 10000 100000 1000000
 
-Each size is a process of its own, which loads a Parquet file of generated pairs, and does what a run does: make the
-pool, train a few steps on labeled pairs, label the pool, make the next round's data of it, train a few steps on that.
-The model is tiny and made here, so that what grows is the pool. Memory is the largest `RssAnon` of Linux within a stage:
-what no file backs, so that pages mapped from files, which the system takes back when it needs them, do not count.
+Each size is a process of its own, which loads a Parquet file of generated pairs and does a run: make the pool, train a
+few steps on labeled pairs, label the pool, make the next round's data, train a few steps on it. The model is tiny and
+made here, so that only the pool grows. Memory is the largest `RssAnon` of Linux within a stage. Pages mapped from files
+do not count, since the system can take them back.
 """
 
 import json
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, set_seed
 from trl import TrlParser
 
-from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
+from trl_ssrm import SSRMConfig, SSRMTrainer
 
 
 WORDS = (
@@ -42,19 +42,19 @@ STAGES = ("start", "load", "tokenize", "make the pool", "round 0", "score", "lab
 
 @dataclass
 class BenchmarkArguments:
-    """Arguments of the benchmark; the `help` of each says what it is."""
+    """Arguments of the benchmark."""
 
     num_pairs: list[int] = field(
-        default_factory=lambda: [10_000, 100_000, 1_000_000], metadata={"help": "Pairs in the pool, by row."}
+        default_factory=lambda: [10_000, 100_000, 1_000_000], metadata={"help": "Numbers of pairs in the pool."}
     )
     num_completions: int = field(default=2, metadata={"help": "Completions of a prompt, which give all their pairs."})
     num_words: int = field(default=8, metadata={"help": "Mean number of words of a completion."})
     max_steps: int = field(default=5, metadata={"help": "Steps of a round."})
     work_dir: str | None = field(
-        default=None, metadata={"help": "Where the pools and runs lie. Default: that of the system."}
+        default=None, metadata={"help": "Directory for the pools and runs. Default: the system's own."}
     )
     pool_path: str | None = field(
-        default=None, metadata={"help": "Measure on this pool; the benchmark asks itself so."}
+        default=None, metadata={"help": "Measure on this pool alone, in this process; used by the benchmark itself."}
     )
 
 
@@ -76,7 +76,7 @@ def write_pool(path: Path, script_args: BenchmarkArguments, num_pairs: int) -> N
 
 
 def private_memory() -> float:
-    """Memory of this process that no file backs, in MB."""
+    """Memory of this process that is not mapped from files, in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) / 1000
 
@@ -107,36 +107,36 @@ class Meter:
             self.seconds[before] -= seconds
 
 
-class LabelingInStages(PseudoLabelingCallback):
-    """Labels the pool, and measures it."""
-
-    def on_round_end(self, args, state, control, trainer, round):
-        with trainer.meter.within("label"):
-            return super().on_round_end(args, state, control, trainer, round)
-
-
 class TrainerInStages(SSRMTrainer):
     """Trains, and measures each stage."""
 
     def __init__(self, meter: Meter, **kwargs):
         self.meter = meter
-        super().__init__(callbacks=[LabelingInStages()], **kwargs)
-
-    def train_once(self, *args):
-        with self.meter.within(f"round {self.round}"):
-            super().train_once(*args)
-
-    def score_pairs(self, *args, **kwargs):
-        with self.meter.within("score"):
-            return super().score_pairs(*args, **kwargs)
+        super().__init__(**kwargs)
 
     def _prepare_dataset(self, *args):
         with self.meter.within("tokenize"):
             return super()._prepare_dataset(*args)
 
+    def train_once(self, *args):
+        with self.meter.within(f"round {self.round}"):
+            super().train_once(*args)
+
+    def score(self, *args):
+        with self.meter.within("score"):
+            return super().score(*args)
+
+    def keep(self, *args):
+        with self.meter.within("label"):
+            super().keep(*args)
+
+    def rows_of(self, *args):
+        with self.meter.within("label"):
+            return super().rows_of(*args)
+
 
 def measure(path: Path, script_args: BenchmarkArguments) -> dict:
-    """Do one run on a pool, and tell the memory and the seconds of each stage."""
+    """Do one run on a pool, and return the memory and the seconds of each stage."""
     meter = Meter()
     disable_progress_bars()
     backend = Tokenizer(
@@ -189,7 +189,7 @@ def measure(path: Path, script_args: BenchmarkArguments) -> dict:
 
 
 def measured_apart(script_args: BenchmarkArguments, num_pairs: int) -> dict:
-    """The same in a process of its own, and in a directory that is gone afterwards."""
+    """The same in a process of its own, and in a directory that is deleted afterwards."""
     with tempfile.TemporaryDirectory(dir=script_args.work_dir) as directory:
         path = Path(directory) / "pool.parquet"
         write_pool(path, script_args, num_pairs)
@@ -206,7 +206,7 @@ def main(script_args: BenchmarkArguments) -> None:
     for name, unit in (("memory", "MB, largest"), ("seconds", "s")):
         print(f"\n| Stage ({unit}) | {' | '.join(f'{size:,} pairs' for size in results)} |")
         print(f"|---|{'---:|' * len(results)}")
-        # What was before the first stage took no time of the run, but memory.
+        # The time before the first stage is no time of the run, but its memory counts.
         stages, whole = {"memory": (STAGES, max), "seconds": (STAGES[1:], sum)}[name]
         for stage in stages:
             print(f"| {stage} | {' | '.join(f'{each[name][stage]:.0f}' for each in results.values())} |")

