@@ -1,8 +1,8 @@
 """
 Label completions with an SSRM reward model, then train a policy on them by DPO.
 
-The dataset has `prompt`, and `completions` if there are any; otherwise the policy makes its own. What was generated and
-labeled is kept under `output_dir`, and not made again when the script is started again.
+The dataset has `prompt`, and may have `completions`; without them the policy generates its own. Completions and labels
+are kept in `output_dir`. Started again, the script uses them.
 
     python recipes/dpo.py --config recipes/dpo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
@@ -33,14 +33,14 @@ from trl_ssrm import SSRMRewardFunction, generate_completions, label_preferences
 
 @dataclass
 class DPOScriptArguments(ScriptArguments):
-    """Arguments of the script besides those of the trainer; the `help` of each says what it is."""
+    """Arguments of the script, beside the arguments of the trainer."""
 
     reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Directory that `ssrm.py` saved, of a model or of an adapter."}
+        default=None, metadata={"help": "Directory that `ssrm.py` saved, with a model or an adapter."}
     )
     reward_model_dtype: str = field(default="float32", metadata={"help": "Precision of the reward model."})
     num_prompts: int | None = field(default=None, metadata={"help": "Prompts to use. Default: all."})
-    num_completions: int = field(default=4, metadata={"help": "Completions of a prompt, where there are none."})
+    num_completions: int = field(default=4, metadata={"help": "Completions of a prompt, if the dataset has none."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
     generation_batch_size: int = field(default=8, metadata={"help": "Prompts in a batch of generation."})
@@ -60,7 +60,7 @@ def main(script_args: DPOScriptArguments, training_args: DPOConfig, model_args: 
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
     }
-    # Loaded first, so that a reward model that can't be used is known before the completions are made.
+    # Loaded first, so that an unusable reward model is refused before the completions are generated.
     reward_function = SSRMRewardFunction(
         script_args.reward_model_name_or_path,
         dtype=script_args.reward_model_dtype,
@@ -75,7 +75,7 @@ def main(script_args: DPOScriptArguments, training_args: DPOConfig, model_args: 
         prompts = generate_completions(
             model_args.model_name_or_path,
             prompts,
-            # What starts with "_" is not pushed to the hub.
+            # Files and folders with a leading "_" are not pushed to the hub.
             str(output_dir / "_completions"),
             num_completions=script_args.num_completions,
             max_new_tokens=script_args.max_new_tokens,
@@ -98,7 +98,7 @@ def main(script_args: DPOScriptArguments, training_args: DPOConfig, model_args: 
         seed=training_args.seed,
     )
 
-    # The trainer needs the memory.
+    # Its memory is for the trainer.
     del reward_function
     training_args.model_init_kwargs = {**model_init_kwargs, "dtype": model_args.dtype}
     trainer = DPOTrainer(

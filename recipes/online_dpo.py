@@ -1,5 +1,5 @@
 """
-Train a policy by Online DPO: two completions a prompt, of which the SSRM reward model chooses the better.
+Train a policy by Online DPO: two completions a prompt, and the SSRM reward model chooses the better one.
 
     python recipes/online_dpo.py --config recipes/online_dpo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
@@ -25,10 +25,10 @@ from trl_ssrm import SSRMRewardFunction
 
 @dataclass
 class OnlineDPOScriptArguments(ScriptArguments):
-    """Arguments of the script besides those of the trainer; the `help` of each says what it is."""
+    """Arguments of the script, beside the arguments of the trainer."""
 
     reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Directory that `ssrm.py` saved, of a model or of an adapter."}
+        default=None, metadata={"help": "Directory that `ssrm.py` saved, with a model or an adapter."}
     )
     reward_model_dtype: str = field(default="float32", metadata={"help": "Precision of the reward model."})
 
@@ -39,8 +39,8 @@ def main(script_args: OnlineDPOScriptArguments, training_args: OnlineDPOConfig, 
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     train_dataset = dataset[script_args.dataset_train_split]
 
-    # The directory itself works too: `reward_funcs=script_args.reward_model_name_or_path`. This checks it before any
-    # work, and reads the completions with the tokenizer and the template of the reward model.
+    # The directory itself works too: `reward_funcs=script_args.reward_model_name_or_path`. `SSRMRewardFunction` checks
+    # it before any work, and reads the completions with the tokenizer and the chat template of the reward model.
     reward_function = SSRMRewardFunction(
         script_args.reward_model_name_or_path,
         dtype=script_args.reward_model_dtype,
@@ -52,7 +52,7 @@ def main(script_args: OnlineDPOScriptArguments, training_args: OnlineDPOConfig, 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     peft_config = get_peft_config(model_args)
-    # Both are loaded here, since under DeepSpeed ZeRO-3 the trainer can't copy the policy.
+    # Both models are loaded here: under DeepSpeed ZeRO-3 the trainer can't copy the policy.
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path,

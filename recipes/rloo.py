@@ -33,10 +33,10 @@ from trl_ssrm import SSRMRewardFunction
 
 @dataclass
 class RLOOScriptArguments(ScriptArguments):
-    """Arguments of the script besides those of the trainer; the `help` of each says what it is."""
+    """Arguments of the script, beside the arguments of the trainer."""
 
     reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Directory that `ssrm.py` saved, of a model or of an adapter."}
+        default=None, metadata={"help": "Directory that `ssrm.py` saved, with a model or an adapter."}
     )
     reward_model_dtype: str = field(default="float32", metadata={"help": "Precision of the reward model."})
 
@@ -52,8 +52,8 @@ def main(script_args: RLOOScriptArguments, training_args: RLOOConfig, model_args
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     train_dataset = dataset[script_args.dataset_train_split]
 
-    # The directory itself works too: `reward_funcs=script_args.reward_model_name_or_path`. This checks it before any
-    # work, and reads the completions with the tokenizer and the template of the reward model.
+    # The directory itself works too: `reward_funcs=script_args.reward_model_name_or_path`. `SSRMRewardFunction` checks
+    # it before any work, and reads the completions with the tokenizer and the chat template of the reward model.
     reward_function = SSRMRewardFunction(
         script_args.reward_model_name_or_path,
         dtype=script_args.reward_model_dtype,

@@ -1,11 +1,11 @@
 #!/bin/bash
-# recipes/ssrm.py on several machines of a Slurm cluster, in the way of accelerate:
+# recipes/ssrm.py on several machines of a Slurm cluster, started by accelerate:
 #
 #   sbatch recipes/slurm.sh
 #
 # One task a machine, which starts a process for each of its GPUs. All machines need to see the repository, the
-# environment that is active when this is submitted, and `output_dir`. A job that was killed, or submitted again, goes on
-# with the run.
+# environment that is active when this is submitted, and `output_dir`. A job that was killed continues when it is
+# submitted again.
 #SBATCH --job-name=ssrm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,11 +16,11 @@
 set -euo pipefail
 
 export GPUS_PER_NODE=8
-# Not `head`, which ends before it has read all the names: with `pipefail` that would be an error.
+# Not `head`: it ends before it has read all the names, which is an error with `pipefail`.
 MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MAIN_NODE
 
-# In single quotes, since each machine has its own SLURM_NODEID. If one of them ends, so do all.
+# In single quotes, since each machine has its own SLURM_NODEID. If one machine fails, all of them end.
 srun --kill-on-bad-exit=1 bash -c 'accelerate launch \
     --config_file recipes/accelerate_configs/multi_gpu.yaml \
     --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \

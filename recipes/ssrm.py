@@ -24,7 +24,7 @@ from trl_ssrm import SSRMConfig, SSRMTrainer
 
 @dataclass
 class SSRMScriptArguments(ScriptArguments):
-    """Arguments of the script besides those of the trainer; the `help` of each says what it is."""
+    """Arguments of the script, beside the arguments of the trainer."""
 
     num_labeled: int = field(default=2000, metadata={"help": "Rows of the training split whose labels are used."})
     num_calibration: int = field(default=0, metadata={"help": "Further labeled rows, to calibrate the confidence on."})
@@ -33,7 +33,7 @@ class SSRMScriptArguments(ScriptArguments):
     )
     padding_token: str | None = field(
         default=None,
-        metadata={"help": "Padding token. PPO needs one that is not the end token. Default: that of the tokenizer."},
+        metadata={"help": "Padding token. PPO needs one that is not the end token. Default: the tokenizer's own."},
     )
 
 
@@ -51,12 +51,13 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
             f"{needed} labeled pairs are asked for, and the data has {len(train)}; lower the two numbers."
         )
     labeled = train.select(range(script_args.num_labeled))
-    rest = train.select(range(script_args.num_labeled, len(train)))
-    calibration = rest.select(range(script_args.num_calibration)) if script_args.num_calibration else None
-    if script_args.unlabeled_dataset_name is None:
-        pool = rest.select(range(script_args.num_calibration, len(rest)))
-    else:
+    calibration = train.select(range(script_args.num_labeled, needed)) if script_args.num_calibration else None
+    if script_args.unlabeled_dataset_name is not None:
         pool = load_dataset(script_args.unlabeled_dataset_name, split=script_args.dataset_train_split)
+    elif len(train) > needed:
+        pool = train.select(range(needed, len(train)))
+    else:
+        raise ValueError("All rows are labeled pairs; lower `num_labeled`, or pass `--unlabeled_dataset_name`.")
 
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     if script_args.padding_token is not None and script_args.padding_token not in tokenizer.get_vocab():
@@ -76,7 +77,7 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    # Started again after an interruption, it goes on where it was.
+    # Started again after an interruption, it continues.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:

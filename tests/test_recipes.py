@@ -1,5 +1,3 @@
-import json
-import math
 import os
 import re
 import runpy
@@ -12,47 +10,22 @@ import pytest
 import torch
 import trl
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import TWO_PROCESSES, as_messages, letter_rows, preference_rows
+from conftest import TWO_PROCESSES, letter_rows
 from datasets import Dataset
 from packaging.version import Version
+from recipe_runs import ON_CPU, RECIPES, arguments, run_recipe
 from safetensors.torch import load_file
 
-from trl_ssrm import PairwiseJudge, SSRMRewardFunction, generate_completions
+from trl_ssrm import Comparison, PairwiseJudge, SSRMRewardFunction, generate_completions
 
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 HAS_PPO = Version(trl.__version__) < Version("1.13")
-# What TRL turns on, and what is slow or of no use on a CPU.
-SETTINGS = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True}
 LORA = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_r": 4}
-# What the next completions of the tests learn from: short, and a lot at once.
+# A high learning rate, since the runs are short.
 LEARNING = {"learning_rate": 3e-3, "gradient_accumulation_steps": 1, "save_strategy": "no"}
 
 
-def arguments(name: str, settings: dict) -> list[str]:
-    path = RECIPES / f"{name}.py"
-    command = [str(path)]
-    for setting, value in {"config": path.with_suffix(".yaml"), **settings}.items():
-        command += [f"--{setting}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return command
-
-
-@pytest.fixture
-def run_recipe(capsys, monkeypatch):
-    """Runs a recipe as a script, with its own configuration and some settings in its place; gives what it prints."""
-
-    def run(name: str, **settings) -> str:
-        monkeypatch.setattr(sys, "argv", arguments(name, {**SETTINGS, **settings}))
-        # As Python does it for a script.
-        monkeypatch.syspath_prepend(str(Path(sys.argv[0]).parent))
-        capsys.readouterr()
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_recommendation_learns_from_clicks_and_ranks_books(run_recipe, bert, tmp_path):
+def test_recommendation_learns_from_clicks_and_ranks_books(bert, tmp_path):
     settings = {
         "model_name_or_path": bert,
         "eos_token": "<|eos|>",
@@ -82,102 +55,11 @@ def test_clicks_of_the_recommendation_follow_the_liking():
     recipe = runpy.run_path(str(RECIPES / "recommendation.py"))
     readers = [recipe["Reader"](np.random.default_rng(seed)) for seed in range(2000)]
     odds = np.array([reader.pair()["odds"] for reader in readers])
-    # The probability of the click is that of its log-odds.
+    # The log-odds give the probability of the click.
     for low, high in ((0.5, 1.5), (2.5, 3.5)):
         is_near = (abs(odds) > low) & (abs(odds) < high)
         expected = float(np.mean(1 / (1 + np.exp(-abs(odds[is_near])))))
         assert np.mean(odds[is_near] > 0) == pytest.approx(expected, abs=0.06)
-
-
-def test_benchmark_makes_its_table_and_does_not_measure_twice(run_recipe, llama, tmp_path):
-    rows = [as_messages(row) for row in preference_rows(64, seed=5)]
-    Dataset.from_list(rows).to_parquet(str(tmp_path / "pairs.parquet"))
-    settings = {
-        "dataset_path": tmp_path / "pairs.parquet",
-        "model_name_or_path": llama,
-        "output_dir": tmp_path / "run",
-        "num_seeds": 2,
-        "label_fraction": 0.25,
-        "num_train_epochs": 1,
-        "num_rounds": 1,
-        "confidence_threshold": 0.5,
-        "learning_rate": 3e-3,
-        "num_frozen_layers": 1,
-        "eos_token": "<|eos|>",
-    }
-    first = run_recipe("benchmark/few_labels", **settings)
-    lines = [line.split(" | ")[0] for line in first[first.index("| Trained on") :].splitlines()]
-    assert lines[2:5] == ["| labeled only", "| SSRM, round 1", "| all labels"]
-    assert " ± " in first
-    again = run_recipe("benchmark/few_labels", **settings)
-    assert first[first.index("| Trained on") :] == again[again.index("| Trained on") :]
-    assert "seed 0, ssrm" in first and "seed 0, ssrm" not in again
-
-
-def test_benchmark_of_quality_makes_its_table_and_its_plot(run_recipe, bert, tmp_path):
-    rows = [as_messages(row) for row in preference_rows(96, seed=5)]
-    Dataset.from_list(rows).to_parquet(str(tmp_path / "pairs.parquet"))
-    settings = {
-        "dataset_paths": [tmp_path / "pairs.parquet"],
-        "model_name_or_path": bert,
-        "output_dir": tmp_path / "run",
-        "num_seeds": 2,
-        "label_fractions": [0.25],
-        "arms": ["paper", "folds agree", "paper, true labels", "default"],
-        "steps": [2, 4],
-        "num_rounds": 1,
-        "eos_token": "<|eos|>",
-    }
-    first = run_recipe("benchmark/quality", **settings)
-    table = first[first.index("| Arm") :].splitlines()
-    names = ["labels", "labels, all steps", "paper", "folds agree", "paper, true labels", "default", "all labels"]
-    assert [line.split(" | ")[0] for line in table[2:9]] == [f"| {name}" for name in names]
-    # Against themselves the labels gain nothing, and all labels close the whole gap, if there is one.
-    assert table[2].split(" | ")[2:4] in (["0.000 ± 0.000", "0.00"], ["0.000 ± 0.000", "–"])
-    assert table[8].split(" | ")[3] in ("1.00", "–")
-    assert (tmp_path / "run" / "quality-0.250.png").read_bytes().startswith(b"\x89PNG")
-    again = run_recipe("benchmark/quality", **settings)
-    assert again[again.index("| Arm") :].splitlines() == table and "{'dataset'" not in again
-
-
-def test_benchmark_of_quality_trains_the_whole_model(run_recipe, bert, tmp_path):
-    rows = [as_messages(row) for row in preference_rows(200, seed=5)]
-    Dataset.from_list(rows).to_parquet(str(tmp_path / "pairs.parquet"))
-    settings = {
-        "dataset_paths": [tmp_path / "pairs.parquet"],
-        "config": RECIPES / "benchmark" / "quality_whole.yaml",
-        "model_name_or_path": bert,
-        "output_dir": tmp_path / "run",
-        "num_seeds": 1,
-        "max_prompts": 96,
-        "label_fractions": [0.25],
-        "arms": ["paper"],
-        "steps": [4],
-        "learning_rate": 3e-3,
-        "num_rounds": 1,
-        "eos_token": "<|eos|>",
-    }
-    output = run_recipe("benchmark/quality", **settings)
-    assert "| paper |" in output
-    results = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
-    assert [entry["arm"] for entry in results] == ["labels", "labels, all steps", "paper", "all labels"]
-    # A head alone, on what a model with random weights makes of these texts, would not learn them.
-    losses = {entry["arm"]: entry["metrics"]["test"]["log_loss"] for entry in results}
-    assert losses["all labels"] < losses["labels"] < math.log(2)
-    assert not list((tmp_path / "run").glob("features-*"))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="The kind of memory is told by Linux.")
-def test_benchmark_of_memory_tells_each_stage_and_leaves_nothing(capsys, monkeypatch, tmp_path):
-    command = [str(RECIPES / "benchmark" / "memory.py"), "--num_pairs", "60", "--max_steps", "1"]
-    monkeypatch.setattr(sys, "argv", [*command, "--num_completions", "3", "--work_dir", str(tmp_path)])
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    output = capsys.readouterr().out
-    memory = {name: float(value) for name, value in re.findall(r"^\| ([a-z 01]+) \| (\d+) \|$", output, re.M)[:10]}
-    assert list(memory)[0] == "start" and list(memory)[-2:] == ["rest", "whole run"]
-    assert min(memory.values()) > 100 and max(memory.values()) == memory["whole run"]
-    assert 0 < int(re.search(r"Pairs kept: (\d+)", output)[1]) <= 60
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- From a reward model to a policy ----
@@ -217,7 +99,7 @@ def reward_model_settings(policy: str, letters: Path, output_dir: Path) -> dict:
 def reward_model(policy, letters, tmp_path_factory) -> str:
     """Directory that `ssrm.py` saved."""
     directory = tmp_path_factory.mktemp("reward_model")
-    settings = {**SETTINGS, **reward_model_settings(policy, letters, directory)}
+    settings = {**ON_CPU, **reward_model_settings(policy, letters, directory)}
     subprocess.run(
         [sys.executable, *arguments("ssrm", settings)],
         env={**os.environ, "PYTHONPATH": str(RECIPES.parent)},
@@ -228,7 +110,7 @@ def reward_model(policy, letters, tmp_path_factory) -> str:
 
 
 def sampled_rewards(policy: str, reward_model: str, directory: Path) -> np.ndarray:
-    """Rewards of completions of prompts that nothing was trained on."""
+    """Rewards of completions of prompts that were in no training."""
     prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in letter_rows(64, seed=3)])
     completions = generate_completions(
         policy, prompts, str(directory), num_completions=4, max_new_tokens=8, batch_size=64, disable_tqdm=True
@@ -237,7 +119,7 @@ def sampled_rewards(policy: str, reward_model: str, directory: Path) -> np.ndarr
     return np.array(SSRMRewardFunction(reward_model)(*zip(*rows, strict=True)))
 
 
-# What each trainer calls the length of a completion and the number of its steps.
+# Names of the length of a completion and of the number of steps in each trainer.
 LENGTHS = {
     "rloo": {"num_generations": 4, "max_completion_length": 8, "max_steps": 30},
     "grpo": {"num_generations": 4, "max_completion_length": 8, "max_steps": 30},
@@ -269,7 +151,7 @@ def policy_settings(name: str, policy: str, letters: Path, reward_model: str, ou
 
 
 @pytest.mark.parametrize("name", POLICY_RECIPES)
-def test_policy_gets_higher_rewards_than_it_started_with(run_recipe, name, policy, letters, reward_model, tmp_path):
+def test_policy_gets_higher_rewards_than_it_started_with(name, policy, letters, reward_model, tmp_path):
     run_recipe(name, **policy_settings(name, policy, letters, reward_model, tmp_path / "trained"))
     before = sampled_rewards(policy, reward_model, tmp_path / "before")
     after = sampled_rewards(str(tmp_path / "trained"), reward_model, tmp_path / "after")
@@ -280,7 +162,7 @@ def test_policy_gets_higher_rewards_than_it_started_with(run_recipe, name, polic
 @pytest.mark.parametrize("quantized", [False, True], ids=["lora", "4-bit"])
 @pytest.mark.parametrize("name", ["ssrm", *POLICY_RECIPES])
 def test_adapters_are_trained_on_whole_and_on_quantized_models(
-    run_recipe, name, quantized, policy, letters, reward_model, tmp_path
+    name, quantized, policy, letters, reward_model, tmp_path
 ):
     trained = tmp_path / "trained"
     if name == "ssrm":
@@ -295,7 +177,7 @@ def test_adapters_are_trained_on_whole_and_on_quantized_models(
         assert {weight.dtype for key, weight in weights.items() if "score" in key} == {torch.float32}
 
 
-def test_adapter_of_a_reward_model_trains_a_policy(run_recipe, policy, letters, tmp_path):
+def test_adapter_of_a_reward_model_trains_a_policy(policy, letters, tmp_path):
     settings = reward_model_settings(policy, letters, tmp_path / "adapter")
     run_recipe("ssrm", **settings, **LORA)
     for name in ("rloo", *(["ppo"] if HAS_PPO else [])):
@@ -305,13 +187,13 @@ def test_adapter_of_a_reward_model_trains_a_policy(run_recipe, policy, letters, 
 
 
 @pytest.mark.skipif(HAS_PPO, reason="this TRL has PPO")
-def test_ppo_says_what_to_install_where_trl_has_none(run_recipe):
+def test_ppo_says_what_to_install_where_trl_has_none():
     with pytest.raises(SystemExit, match=r"install `trl-ssrm\[ppo\]`, which brings TRL 1.12, or use recipes/rloo.py"):
         run_recipe("ppo")
 
 
 @pytest.mark.parametrize("name", POLICY_RECIPES)
-def test_reward_model_that_was_not_trained_is_refused_before_any_work(run_recipe, name, policy, letters, tmp_path):
+def test_reward_model_that_was_not_trained_is_refused_before_any_work(name, policy, letters, tmp_path):
     settings = policy_settings(name, policy, letters, policy, tmp_path / "trained")
     with pytest.raises(ValueError, match="holds no weights for score.weight, which would be random"):
         run_recipe(name, **settings)
@@ -321,30 +203,33 @@ def test_reward_model_that_was_not_trained_is_refused_before_any_work(run_recipe
     assert not (tmp_path / "trained" / "_completions").exists()
 
 
-def test_pairwise_model_is_trained_by_the_same_recipe(run_recipe, policy, letters, tmp_path):
-    settings = reward_model_settings(policy, letters, tmp_path)
+def test_pairwise_model_is_trained_by_the_same_recipe(policy, letters, tmp_path):
+    settings = reward_model_settings(policy, letters, tmp_path / "run")
     # The tokenizer of the policy has small letters only.
-    run_recipe("ssrm", **{**settings, "preference_model": "pairwise", "comparison_labels": ["a", "b"]})
-    judge = PairwiseJudge(str(tmp_path))
+    Comparison(labels=["a", "b"]).save_pretrained(str(tmp_path / "asked"))
+    run_recipe("ssrm", **settings, preference_model="pairwise", comparison=tmp_path / "asked")
+    judge = PairwiseJudge(str(tmp_path / "run"))
     assert judge.comparison.labels == ["a", "b"]
     rows = letter_rows(64, seed=2)
     found = judge.judge([row["prompt"] for row in rows], [(row["chosen"], row["rejected"]) for row in rows])
     assert (np.array(found) > 0.5).mean() > 0.7
 
 
-def test_more_rows_than_there_are_and_unknown_padding_are_refused(run_recipe, policy, letters, tmp_path):
+def test_more_rows_than_there_are_and_unknown_padding_are_refused(policy, letters, tmp_path):
     settings = reward_model_settings(policy, letters, tmp_path)
     with pytest.raises(
         ValueError, match="332 labeled pairs are asked for, and the data has 256; lower the two numbers"
     ):
         run_recipe("ssrm", **{**settings, "num_labeled": 300})
+    with pytest.raises(ValueError, match="All rows are labeled pairs; lower `num_labeled`"):
+        run_recipe("ssrm", **{**settings, "num_labeled": 224})
     with pytest.raises(ValueError, match="`padding_token` '<none>' is not in the vocabulary"):
         run_recipe("ssrm", **{**settings, "padding_token": "<none>"})
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_script_of_trl_takes_the_reward_function_by_its_import_path(kind, policy, letters, reward_model, tmp_path):
-    settings = {**policy_settings(kind, policy, letters, reward_model, tmp_path), **SETTINGS, "max_steps": 2}
+    settings = {**policy_settings(kind, policy, letters, reward_model, tmp_path), **ON_CPU, "max_steps": 2}
     del settings["reward_model_name_or_path"], settings["reward_model_dtype"]
     command = [sys.executable, "-m", f"trl.scripts.{kind}", "--reward_funcs", "trl_ssrm.ssrm_reward"]
     for name, value in {**settings, "report_to": "none", "logging_steps": 1}.items():
@@ -357,7 +242,7 @@ def test_script_of_trl_takes_the_reward_function_by_its_import_path(kind, policy
 
 @pytest.mark.parametrize("name", POLICY_RECIPES)
 def test_two_processes_train_a_policy(name, policy, letters, reward_model, tmp_path):
-    settings = {**policy_settings(name, policy, letters, reward_model, tmp_path), **SETTINGS}
+    settings = {**policy_settings(name, policy, letters, reward_model, tmp_path), **ON_CPU}
     settings |= {"per_device_train_batch_size": 4, "logging_steps": 1}
     settings |= {"dpo": {"num_prompts": 32}, "ppo": {"total_episodes": 16}}.get(name, {"max_steps": 2})
     done = subprocess.run(
@@ -373,7 +258,7 @@ def test_two_processes_train_a_policy(name, policy, letters, reward_model, tmp_p
 
 
 @pytest.mark.parametrize("method", ["dpo", "rloo"])
-def test_pipeline_ends_with_a_policy_that_wins(run_recipe, method, policy, letters, tmp_path):
+def test_pipeline_ends_with_a_policy_that_wins(method, policy, letters, tmp_path):
     settings = {
         "model_name_or_path": policy,
         "dataset_name": letters / "pairs",
@@ -396,7 +281,7 @@ def test_pipeline_ends_with_a_policy_that_wins(run_recipe, method, policy, lette
     wins, interval = map(float, re.search(r"by the judge: ([.\d]+) ± ([.\d]+)", first).groups())
     assert wins - 0.5 > 3 * interval, first
     assert "Pairs: 48 labeled, 96 unlabeled, 64 judge, 48 eval" in first
-    # Started again, it goes on with what is missing, which is nothing.
+    # Started again, it has no step left to do.
     again = run_recipe("pipeline", **settings)
     assert first.splitlines()[-2:] == again.splitlines()[-2:] and "train_loss" not in again
     with pytest.raises(
