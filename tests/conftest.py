@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset, disable_progress_bars
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -167,6 +168,14 @@ def as_messages(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     """The same pair as conversations."""
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     return {name: [{"role": roles[name], "content": text}] for name, text in row.items()}
+
+
+@pytest.fixture(autouse=True)
+def with_own_accelerate_state():
+    """Accelerate keeps the precision and the processes of the first `Accelerator` of a process for all later ones."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)

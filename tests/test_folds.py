@@ -5,7 +5,6 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_ssrm import PseudoLabelingCallback, SSRMTrainer
-from trl_ssrm.data.prompts import prompt_groups
 
 
 def make(llama, args, labeled, unlabeled, **kwargs) -> SSRMTrainer:
@@ -47,29 +46,6 @@ def test_pairs_of_a_prompt_are_in_one_part(llama, config, unlabeled):
     trainer = make(llama, config(num_folds=3), Dataset.from_list(rows), unlabeled)
     parts = [set(trainer.folds.fold_of[number::5].tolist()) for number in range(5)]
     assert all(len(part) == 1 for part in parts) and set.union(*parts) == {0, 1, 2}
-
-
-@pytest.mark.parametrize("form", ["text", "tokens"])
-def test_answers_that_begin_alike_do_not_hide_the_prompt(form):
-    starts = [("why? Sure", "why? Sorry"), ("why? Yes", "why? No"), ("when? a", "when? b"), ("x", "y"), ("v", "w")]
-    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in starts]
-    if form == "tokens":
-        rows = [{f"{name}_ids": list(text.encode()) for name, text in row.items()} for row in rows]
-    # Pairs without a prompt have none in common.
-    assert prompt_groups(Dataset.from_list(rows)).tolist() == [0, 0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("form", ["explicit", "implicit", "tokens"])
-def test_prompts_are_told_apart_in_every_form(form):
-    rows = [
-        {"prompt": f"Question {number // 2}? ", "chosen": f"x{number}", "rejected": f"y{number}"}
-        for number in range(6)
-    ]
-    if form != "explicit":
-        rows = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
-    if form == "tokens":
-        rows = [{f"{name}_ids": list(text.encode()) for name, text in row.items()} for row in rows]
-    assert prompt_groups(Dataset.from_list(rows)).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_cross_fitted_temperature_calibrates_an_overtrained_model(llama, config, unlabeled):

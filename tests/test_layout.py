@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import (
@@ -121,13 +120,10 @@ def test_adapter_is_laid_out_too(sequences):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_mixed_precision_is_laid_out_too(attention, sequences):
-    # Private: the first accelerator in a process decides the precision of all later ones.
-    AcceleratorState._reset_state(True)
     # A launcher puts autocast around the model, which then computes in bfloat16 though its parameters are float32.
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(
         make_model(attention=attention, initializer_range=0.2)
     )
-    AcceleratorState._reset_state(True)
     assert model.dtype == torch.float32 and choose_layout(model) == "shared"
     padded, shared = (
         Scorer(model, PAD, None, BatchBudget(256, model.device), name).score(as_arrays(sequences))

@@ -114,6 +114,36 @@ def make_models(directory: Path) -> str:
     return str(directory)
 
 
+def _wait(pids: list[int], fault: Fault, start: float) -> tuple[dict[int, int], float | None]:
+    """Wait for the processes, and signal them as the fault says: exit status of each, and the time of the signal."""
+    statuses: dict[int, int] = {}
+    signaled = gone_at = None
+    while len(statuses) < len(pids):
+        now = time.monotonic()
+        if fault.place == "time" and fault.kind in SIGNALS and signaled is None and now - start >= fault.number:
+            signaled = now
+            _signal(pids, statuses, fault)
+        for rank, pid in enumerate(pids):
+            if rank not in statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                statuses[rank] = os.waitstatus_to_exitcode(found[1])
+                gone_at = gone_at or now if statuses[rank] else gone_at
+        is_late = now - start > TIMEOUT or (gone_at is not None and now - gone_at > GRACE)
+        for rank in range(len(pids)):
+            if rank not in statuses and is_late:
+                os.kill(pids[rank], signal.SIGKILL)
+            elif rank not in statuses and gone_at is not None and fault.kind == "SIGKILL":
+                os.kill(pids[rank], signal.SIGTERM)
+        time.sleep(0.01)
+    return statuses, signaled
+
+
+def _signal(pids: list[int], statuses: dict[int, int], fault: Fault) -> None:
+    """Send the signal of a fault: SIGKILL to one process, the others to all, as from a launcher."""
+    for rank, pid in enumerate(pids):
+        if rank not in statuses and (fault.kind != "SIGKILL" or rank == fault.process):
+            os.kill(pid, getattr(signal, fault.kind))
+
+
 def run(
     output_dir: Path,
     fault: Fault = Fault(),  # noqa: B008 - never changed
@@ -153,30 +183,7 @@ def run(
         )
         # A group of their own, as that of a command in a terminal.
         os.setpgid(pids[-1], pids[0])
-    statuses: dict[int, int] = {}
-    signaled = None
-    gone_at = None
-    while len(statuses) < num_processes:
-        now = time.monotonic()
-        if fault.place == "time" and fault.kind in SIGNALS and signaled is None and now - start >= fault.number:
-            signaled = now
-            number = getattr(signal, fault.kind)
-            for rank, pid in enumerate(pids):
-                if rank not in statuses and (fault.kind != "SIGKILL" or rank == fault.process):
-                    os.kill(pid, number)
-        for rank, pid in enumerate(pids):
-            if rank not in statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                statuses[rank] = os.waitstatus_to_exitcode(found[1])
-                if statuses[rank]:
-                    gone_at = gone_at or now
-        for rank, pid in enumerate(pids):
-            if rank in statuses:
-                continue
-            if now - start > TIMEOUT or (gone_at is not None and now - gone_at > GRACE):
-                os.kill(pid, signal.SIGKILL)
-            elif gone_at is not None and fault.kind == "SIGKILL":
-                os.kill(pid, signal.SIGTERM)
-        time.sleep(0.01)
+    statuses, signaled = _wait(pids, fault, start)
     end = time.monotonic()
     written = [path.read_text(errors="replace") for path in logs]
     noted = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features
-from trl import maybe_extract_prompt
 
 from ..io.storage import BATCH_ROWS, storable
 from .formats import columns_of_pairs, completion_feature, completions_of
+from .prompts import with_prompt
 from .sequences import PairedSequences, is_everything
 
 
@@ -96,4 +96,4 @@ class Pool:
 def _oriented(row: dict[str, Any], chosen: int, rejected: int) -> dict[str, Any]:
     completions = completions_of(row)
     prompt = {"prompt": row["prompt"]} if row.get("prompt") is not None else {}
-    return maybe_extract_prompt({**prompt, "chosen": completions[chosen], "rejected": completions[rejected]})
+    return with_prompt({**prompt, "chosen": completions[chosen], "rejected": completions[rejected]})

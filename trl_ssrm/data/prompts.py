@@ -1,26 +1,49 @@
-"""Group rows by prompt, so that one prompt is never on both sides of a split."""
+"""The prompt of a row: split off where it is no column of its own, and compared between rows."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from trl import maybe_extract_prompt
 
 from .sequences import group_numbers, iterate_rows
 
 
+def with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    Split the prompt off a pair that has none of its own: the common start of its two completions.
+
+    As `maybe_extract_prompt` of TRL, but for two texts that differ from their first character on: there TRL 1.16 takes
+    all of `chosen` but its last character as the prompt, if that is a space.
+
+    Args:
+        row (`dict[str, Any]`):
+            A pair with `chosen` and `rejected`, as text or messages, and with or without `prompt`.
+
+    Returns:
+        `dict[str, Any]`: a row with `prompt` as it is; otherwise `prompt`, `chosen` and `rejected`. Neither completion is
+        empty, unless it was. A space before the completions belongs to them.
+    """
+    if "prompt" in row:
+        return row
+    chosen, rejected = row["chosen"], row["rejected"]
+    length = _common_length(chosen, rejected)
+    if length and chosen[length - 1] == " " and chosen[length] != rejected[length]:
+        length -= 1
+    return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+
+
 def prompt_groups(dataset: Dataset) -> np.ndarray:
     """
-    Number the distinct prompts of a dataset.
-
-    Without a column `prompt`, the prompt of a row is the common start of its two completions, or of their tokens. Of
-    two such starts, if one begins with the other, they count as the same prompt: answers that begin alike make the
-    common start longer than the prompt.
+    Number the distinct prompts of a dataset. Whether two rows have the same prompt depends on these two rows alone.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Preference pairs, tokenized or not, or prompts with completions.
+            Preference pairs, tokenized or not, or prompts with completions. Without a column `prompt`, the prompt of a
+            row is the common start of its two completions: whole messages, whole words, or tokens. Two rows with the
+            same prompt are then told apart if the completions of one begin with the same words. Rows whose completions
+            have nothing in common are told apart.
 
     Returns:
         `np.ndarray` of shape `(num_rows,)`, int64: number of the prompt of each row.
@@ -28,26 +51,23 @@ def prompt_groups(dataset: Dataset) -> np.ndarray:
     columns = dataset.column_names
     if "prompt" in columns:
         keys: Iterator[str] = (json.dumps(row["prompt"], sort_keys=True) for row in iterate_rows(dataset, ["prompt"]))
-    elif "chosen" in columns:
-        prompts = [maybe_extract_prompt(row)["prompt"] for row in iterate_rows(dataset, ["chosen", "rejected"])]
-        keys = _merged([each if isinstance(each, str) else json.dumps(each, sort_keys=True)[:-1] for each in prompts])
-    else:
-        ids = iterate_rows(dataset, ["chosen_ids", "rejected_ids"])
-        starts = [_common_start(row["chosen_ids"], row["rejected_ids"]) for row in ids]
-        keys = _merged(["".join(f"{token}," for token in start) for start in starts])
-    return group_numbers(keys)
+        return group_numbers(keys)
+    names = ("chosen", "rejected") if "chosen" in columns else ("chosen_ids", "rejected_ids")
+    starts = (_start(*row.values()) for row in iterate_rows(dataset, list(names)))
+    return group_numbers(start or f"row {number}" for number, start in enumerate(starts))
 
 
-def _common_start(one: list[int], other: list[int]) -> list[int]:
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
+def _start(one: Any, other: Any) -> str:
+    """What two completions have in common at their start, as a key; empty for nothing."""
+    length = _common_length(one, other)
+    if isinstance(one, str):
+        # The start of a word that both completions begin with is not part of the prompt.
+        while length and not one[length - 1].isspace():
+            length -= 1
+    return json.dumps(one[:length], sort_keys=True) if length else ""
 
 
-def _merged(starts: list[str]) -> Iterator[str]:
-    """The key of each row: the shortest start that the row's own start begins with."""
-    root, root_of = "", {}
-    for start in sorted(set(starts)):
-        root = root if root and start.startswith(root) else start
-        root_of[start] = root
-    # An empty start is no prompt, so each such row is a group of its own.
-    return (root_of[start] or f"row {row}" for row, start in enumerate(starts))
+def _common_length(one: Sequence, other: Sequence) -> int:
+    """Number of characters, messages or tokens in common at the start, at most one less than the shorter one has."""
+    shortest = max(0, min(len(one), len(other)) - 1)
+    return next((place for place in range(shortest) if one[place] != other[place]), shortest)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from trl import maybe_extract_prompt
 
 from ..data.checks import (
     check_characters,
@@ -17,6 +16,7 @@ from ..data.checks import (
     check_row,
 )
 from ..data.formats import TEMPLATE_COLUMNS
+from ..data.prompts import with_prompt
 from ..scoring.preference import mean_win_probability
 
 
@@ -219,7 +219,7 @@ def read_row(row: dict[str, Any], benchmark: str, as_messages: bool) -> Benchmar
     """
     template = [row.get(name) for name in TEMPLATE_COLUMNS]
     if benchmark == "preferences":
-        row = maybe_extract_prompt(row)
+        row = with_prompt(row)
         return BenchmarkRow(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], [True, False], template)
     prompt = row["prompt"]
     if benchmark == "best_of_n":

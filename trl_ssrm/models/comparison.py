@@ -12,9 +12,9 @@ from datasets import Dataset, IterableDataset
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
-from trl import maybe_extract_prompt
 
 from ..data.markup import as_literal, special_tokens_of
+from ..data.prompts import with_prompt
 from ..io.files import write_json
 
 
@@ -262,7 +262,7 @@ def tokenize_comparisons(
     """
 
     def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
-        row = maybe_extract_prompt(row)
+        row = with_prompt(row)
         chosen_ids, rejected_ids = comparison.tokenize(tokenizer, row["prompt"], row["chosen"], row["rejected"])
         return {"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
 
