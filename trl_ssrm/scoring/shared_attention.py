@@ -110,13 +110,16 @@ def branches_of(rows: list[SharedRow], lengths: np.ndarray, device: torch.device
     """
     length = max(row.length for row in rows)
     ends = [int(lengths[row.sequences[0]]) for row in rows]
-    begins, prefixes, owns = [], [], []
+    begins: list[int] = []
+    prefixes: list[tuple[int, int]] = []
+    owns: list[int] = []
     for number, row in enumerate(rows):
         begin = number * length + int(lengths[row.sequences[0]])
         for position in row.sequences[1:]:
-            own = int(lengths[position]) - row.prefix
-            begins, prefixes, owns = [*begins, begin], [*prefixes, (number * length, row.prefix)], [*owns, own]
-            begin += own
+            begins.append(begin)
+            prefixes.append((number * length, row.prefix))
+            owns.append(int(lengths[position]) - row.prefix)
+            begin += owns[-1]
     longest_start, longest_own = max(prefix for _, prefix in prefixes), max(owns)
     in_rows = len(rows) * (length - min(ends)) * length
     if len(owns) * longest_own * (longest_start + longest_own) > WORTH_BRANCHING * in_rows:
@@ -130,8 +133,11 @@ def branches_of(rows: list[SharedRow], lengths: np.ndarray, device: torch.device
     sees_own = np.broadcast_to(own[:, None] >= own, (len(owns), longest_own, longest_own))
     # Padding sees its own place, since a softmax over nothing is NaN.
     mask = np.concatenate([sees_start, sees_own], axis=2)[:, None]
-    on_device = [torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in (queries, keys, mask, is_own)]
-    return Branches(*on_device, end_of_first=max(ends))
+
+    def on_device(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    return Branches(on_device(queries), on_device(keys), on_device(mask), on_device(is_own), max(ends))
 
 
 def _attention(
@@ -173,8 +179,8 @@ def _attention_by_branch(
     # Of shape (rows * length, heads, size), so that tokens are taken by their place.
     tokens = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
     places = (branches.queries, branches.keys, branches.keys)
-    own = [each[place].transpose(1, 2) for each, place in zip(tokens, places, strict=True)]
-    rest, _ = sdpa_attention_forward(module, *own, branches.mask, **kwargs)
+    queries, keys, values = (each[place].transpose(1, 2) for each, place in zip(tokens, places, strict=True))
+    rest, _ = sdpa_attention_forward(module, queries, keys, values, branches.mask, **kwargs)
     rows, _, length, _ = query.shape
     output = nn.functional.pad(first, (0, 0, 0, 0, 0, length - end)).flatten(0, 1)
     output = output.index_copy(0, branches.queries[branches.is_token], rest[branches.is_token])
