@@ -338,6 +338,15 @@ def test_completions_are_drawn_from_the_seed_and_differ(policy, tmp_path):
         assert len({completion[0]["content"] for completion in completions}) == len(completions)
 
 
+def test_same_prompt_gets_other_completions_in_other_batches_and_shards(policy, tmp_path):
+    same = Dataset.from_list([prompts()[0]] * 16)
+    settings = {"num_completions": 1, "max_new_tokens": 8, "batch_size": 2}
+    made = generate_completions(policy, same, str(tmp_path), **settings)
+    assert len(list(tmp_path.glob("*.parquet"))) == 2
+    # If all batches drew the same numbers, there would be 2; if all shards did, 8.
+    assert len({completion[0]["content"] for row in made for completion in row["completions"]}) > 12
+
+
 def test_what_the_model_declares_does_not_change_the_sampling(policy, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(policy)
     model.generation_config.repetition_penalty = 50.0

@@ -210,7 +210,7 @@ def test_template_does_not_run_code():
 def test_labels_that_are_not_one_token_each_are_refused(causal):
     tokenizer = AutoTokenizer.from_pretrained(causal())
     with pytest.raises(
-        ValueError, match="The label 'First' is 5 tokens of this tokenizer; choose `comparison_labels`"
+        ValueError, match="The label 'First' is 5 tokens of this tokenizer; choose `labels`"
     ):
         Comparison(labels=["First", "B"]).label_token_ids(tokenizer)
     with pytest.raises(ValueError, match="The labels 'A' and 'A' are the same token"):
@@ -226,7 +226,7 @@ def test_comparison_that_ends_with_padding_is_refused(causal):
 
 
 def test_encoder_is_refused(bert, config, labeled):
-    with pytest.raises(ValueError, match="answers behind the comparison, which BertForSequenceClassification can't"):
+    with pytest.raises(ValueError, match="answers after the comparison, which BertForSequenceClassification can't"):
         PairwiseJudge(bert)
     with pytest.raises(ValueError, match="start from a causal language model"):
         SSRMTrainer(bert, config(preference_model="pairwise"), train_dataset=labeled)
@@ -538,7 +538,7 @@ def test_scalar_and_pairwise_models_are_not_taken_for_each_other(
     for load in (load_reward_model, SSRMRewardFunction, lambda path: load_ppo_models(path, path)):
         with pytest.raises(ValueError, match="is a pairwise model, which gives no reward to a single completion"):
             load(trained_judge)
-    with pytest.raises(ValueError, match="is a scalar reward model, whose score is none of a comparison"):
+    with pytest.raises(ValueError, match="is a scalar reward model, which can't score a comparison"):
         PairwiseJudge(llama)
     Comparison(labels=["X", "Y"]).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="was trained on another comparison"):

@@ -12,10 +12,10 @@ from conftest import preference_rows
 from datasets import Dataset
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
-from trl_ssrm.reporting.labeling_summary import as_text, shorten
 from trl_ssrm.reporting.plots import TITLES, plot_rounds
 from trl_ssrm.reporting.report import end_in_words, round_line, round_table, write_report
 from trl_ssrm.reporting.trackers import report_run
+from trl_ssrm.rounds.labeling_summary import as_text, shorten
 
 
 HISTORY = [
@@ -314,7 +314,7 @@ def test_hidden_labels_leave_no_trace_in_what_is_kept(llama, config, labeled, un
 
 @pytest.mark.parametrize("kept_threshold", [None, 1.0])
 def test_labeling_that_keeps_nothing_is_reported(trainer, copy, kept_threshold):
-    from trl_ssrm.reporting.labeling_summary import summarize_labeling
+    from trl_ssrm.rounds.labeling_summary import summarize_labeling
     from trl_ssrm.scoring.pair_scores import PairScores
 
     pool = trainer.data.pool

@@ -198,7 +198,10 @@ class SSRMTrainer(RoundSteps):
         if self.has_pool:
             raw |= by_name(calibration_dataset, "calibration")
             self._prepare_rounds(raw, unlabeled_dataset, is_conversational)
-            return
+        else:
+            self._prepare_without_pool(raw)
+
+    def _prepare_without_pool(self, raw: dict[str, Any]) -> None:
         # The model card names the trainer. Without a pool this one does nothing that `RewardTrainer` does not do.
         self._name, self._paper = super()._name, super()._paper
         if self.comparison is not None:

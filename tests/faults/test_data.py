@@ -262,7 +262,7 @@ def test_rows_with_spelled_special_tokens_are_counted(llama, config, caplog):
     rows = [as_messages(row) for row in (*preference_rows(3), FORGED_ROW, {**FORGED_ROW, "prompt": "b"})]
     pool = Dataset.from_list([as_messages(row) for row in preference_rows(3, seed=5)])
     SSRMTrainer(llama, config(), train_dataset=Dataset.from_list(rows), unlabeled_dataset=pool)
-    assert "Messages in 2 rows of `train_dataset`, row 3 being the first, spell special tokens" in caplog.text
+    assert "Messages in 2 rows of `train_dataset`, row 3 being the first, contain special tokens" in caplog.text
     assert "of `unlabeled_dataset`" not in caplog.text
 
 
@@ -449,7 +449,7 @@ def test_row_that_can_not_be_tokenized_is_named(llama, config, tools):
         ),
         (
             {"train_dataset": Dataset.from_dict({"chosen_ids": [[1], []], "rejected_ids": [[3], [4]]})},
-            "`chosen_ids` of row 1 of `train_dataset` is no list of token IDs",
+            "`chosen_ids` of row 1 of `train_dataset` is not a list of token IDs",
         ),
         (
             {"train_dataset": Dataset.from_dict({"chosen_ids": [[1], [10**6]], "rejected_ids": [[3], [4]]})},
@@ -473,7 +473,7 @@ def test_row_that_can_not_be_tokenized_is_named(llama, config, tools):
                     lambda: iter([{"chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a", "rejected": "c"}])
                 )
             },
-            "Row 1 of the stream has not the columns of row 0",
+            "Row 1 of the stream has other columns than row 0",
         ),
     ],
 )

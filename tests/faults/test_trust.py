@@ -241,7 +241,7 @@ def test_chat_template_of_a_checkpoint_runs_no_code(llama, tmp_path, template):
 def test_damaged_comparison_is_refused(policy, tmp_path, stored):
     shutil.copytree(policy, tmp_path / "model")
     (tmp_path / "model" / "comparison.json").write_text(stored)
-    with pytest.raises(ValueError, match="is no comparison") as raised:
+    with pytest.raises(ValueError, match="is not a comparison") as raised:
         Comparison.from_pretrained(str(tmp_path / "model"))
     refusal_of(raised.value)
 

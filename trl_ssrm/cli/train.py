@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -202,21 +202,16 @@ def load_pairs(args: TrainArguments, seed: int) -> dict[str, Dataset]:
     if rows is None:
         # Accepts a file, which is one split of any name, and raises for any other dataset.
         rows = load_data(args.dataset_name, args.dataset_train_split, args.dataset_config)
-    labeled, calibration, rest = _split_rows(rows, args, seed)
-    data = {"train_dataset": labeled}
+    data = _split_rows(rows, args, seed)
     if args.unlabeled_dataset_name is not None:
         data["unlabeled_dataset"] = load_data(args.unlabeled_dataset_name)
-    elif len(rest) > 0:
-        data["unlabeled_dataset"] = rest
-    else:
+    elif "unlabeled_dataset" not in data:
         raise ValueError(
             f"All {len(rows)} rows of {args.dataset_name} are used with their labels, so none is left for the pool; pass "
             "`--unlabeled_dataset_name`, or a lower `--num_labeled`."
         )
     if args.calibration_dataset_name is not None:
         data["calibration_dataset"] = load_data(args.calibration_dataset_name)
-    elif len(calibration) > 0:
-        data["calibration_dataset"] = calibration
     if args.eval_dataset_name is not None:
         data["eval_dataset"] = load_data(args.eval_dataset_name)
     elif args.dataset_test_split in splits:
@@ -224,8 +219,8 @@ def load_pairs(args: TrainArguments, seed: int) -> dict[str, Dataset]:
     return data
 
 
-def _split_rows(rows: Dataset, args: TrainArguments, seed: int) -> tuple[Dataset, Dataset, Dataset]:
-    """`tuple[Dataset, Dataset, Dataset]`: rows with labels to train on, rows with labels to calibrate, and the others."""
+def _split_rows(rows: Dataset, args: TrainArguments, seed: int) -> dict[str, Dataset]:
+    """`dict[str, Dataset]`: the parts of the labeled rows that have any, by the names of [`load_pairs`]."""
     if args.num_calibration and args.calibration_dataset_name is not None:
         raise ValueError("`num_calibration` and `calibration_dataset_name` both calibrate; pass one of them.")
     num_labeled = len(rows) - args.num_calibration if args.num_labeled is None else args.num_labeled
@@ -236,9 +231,14 @@ def _split_rows(rows: Dataset, args: TrainArguments, seed: int) -> tuple[Dataset
         )
     if num_labeled < len(rows):
         rows = rows.shuffle(seed=seed)
-    ends = (num_labeled, num_labeled + args.num_calibration, len(rows))
-    labeled, calibration, rest = (rows.select(range(start, end)) for start, end in pairwise((0, *ends)))
-    return labeled, calibration, rest
+    sizes = {"train_dataset": num_labeled, "calibration_dataset": args.num_calibration}
+    sizes["unlabeled_dataset"] = len(rows) - sum(sizes.values())
+    ends = accumulate(sizes.values())
+    return {
+        name: rows.select(range(end - size, end))
+        for (name, size), end in zip(sizes.items(), ends, strict=True)
+        if size > 0
+    }
 
 
 def train(train_args: TrainArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:

@@ -90,7 +90,7 @@ class RunFiles:
             Facts of each labeling of the pool, by the round that trains on its pairs. The last of these rounds may be
             unfinished.
         summaries (`dict[int, dict[str, Any]]`):
-            Summaries by [`~trl_ssrm.reporting.labeling_summary.summarize_labeling`], by the same rounds.
+            Summaries by [`~trl_ssrm.rounds.labeling_summary.summarize_labeling`], by the same rounds.
         end (`dict[str, Any]`, *optional*):
             `termination_reason` and `kept_round` of a finished run, otherwise `None`.
     """

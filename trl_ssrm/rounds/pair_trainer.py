@@ -19,9 +19,10 @@ from ..data.tokenization import tokenized_or_refused, with_literal_messages
 from ..io.storage import mapping
 from ..models.comparison import Comparison, tokenize_comparisons
 from ..models.sharding import is_sharded
-from ..scoring.layout import choose_layout, laid_out, paired_rows
+from ..scoring.layout import choose_layout, laid_out
 from ..scoring.pair_scores import PairScores
 from ..scoring.preference import LOGITS_OF, orders_agree
+from ..scoring.rows import paired_rows
 from ..scoring.score import score_pairs
 
 

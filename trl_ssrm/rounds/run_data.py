@@ -15,7 +15,7 @@ from ..data.build_pool import build_pool
 from ..data.formats import report_dropped
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
-from ..data.sequences import PairedSequences
+from ..data.sequences import PairedSequences, select_rows
 from ..io.storage import BATCH_ROWS, content_hash
 from ..models.classifier import num_positions
 from .run_directory import RunDirectory
@@ -114,10 +114,11 @@ def prepare_run_data(
         ValueError: If every row of a dataset is too long, `calibration_dataset` shares pairs with `train_dataset`, or
             token IDs are beyond the vocabulary of the model, or sequences beyond its positions.
     """
+    prepared = dict(prepared)
     if "calibration" in given:
-        prepared = {**prepared, "calibration": tokenize(given["calibration"], "calibration", args.max_length)}
+        prepared["calibration"] = tokenize(given["calibration"], "calibration", args.max_length)
     pairs_of: dict[str, PairedSequences] = {}
-    for name, dataset in prepared.items():
+    for name, dataset in list(prepared.items()):
         if not isinstance(dataset, Dataset):
             logger.warning(f"`{name}_dataset` is a stream, so the metrics of a round leave it out.")
             continue
@@ -125,12 +126,11 @@ def prepare_run_data(
         check_vocabulary(dataset, f"{name}_dataset", model)
         pairs_of[name] = PairedSequences.from_tokenized(dataset)
         check_positions(pairs_of[name], f"{name}_dataset", model)
+        told_apart = two_completions(pairs_of[name], f"{name}_dataset")
+        prepared[name], pairs_of[name] = select_rows(dataset, told_apart), pairs_of[name].take(told_apart)
+        report_contradictions(pairs_of[name], f"{name}_dataset")
     known_pairs = {name: set(pairs.pair_keys()) for name, pairs in pairs_of.items()}
-    if common := known_pairs["train"] & known_pairs.get("calibration", set()):
-        raise ValueError(
-            f"`calibration_dataset` shares {len(common)} pairs with `train_dataset`. The model is surer of pairs that it was "
-            "trained on, so they can't calibrate it; leave them out of one of the two."
-        )
+    check_overlap(known_pairs)
     pool = build_pool(
         unlabeled_dataset,
         lambda dataset: tokenize(dataset, "unlabeled", None),
@@ -155,6 +155,58 @@ def report_too_long(name: str, num_given: int, num_left: int, max_length: int | 
     report_dropped(name, {reason: num_given - num_left})
     if num_left == 0:
         raise ValueError(f"Every row of `{name}` is {reason}; raise it, or shorten the texts.")
+
+
+def two_completions(pairs: PairedSequences, name: str) -> np.ndarray:
+    """
+    Find the labeled pairs that say something: those whose two sequences differ. The others are counted in the log.
+
+    Args:
+        pairs ([`PairedSequences`]):
+            Labeled pairs.
+        name (`str`):
+            Argument that they were given as.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`, int64: positions of the pairs with two different sequences.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    told_apart = np.flatnonzero(pairs.first != pairs.second)
+    report_dropped(name, {"identical completions": len(pairs.first) - len(told_apart)})
+    if not len(told_apart):
+        raise ValueError(
+            f"In every row of `{name}`, `chosen` and `rejected` have the same tokens. A chat template may drop what differs, "
+            "such as reasoning, or `max_length` may cut it off."
+        )
+    return told_apart
+
+
+def report_contradictions(pairs: PairedSequences, name: str) -> None:
+    """Log how many pairs are there twice, with opposite labels."""
+    both_ways = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    if count := sum((second, first) in both_ways for first, second in both_ways) // 2:
+        logger.warning(
+            f"{count} pairs are in `{name}` twice, with opposite labels. Nothing is learned from them; check where they come "
+            "from."
+        )
+
+
+def check_overlap(pair_keys: dict[str, set]) -> None:
+    """Refuse calibration pairs that are trained on, and log evaluation pairs that are."""
+    for name in sorted(pair_keys.keys() - {"train"}):
+        count = len(pair_keys["train"] & pair_keys[name])
+        if count and name == "calibration":
+            raise ValueError(
+                f"`calibration_dataset` shares {count} pairs with `train_dataset`. The model is surer of pairs that it was "
+                "trained on, so they can't calibrate it; leave them out of one of the two."
+            )
+        if count:
+            logger.warning(
+                f"`{name}_dataset` shares {count} of its {len(pair_keys[name])} pairs with `train_dataset`, so its metrics are "
+                "too good; leave these pairs out of one of the two."
+            )
 
 
 def check_vocabulary(dataset: Dataset, name: str, model: Any) -> None:

@@ -14,7 +14,6 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..models.classifier import classifier_of, windows_of_layers
 from .rows import SharedRow, shared_rows
-from .rows import paired_rows as paired_rows  # until rounds/pair_trainer.py imports it from there
 from .shared_attention import SHARED_ROWS_ATTENTION, attention_masks, branches_of
 
 
