@@ -133,9 +133,9 @@ def test_interrupted_training_is_resumed(launcher, run_settings, data, tmp_path,
     arguments = ["--config", str(tmp_path / "train.yaml"), "--seed", "3"]
     process = start("train", *arguments, *launcher)
     # Round 0 is over, and the pool is labeled for the next one.
-    next(line for line in process.stdout if "'pool_size'" in line)
+    assert any("'pool_size'" in line for line in process.stdout), process.communicate()[1][-3000:]
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors[-3000:]
     line = "trl-ssrm train: interrupted. Run the same command again to resume."
     assert errors.replace("\r", "").splitlines()[-1] == line and "Traceback" not in errors
@@ -157,7 +157,7 @@ def test_several_processes_tell_an_error_once(run_settings):
         "main_process_port": 0,
     }
     process = start("train", "--multi_gpu", *flags(settings))
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2, errors[-3000:]
     told = [line for line in errors.replace("\r", "").splitlines() if "none.csv" in line or "error" in line.lower()]
     assert told == ["trl-ssrm train: error: There is no file or folder none.csv; check the path."], errors
