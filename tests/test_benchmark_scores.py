@@ -72,6 +72,8 @@ def test_ties_for_the_best_share_it():
     assert best_is_right(np.array([0.0, 2.0, 2.0]), [True, False, False]) == (0.5, True)
     # The second could not be compared with anything, so it is not the best.
     assert best_is_right(np.array([np.nan, 1.0, np.nan]), [True, False, False]) == (1.0, False)
+    # Not even where the others are equal.
+    assert best_is_right(np.array([np.nan, 0.0, np.nan]), [True, True, False]) == (0.5, True)
     assert best_is_right(np.array([-1.0, 1.0, 1.0]), [True, False, False]) == (0.0, False)
 
 
