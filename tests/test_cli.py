@@ -14,7 +14,9 @@ from cli_runs import error_line, flags
 import trl_ssrm
 from trl_ssrm import SSRMConfig
 from trl_ssrm.alignment.labeling import PAIRINGS as LABEL_PAIRINGS
-from trl_ssrm.cli.main import BENCHMARKS, PAIRINGS, main, take_debug
+from trl_ssrm.cli.errors import take_debug
+from trl_ssrm.cli.main import main
+from trl_ssrm.cli.parser import BENCHMARKS, PAIRINGS
 from trl_ssrm.cli.train import TrainArguments
 from trl_ssrm.cli.train import make_parser as make_train_parser
 from trl_ssrm.evaluation.benchmarks import BENCHMARKS as EVALUATE_BENCHMARKS

@@ -109,6 +109,6 @@ def completion(args: Namespace) -> None:
     """Print the completion script of a shell."""
     import shtab
 
-    from .main import make_parser
+    from .parser import make_parser
 
     print(shtab.complete(make_parser(whole=True), shell=args.shell))

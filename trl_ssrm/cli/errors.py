@@ -63,3 +63,21 @@ def exit_status(function: Callable[[], int | None], prog: str, debug: bool = Fal
             raise
         tell(prog, f"error: {sentence(error)}")
         return ERROR
+
+
+def take_debug(argv: list[str]) -> tuple[bool, list[str]]:
+    """
+    Remove `--debug` from the arguments of a training command, unless a value follows it.
+
+    Args:
+        argv (`list[str]`):
+            Arguments of the command.
+
+    Returns:
+        `tuple[bool, list[str]]`: whether `--debug` was removed, and the other arguments.
+    """
+    is_ours = [
+        argument == "--debug" and all(following.startswith("-") for following in argv[place : place + 1])
+        for place, argument in enumerate(argv, start=1)
+    ]
+    return any(is_ours), [argument for argument, ours in zip(argv, is_ours, strict=True) if not ours]

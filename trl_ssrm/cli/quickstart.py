@@ -28,22 +28,10 @@ from ..io.sources import load_data
 from ..reporting.plots import plot_rounds
 from ..scoring.metrics import preference_metrics
 from .arguments import TrainingParser
-from .main import QUICKSTART_HELP
+from .help import QUICKSTART_EPILOG, QUICKSTART_HELP
 
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
-
-EPILOG = f"""\
-examples:
-  trl-ssrm quickstart
-  trl-ssrm quickstart --num_labeled 200 --output_dir my-quickstart
-  trl-ssrm quickstart --dataset_name trl-lib/ultrafeedback_binarized --model_name_or_path Qwen/Qwen3-0.6B \\
-      --max_length 1024
-
-Needs `pip install "trl-ssrm[demo]"`. The settings are in {SETTINGS.name}, beside the code of the command; to change
-them, pass a copy as `--config`. Run the same command again to resume an interrupted run. `--debug` shows the traceback of
-an error.
-"""
 
 
 @dataclass
@@ -121,7 +109,7 @@ def make_parser(**kwargs: Any) -> TrainingParser:
     """[`TrainingParser`]: parser of the command. Its own arguments come first, then those of the trainer and the model."""
     words = f"{QUICKSTART_HELP[0].upper()}{QUICKSTART_HELP[1:]}."
     types = (QuickstartArguments, SSRMConfig, ModelConfig)
-    return TrainingParser(types, prog="trl-ssrm quickstart", description=words, epilog=EPILOG, **kwargs)
+    return TrainingParser(types, prog="trl-ssrm quickstart", description=words, epilog=QUICKSTART_EPILOG, **kwargs)
 
 
 def main(argv: list[str]) -> None:

@@ -29,24 +29,8 @@ from ..io.hub import check_model_is_there
 from ..io.sources import load_data, load_splits
 from .arguments import TrainingParser
 from .dry_run import dry_run
-from .errors import ERROR, INTERRUPTED, sentence, tell
-from .main import TRAIN_HELP, take_debug
-
-
-EPILOG = """\
-examples:
-  trl-ssrm train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name labels.csv \\
-      --unlabeled_dataset_name pool.csv --eval_dataset_name test.csv --output_dir reward-model
-  trl-ssrm train --config train.yaml --dry_run
-  trl-ssrm train --config train.yaml --learning_rate 2.0e-5 --num_processes 4 --accelerate_config multi_gpu
-  trl-ssrm train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name org/preferences --num_labeled 2000 \\
-      --num_calibration 500 --use_peft --learning_rate 1.0e-4
-
-Labeled rows have `prompt`, `chosen` and `rejected`. Rows of the pool have `prompt`, `completion_a` and `completion_b`, or
-`prompt` and `completions`, or the columns of labeled rows, whose order is then hidden from the model. Run the same
-command again to resume an interrupted run. Unknown arguments are passed to `accelerate launch`. `--debug` shows the
-traceback of an error.
-"""
+from .errors import ERROR, INTERRUPTED, sentence, take_debug, tell
+from .help import TRAIN_EPILOG, TRAIN_HELP
 
 
 @dataclass
@@ -117,7 +101,7 @@ def make_parser(**kwargs: Any) -> TrainingParser:
     """[`TrainingParser`]: parser of the command. Its own arguments come first, then those of the trainer and the model."""
     words = f"{TRAIN_HELP[0].upper()}{TRAIN_HELP[1:]}."
     types = (TrainArguments, SSRMConfig, ModelConfig)
-    return TrainingParser(types, prog="trl-ssrm train", description=words, epilog=EPILOG, **kwargs)
+    return TrainingParser(types, prog="trl-ssrm train", description=words, epilog=TRAIN_EPILOG, **kwargs)
 
 
 def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_args: ModelConfig) -> SSRMTrainer:
