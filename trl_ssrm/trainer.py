@@ -162,10 +162,8 @@ class SSRMTrainer(RoundSteps):
     ):
         self.has_pool = unlabeled_dataset is not None
         self.comparison: Comparison | None = None
-        given = Arguments(model, args, processing_class, quantization_config, peft_config)
+        given = Arguments(model, args, processing_class, quantization_config, peft_config, self.has_pool)
         is_conversational = None
-        if self.has_pool or given.is_pairwise:
-            given.check_model_is_there()
         if self.has_pool:
             is_conversational = given.prepare_pool(
                 train_dataset, eval_dataset, calibration_dataset, data_collator, optimizers
@@ -174,8 +172,6 @@ class SSRMTrainer(RoundSteps):
             refuse_without_pool(calibration_dataset, callbacks)
         if given.is_pairwise:
             self.comparison = given.prepare_pairwise(data_collator)
-        if self.has_pool or given.is_pairwise or given.is_quantized:
-            given.train_score_head()
         super().__init__(
             model=given.model,
             args=given.args,

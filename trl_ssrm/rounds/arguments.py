@@ -35,7 +35,12 @@ class Arguments:
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             The quantization to load the model with.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter.
+            The adapter. With a pool, a pairwise model or a quantized base it trains and saves the score head too.
+        has_pool (`bool`):
+            Whether there is a pool.
+
+    Raises:
+        ValueError: If the model is neither a directory nor, as far as the hub can be reached, a model ID.
     """
 
     model: Any
@@ -43,15 +48,16 @@ class Arguments:
     processing_class: PreTrainedTokenizerBase | None
     quantization_config: Any
     peft_config: PeftConfig | None
+    has_pool: bool
 
     def __post_init__(self):
         self.is_quantized = self.quantization_config is not None or is_quantized_by_bitsandbytes(self.model)
         self.is_pairwise = isinstance(self.args, SSRMConfig) and self.args.preference_model == "pairwise"
-
-    def check_model_is_there(self) -> None:
-        """Refuse a model that is neither a directory nor, as far as the hub can be reached, a model ID."""
-        loading = getattr(self.args, "model_init_kwargs", None)
-        check_model_is_there(self.model, **loading if isinstance(loading, dict) else {})
+        if self.has_pool or self.is_pairwise:
+            loading = getattr(self.args, "model_init_kwargs", None)
+            check_model_is_there(self.model, **loading if isinstance(loading, dict) else {})
+        if self.has_pool or self.is_pairwise or self.is_quantized:
+            self.peft_config = with_score_head(self.peft_config)
 
     def prepare_pool(
         self,
@@ -97,10 +103,6 @@ class Arguments:
             self.model, self.args, self.processing_class, self.quantization_config
         )
         return comparison
-
-    def train_score_head(self) -> None:
-        """Let an adapter train and save the score head too."""
-        self.peft_config = with_score_head(self.peft_config)
 
 
 def refuse_without_pool(calibration_dataset: Any, callbacks: list | None) -> None:
