@@ -23,6 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -30,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from trl_ssrm import SSRMConfig
+from trl_ssrm import SSRMConfig, SSRMTrainer
 
 
 disable_progress_bars()
@@ -110,6 +112,55 @@ def bert(tmp_path_factory, tokenizer) -> str:
     BertForSequenceClassification(bert_config(tokenizer)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+PAIRWISE_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def with_prefix_space() -> PreTrainedTokenizerFast:
+    """A tokenizer of the kind of SentencePiece: alone, "A" is another token than behind other text."""
+    characters = sorted({chr(code) for code in range(32, 127)} | {"\n", "▁", "é"})
+    vocab = {character: index for index, character in enumerate(characters)}
+    vocab |= {"▁A": len(vocab), "▁B": len(vocab) + 1}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "A"), ("▁", "B")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|eos|>")
+
+
+@pytest.fixture(scope="session")
+def causal(tmp_path_factory):
+    """Makes directories of causal language models that were never trained, but whose logits differ."""
+    made = {}
+
+    def make(kind: str = "untied") -> str:
+        if kind in made:
+            return made[kind]
+        directory = tmp_path_factory.mktemp(kind)
+        tokenizer = (
+            with_prefix_space() if kind == "prefix" else make_tokenizer(pad_token="<|pad|>", eos_token="<|eos|>")
+        )
+        if kind != "plain":
+            tokens = ["<|user|>", "<|assistant|>", "<|end|>"]
+            tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+            tokenizer.chat_template = PAIRWISE_CHAT_TEMPLATE
+        set_seed(1)
+        sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        shared = {**sizes, "num_attention_heads": 4, "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.1}
+        if kind == "neox":
+            # Another family: its output embedding has another name.
+            model = GPTNeoXForCausalLM(GPTNeoXConfig(**shared, max_position_embeddings=1024))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**shared, tie_word_embeddings=kind == "tied"))
+        model.save_pretrained(directory, max_shard_size="100KB" if kind == "sharded" else "1GB")
+        tokenizer.save_pretrained(directory)
+        made[kind] = str(directory)
+        return made[kind]
+
+    return make
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -200,6 +251,10 @@ def held_out() -> Dataset:
     return Dataset.from_list(preference_rows(20, seed=3))
 
 
+# Defaults of TRL that most tests turn off, since they are slow on a CPU.
+TRL_DEFAULTS = {"bf16": True, "gradient_checkpointing": True, "use_cpu": True}
+
+
 @pytest.fixture
 def config(tmp_path):
     """Makes configurations of short runs on the CPU."""
@@ -228,6 +283,31 @@ def config(tmp_path):
     return make
 
 
+@pytest.fixture
+def make_trainer(llama, config, labeled, unlabeled):
+    """
+    Makes trainers of short runs. Datasets are given by the name of their argument, as datasets or lists of rows; all else
+    is a setting.
+    """
+
+    def make(model=llama, callbacks=(), **settings) -> SSRMTrainer:
+        names = ("train_dataset", "unlabeled_dataset", "eval_dataset", "calibration_dataset")
+        given = {name: settings.pop(name) for name in names if name in settings}
+        rows = {"train_dataset": labeled, "unlabeled_dataset": unlabeled, **given}
+        data = {name: Dataset.from_list(value) if isinstance(value, list) else value for name, value in rows.items()}
+        return SSRMTrainer(model, config(**settings), callbacks=list(callbacks), **data)
+
+    return make
+
+
+@pytest.fixture
+def pairwise_config(config):
+    def make(**settings):
+        return config(**{"preference_model": "pairwise", "max_length": 256, "num_rounds": 1, **settings})
+
+    return make
+
+
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -237,6 +317,28 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture(scope="session")
+def trained_judge(causal, tmp_path_factory) -> str:
+    """Directory of a pairwise model that prefers good words."""
+    directory = str(tmp_path_factory.mktemp("judge"))
+    args = SSRMConfig(
+        directory,
+        preference_model="pairwise",
+        bf16=False,
+        gradient_checkpointing=False,
+        learning_rate=3e-3,
+        num_train_epochs=8,
+        per_device_train_batch_size=4,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = SSRMTrainer(causal(), args, train_dataset=Dataset.from_list(preference_rows(96, seed=1)))
+    trainer.train()
+    trainer.save_model(directory)
+    return directory
 
 
 # `--multi_gpu` is what starts several processes; without a GPU they are of the CPU.

@@ -1,37 +1,32 @@
 import numpy as np
 import pytest
 from conftest import assert_same_weights, preference_rows, weights_of
-from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_ssrm import PseudoLabelingCallback, SSRMTrainer
+from trl_ssrm import PseudoLabelingCallback
 
 
-def make(llama, args, labeled, unlabeled, **kwargs) -> SSRMTrainer:
-    return SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, **kwargs)
-
-
-def test_folds_change_nothing_in_the_model_of_the_round(llama, config, labeled, unlabeled, tmp_path):
+def test_folds_change_nothing_in_the_model_of_the_round(make_trainer, tmp_path):
     args = {"confidence_threshold": 0.5, "keep_best_round": False, "num_rounds": 0}
-    plain = make(llama, config(**args), labeled, unlabeled)
+    plain = make_trainer(**args)
     plain.train()
-    folded = make(llama, config(**args, num_folds=3, output_dir=str(tmp_path / "folds")), labeled, unlabeled)
+    folded = make_trainer(**args, num_folds=3, output_dir=str(tmp_path / "folds"))
     folded.train()
     assert_same_weights(weights_of(folded.model), weights_of(plain.model))
     assert len(folded.state.log_history) > 0 and not any("fold" in str(log) for log in folded.state.log_history)
 
 
-def test_a_part_is_judged_by_a_model_that_has_not_seen_it(llama, config, labeled, unlabeled):
+def test_a_part_is_judged_by_a_model_that_has_not_seen_it(make_trainer, labeled):
     # Labels against the rule in one part: who trained on them says so, who did not does not.
-    args = config(num_folds=4, num_train_epochs=30, num_rounds=0)
-    folds = make(llama, args, labeled, unlabeled).folds
+    args = {"num_folds": 4, "num_train_epochs": 30, "num_rounds": 0}
+    folds = make_trainer(**args).folds
     wrong = folds.fold_of == 0
     names = ("rejected", "chosen")
     rows = [
         {**row, "chosen": row[names[0]], "rejected": row[names[1]]} if wrong[number] else row
         for number, row in enumerate(labeled)
     ]
-    trainer = make(llama, args, Dataset.from_list(rows), unlabeled)
+    trainer = make_trainer(train_dataset=rows, **args)
     trainer.train()
     logits = trainer.folds.held_out_logits(0)
     assert (logits[wrong] < 0).mean() >= 0.75
@@ -39,21 +34,21 @@ def test_a_part_is_judged_by_a_model_that_has_not_seen_it(llama, config, labeled
     assert (learned[wrong] > 0).mean() >= 0.75
 
 
-def test_pairs_of_a_prompt_are_in_one_part(llama, config, unlabeled):
+def test_pairs_of_a_prompt_are_in_one_part(make_trainer):
     rows = preference_rows(24, seed=1)
     for number, row in enumerate(rows):
         row["prompt"] = f"Prompt {number % 5}: "
-    trainer = make(llama, config(num_folds=3), Dataset.from_list(rows), unlabeled)
+    trainer = make_trainer(train_dataset=rows, num_folds=3)
     parts = [set(trainer.folds.fold_of[number::5].tolist()) for number in range(5)]
     assert all(len(part) == 1 for part in parts) and set.union(*parts) == {0, 1, 2}
 
 
-def test_cross_fitted_temperature_calibrates_an_overtrained_model(llama, config, unlabeled):
+def test_cross_fitted_temperature_calibrates_an_overtrained_model(make_trainer):
     rows = preference_rows(40, seed=1)
     for row in rows[::3]:
         row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-    args = config(num_folds=4, num_train_epochs=20, num_rounds=0)
-    trainer = make(llama, args, Dataset.from_list(rows), unlabeled)
+    args = {"num_folds": 4, "num_train_epochs": 20, "num_rounds": 0}
+    trainer = make_trainer(train_dataset=rows, **args)
     trainer.train()
     facts = trainer.round_history[0]
     assert facts["temperature"] > 1.5
@@ -61,18 +56,18 @@ def test_cross_fitted_temperature_calibrates_an_overtrained_model(llama, config,
     assert facts["cross_fit_calibrated_log_loss"] < facts["cross_fit_log_loss"]
 
 
-def test_round_that_is_best_by_the_folds_is_kept(llama, config, labeled, unlabeled):
-    trainer = make(llama, config(num_folds=3), labeled, unlabeled)
+def test_round_that_is_best_by_the_folds_is_kept(make_trainer):
+    trainer = make_trainer(num_folds=3)
     output = trainer.train()
     losses = [facts["cross_fit_calibrated_log_loss"] for facts in trainer.round_history]
     assert output.metrics["kept_round"] == int(np.argmin(losses)) == trainer.kept_round
 
 
-def test_run_with_folds_is_resumed_to_the_same_result(llama, config, labeled, unlabeled, tmp_path):
+def test_run_with_folds_is_resumed_to_the_same_result(make_trainer, tmp_path):
     args = {"num_folds": 3, "keep_best_round": False}
-    expected = make(llama, config(**args, output_dir=str(tmp_path / "whole")), labeled, unlabeled)
+    expected = make_trainer(**args, output_dir=str(tmp_path / "whole"))
     expected.train()
-    trainer = make(llama, config(**args), labeled, unlabeled)
+    trainer = make_trainer(**args)
     write_fold = trainer.run.write_fold
 
     def interrupt(round: int, fold: int, logits: dict) -> None:
@@ -83,7 +78,7 @@ def test_run_with_folds_is_resumed_to_the_same_result(llama, config, labeled, un
     trainer.run.write_fold = interrupt
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    resumed = make(llama, config(**args), labeled, unlabeled)
+    resumed = make_trainer(**args)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights_of(resumed.model), weights_of(expected.model))
     for one, other in zip(resumed.round_history, expected.round_history, strict=True):
@@ -91,9 +86,9 @@ def test_run_with_folds_is_resumed_to_the_same_result(llama, config, labeled, un
         assert {name: one[name] for name in names} == {name: other[name] for name in names}
 
 
-def test_all_models_agree_on_a_pseudo_label_and_its_probability_is_their_mean(llama, config, labeled, unlabeled):
-    args = config(num_folds=3, num_rounds=1, confidence_threshold=0.5)
-    trainer = make(llama, args, labeled, unlabeled)
+def test_all_models_agree_on_a_pseudo_label_and_its_probability_is_their_mean(make_trainer):
+    args = {"num_folds": 3, "num_rounds": 1, "confidence_threshold": 0.5}
+    trainer = make_trainer(**args)
     own_scores, real = {}, trainer.score_with
     trainer.score_with = lambda weights, *args: own_scores.setdefault(weights.parent.name, real(weights, *args))
     trainer.train()
@@ -113,7 +108,7 @@ def test_all_models_agree_on_a_pseudo_label_and_its_probability_is_their_mean(ll
         assert confidence == pytest.approx(np.mean(votes), abs=1e-6)
 
 
-def test_callbacks_of_the_user_are_told_of_the_round_alone(llama, config, labeled, unlabeled, held_out):
+def test_callbacks_of_the_user_are_told_of_the_round_alone(make_trainer, held_out):
     class Count(TrainerCallback):
         trained = evaluated = 0
 
@@ -124,18 +119,15 @@ def test_callbacks_of_the_user_are_told_of_the_round_alone(llama, config, labele
             self.evaluated += 1
 
     count = Count()
-    args = config(num_folds=2, num_rounds=1, eval_strategy="epoch", eval_on_start=True, num_train_epochs=1)
-    trainer = make(llama, args, labeled, unlabeled, eval_dataset=held_out, callbacks=[count])
+    args = {"num_folds": 2, "num_rounds": 1, "eval_strategy": "epoch", "eval_on_start": True, "num_train_epochs": 1}
+    trainer = make_trainer(**args, eval_dataset=held_out, callbacks=[count])
     trainer.train()
     assert (count.trained, count.evaluated) == (2, 4)
 
 
-def test_folds_are_there_where_nothing_else_calibrates(llama, config, labeled, unlabeled, held_out, caplog):
+def test_folds_are_there_where_nothing_else_calibrates(make_trainer, labeled, held_out, caplog):
     def num_folds(rows=labeled, **kwargs) -> int:
-        settings = {
-            name: kwargs.pop(name) for name in list(kwargs) if name not in ("calibration_dataset", "callbacks")
-        }
-        return make(llama, config(num_folds=None, **settings), rows, unlabeled, **kwargs).folds.num_folds
+        return make_trainer(train_dataset=rows, num_folds=None, **kwargs).folds.num_folds
 
     assert num_folds() == 5
     assert "so 5 more models are trained" in caplog.text and "takes 6 times as long" in caplog.text
@@ -151,21 +143,21 @@ def test_folds_are_there_where_nothing_else_calibrates(llama, config, labeled, u
     assert num_folds(callbacks=[Own()]) == 0
 
 
-def test_more_parts_than_prompts_are_refused(llama, config, labeled, unlabeled):
+def test_more_parts_than_prompts_are_refused(make_trainer, labeled):
     with pytest.raises(ValueError, match="`num_folds` is 17, but the labeled pairs have 16 prompts"):
-        make(llama, config(num_folds=17), labeled, unlabeled)
+        make_trainer(num_folds=17)
 
 
-def test_labels_of_a_part_reach_its_model_in_no_round(llama, config, labeled, unlabeled, tmp_path, monkeypatch):
+def test_labels_of_a_part_reach_its_model_in_no_round(make_trainer, labeled, tmp_path, monkeypatch):
     # The one number that is fitted on all labels.
     monkeypatch.setattr("trl_ssrm.rounds.calibrate.fit_temperature", lambda logits: 1.0)
     args = {"num_folds": 4, "confidence_threshold": 0.5, "keep_best_round": False}
-    one = make(llama, config(**args, output_dir=str(tmp_path / "one")), labeled, unlabeled)
+    one = make_trainer(**args, output_dir=str(tmp_path / "one"))
     turned = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if one.folds.fold_of[number] == 2 else row
         for number, row in enumerate(labeled)
     ]
-    other = make(llama, config(**args, output_dir=str(tmp_path / "other")), Dataset.from_list(turned), unlabeled)
+    other = make_trainer(train_dataset=turned, **args, output_dir=str(tmp_path / "other"))
     assert one.folds.fold_of.tolist() == other.folds.fold_of.tolist()
     one.train()
     other.train()

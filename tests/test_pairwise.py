@@ -1,95 +1,38 @@
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import TWO_PROCESSES, as_messages, letter_rows, make_tokenizer, preference_rows, run_script
+from conftest import (
+    TWO_PROCESSES,
+    as_messages,
+    preference_rows,
+    run_script,
+)
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    set_seed,
 )
-from trl import GRPOConfig, GRPOTrainer
 
 from trl_ssrm import (
     Comparison,
-    ConfidenceFilteredDataCollator,
     PairwiseJudge,
     PseudoLabelingCallback,
-    SSRMRewardFunction,
     SSRMTrainer,
-    best_of_n,
-    label_preferences,
     load_pairwise_model,
-    load_ppo_models,
-    load_reward_model,
 )
-from trl_ssrm.scoring.preference import mean_win_probability, orders_agree, pairwise_logits
+from trl_ssrm.scoring.preference import orders_agree, pairwise_logits
 
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 CONVERSATION = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Yo"},
     {"role": "user", "content": "Bye"},
 ]
-
-
-def with_prefix_space() -> PreTrainedTokenizerFast:
-    """A tokenizer of the kind of SentencePiece: alone, "A" is another token than behind other text."""
-    characters = sorted({chr(code) for code in range(32, 127)} | {"\n", "▁", "é"})
-    vocab = {character: index for index, character in enumerate(characters)}
-    vocab |= {"▁A": len(vocab), "▁B": len(vocab) + 1}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "A"), ("▁", "B")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|eos|>")
-
-
-@pytest.fixture(scope="session")
-def causal(tmp_path_factory):
-    """Makes directories of causal language models that were never trained, but whose logits differ."""
-    made = {}
-
-    def make(kind: str = "untied") -> str:
-        if kind in made:
-            return made[kind]
-        directory = tmp_path_factory.mktemp(kind)
-        tokenizer = (
-            with_prefix_space() if kind == "prefix" else make_tokenizer(pad_token="<|pad|>", eos_token="<|eos|>")
-        )
-        if kind != "plain":
-            tokens = ["<|user|>", "<|assistant|>", "<|end|>"]
-            tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-            tokenizer.chat_template = CHAT_TEMPLATE
-        set_seed(1)
-        sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-        shared = {**sizes, "num_attention_heads": 4, "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.1}
-        if kind == "neox":
-            # Another family: its output embedding has another name.
-            model = GPTNeoXForCausalLM(GPTNeoXConfig(**shared, max_position_embeddings=1024))
-        else:
-            model = LlamaForCausalLM(LlamaConfig(**shared, tie_word_embeddings=kind == "tied"))
-        model.save_pretrained(directory, max_shard_size="100KB" if kind == "sharded" else "1GB")
-        tokenizer.save_pretrained(directory)
-        made[kind] = str(directory)
-        return made[kind]
-
-    return make
 
 
 def reference_probability(path: str, prompt: list, first: str, second: str, add_generation_prompt: bool) -> float:
@@ -209,9 +152,7 @@ def test_template_does_not_run_code():
 
 def test_labels_that_are_not_one_token_each_are_refused(causal):
     tokenizer = AutoTokenizer.from_pretrained(causal())
-    with pytest.raises(
-        ValueError, match="The label 'First' is 5 tokens of this tokenizer; choose `labels`"
-    ):
+    with pytest.raises(ValueError, match="The label 'First' is 5 tokens of this tokenizer; choose `labels`"):
         Comparison(labels=["First", "B"]).label_token_ids(tokenizer)
     with pytest.raises(ValueError, match="The labels 'A' and 'A' are the same token"):
         Comparison(labels=["A", "A"]).label_token_ids(tokenizer)
@@ -245,14 +186,6 @@ def test_settings_that_make_no_sense_are_refused(config, settings, message):
 
 
 # ---- Rounds ----
-
-
-@pytest.fixture
-def pairwise_config(config):
-    def make(**settings):
-        return config(**{"preference_model": "pairwise", "max_length": 256, "num_rounds": 1, **settings})
-
-    return make
 
 
 @pytest.mark.parametrize("kind", ["text", "conversation"])
@@ -430,241 +363,3 @@ def test_two_processes_keep_the_pairs_of_one(causal, tmp_path):
         per_device_train_batch_size=4,
     )
     assert one["kept"] == two["kept"] and all(one["kept"])
-
-
-# ---- The judge ----
-
-
-@pytest.fixture(scope="session")
-def trained_judge(causal, tmp_path_factory) -> str:
-    """Directory of a pairwise model that prefers good words."""
-    from trl_ssrm import SSRMConfig
-
-    directory = str(tmp_path_factory.mktemp("judge"))
-    args = SSRMConfig(
-        directory,
-        preference_model="pairwise",
-        bf16=False,
-        gradient_checkpointing=False,
-        learning_rate=3e-3,
-        num_train_epochs=8,
-        per_device_train_batch_size=4,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    trainer = SSRMTrainer(causal(), args, train_dataset=Dataset.from_list(preference_rows(96, seed=1)))
-    trainer.train()
-    trainer.save_model(directory)
-    return directory
-
-
-COMPLETIONS = ["kind ab", "rude bax", "warm ab", "cold bax", "clear ab"]
-
-
-def test_ranking_by_all_pairs_and_by_a_tournament(trained_judge, monkeypatch):
-    judge = PairwiseJudge(trained_judge)
-    asked = []
-    real = judge.logits
-    monkeypatch.setattr(judge, "logits", lambda prompts, pairs: asked.append(len(pairs)) or real(prompts, pairs))
-    ranked = judge.rank("Say it: ", COMPLETIONS)
-    assert sum(asked) == 10 and set(ranked[:3]) == {0, 2, 4}
-    wins = mean_win_probability(judge.compare(["Say it: "], [COMPLETIONS])[0])
-    assert ranked == sorted(range(5), key=lambda position: -wins[position])
-    asked.clear()
-    by_tournament = judge.rank("Say it: ", COMPLETIONS, method="tournament")
-    assert sum(asked) == 4 and sorted(by_tournament) == list(range(5)) and by_tournament[0] in (0, 2, 4)
-    with pytest.raises(ValueError, match="`method` must be 'all' or 'tournament', got 'swiss'"):
-        judge.rank("a", COMPLETIONS, method="swiss")
-
-
-def test_tournament_finds_the_best_of_completions_that_have_an_order(trained_judge, monkeypatch):
-    judge = PairwiseJudge(trained_judge)
-    monkeypatch.setattr(judge, "logits", lambda prompts, pairs: np.array([float(a) - float(b) for a, b in pairs]))
-    for order in itertools.islice(itertools.permutations("1234567"), 0, None, 97):
-        ranked = judge.rank("", order, method="tournament")
-        assert order[ranked[0]] == "7" and sorted(ranked) == list(range(7))
-    assert [order[position] for position in judge.rank("", order)] == list("7654321")
-
-
-def test_reward_is_the_mean_win_probability_within_the_group(trained_judge):
-    judge = PairwiseJudge(trained_judge)
-    # Two prompts, in turns, as Online DPO gives them.
-    prompts = ["Say x: ", "Say y: "] * 3
-    completions = ["kind a", "rude b", "rude a", "kind b", "warm a", "lone b"]
-    rewards = judge(prompts=prompts, completions=completions, trainer_state=None)
-    for start in (0, 1):
-        others = [number for number in range(6) if number % 2 == start]
-        for number in others:
-            pairs_of = [(completions[number], completions[other]) for other in others if other != number]
-            expected = np.mean(judge.judge([prompts[number]] * 2, pairs_of))
-            assert rewards[number] == pytest.approx(expected, abs=1e-6)
-    assert judge(["alone"], ["kind"]) == [0.5] and judge([], []) == []
-
-
-def test_comparison_that_does_not_fit_is_not_judged(trained_judge, caplog):
-    judge = PairwiseJudge(trained_judge, comparison=Comparison(max_length=120))
-    found = judge.judge(["a", "b"], [("kind", "rude"), ("kind" * 40, "rude")])
-    assert found[0] > 0.5 and np.isnan(found[1])
-    assert "1 of 2 comparisons are longer than 120 tokens" in caplog.text
-    with pytest.raises(ValueError, match="A comparison is longer than its `max_length`, so there is no ranking"):
-        judge.rank("a", ["kind", "rude", "x" * 200])
-    with pytest.raises(ValueError, match="there is no ranking"):
-        judge.rank("a", ["kind", "rude", "x" * 200], method="tournament")
-    rewards = judge(["a"] * 3, ["kind", "rude", "x" * 200])
-    assert rewards[2] is None and rewards[0] + rewards[1] == pytest.approx(1)
-    matrix = judge.compare(["a"], [["kind", "rude", "x" * 200]])[0]
-    assert np.isnan(matrix[2, :2]).all()
-    wins = mean_win_probability(matrix)
-    assert wins[0] == pytest.approx(1 / (1 + np.exp(-matrix[0, 1]))) and wins[2] == 0.5
-
-
-def test_completions_that_can_not_be_compared_are_no_labels(trained_judge, tmp_path, caplog):
-    judge = PairwiseJudge(trained_judge, comparison=Comparison(max_length=120))
-    rows = [
-        {"prompt": "a", "completions": ["kind ab", "rude bax", "x" * 200]},
-        {"prompt": "b", "completions": ["x" * 200, "ok"]},
-    ]
-    labels = label_preferences(judge, Dataset.from_list(rows), str(tmp_path / "labels"), pairing="all")
-    assert len(labels) == 1 and {labels[0]["chosen"], labels[0]["rejected"]} == {"kind ab", "rude bax"}
-    assert "3 (completions too long to be compared)" in caplog.text
-    best = best_of_n(judge, Dataset.from_list(rows), str(tmp_path / "best"))
-    assert best["prompt"][:] == ["a"]
-
-
-def test_scalar_and_pairwise_models_are_not_taken_for_each_other(
-    trained_judge, llama, pairwise_config, labeled, tmp_path
-):
-    for load in (load_reward_model, SSRMRewardFunction, lambda path: load_ppo_models(path, path)):
-        with pytest.raises(ValueError, match="is a pairwise model, which gives no reward to a single completion"):
-            load(trained_judge)
-    with pytest.raises(ValueError, match="is a scalar reward model, which can't score a comparison"):
-        PairwiseJudge(llama)
-    Comparison(labels=["X", "Y"]).save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="was trained on another comparison"):
-        SSRMTrainer(trained_judge, pairwise_config(comparison=str(tmp_path)), train_dataset=labeled)
-    # With the same comparison, training goes on from it.
-    trainer = SSRMTrainer(trained_judge, pairwise_config(), train_dataset=labeled)
-    torch.testing.assert_close(trainer.model.score.weight.cpu(), PairwiseJudge(trained_judge).model.score.weight)
-
-
-def test_messages_without_text_are_refused(trained_judge):
-    call = [{"role": "assistant", "content": "", "tool_calls": []}, {"role": "assistant", "content": None}]
-    with pytest.raises(ValueError, match="A pairwise model reads text, but a message has none"):
-        PairwiseJudge(trained_judge).judge([CONVERSATION], [(call, "b")])
-
-
-def test_what_does_not_go_with_a_pairwise_model_is_refused(causal, bert, pairwise_config, labeled):
-    encoder = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=1)
-    tokenizer = AutoTokenizer.from_pretrained(causal())
-    with pytest.raises(ValueError, match="BertForSequenceClassification can't"):
-        SSRMTrainer(encoder, pairwise_config(), train_dataset=labeled, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="BertForSequenceClassification can't"):
-        PairwiseJudge(encoder, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="must be a `ConfidenceFilteredDataCollator` with a `comparison_seed`"):
-        collator = ConfidenceFilteredDataCollator(pad_token_id=0)
-        SSRMTrainer(causal(), pairwise_config(), train_dataset=labeled, data_collator=collator)
-    with pytest.raises(ValueError, match="`chat_template_path` would change what a pairwise model reads"):
-        SSRMTrainer(causal(), pairwise_config(chat_template_path="x.jinja"), train_dataset=labeled)
-
-
-def test_rows_that_do_not_fit_are_counted_without_a_pool_too(causal, pairwise_config, labeled, caplog):
-    rows = Dataset.from_list([*labeled, {"prompt": "p", "chosen": "x" * 300, "rejected": "y"}])
-    SSRMTrainer(causal(), pairwise_config(), train_dataset=rows)
-    assert "Left out of `train_dataset`: 1 (longer than max_length=256)" in caplog.text
-    with pytest.raises(ValueError, match="Every row of `eval_dataset` is longer than max_length=256"):
-        SSRMTrainer(causal(), pairwise_config(), train_dataset=labeled, eval_dataset=rows.select([16]))
-
-
-def test_capped_answers_are_told_of(causal, tmp_path, caplog):
-    model = AutoModelForCausalLM.from_pretrained(causal())
-    model.config.logits_scaling = 8.0
-    model.save_pretrained(tmp_path)
-    load_pairwise_model(str(tmp_path), (1, 2))
-    assert "has logits_scaling between its last hidden state and its answer" in caplog.text
-
-
-def test_judge_trains_a_policy(trained_judge, policy, tmp_path):
-    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in letter_rows(8, seed=1)])
-    args = GRPOConfig(
-        output_dir=str(tmp_path),
-        num_generations=4,
-        per_device_train_batch_size=4,
-        max_completion_length=6,
-        max_steps=2,
-        logging_steps=1,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-    )
-    trainer = GRPOTrainer(policy, reward_funcs=PairwiseJudge(trained_judge), args=args, train_dataset=prompts)
-    trainer.train()
-    logs = [log for log in trainer.state.log_history if "reward" in log]
-    # Win probabilities within a group are 0.5 on average.
-    assert all(log["reward"] == pytest.approx(0.5, abs=1e-5) for log in logs)
-    assert all(log["reward_std"] > 0 for log in logs)
-
-
-def test_judge_labels_as_a_scalar_model_does(trained_judge, tmp_path):
-    judge = PairwiseJudge(trained_judge)
-    data = Dataset.from_list([{"prompt": f"Say {n}: ", "completions": COMPLETIONS[n % 3 :]} for n in range(6)])
-    labels = label_preferences(judge, data, str(tmp_path / "labels"), pairing="all", min_confidence=0.6)
-    assert len(labels) > 6
-    for row in labels:
-        probability = judge.judge([row["prompt"]], [(row["chosen"], row["rejected"])])[0]
-        assert row["confidence"] == pytest.approx(probability, abs=1e-6) and probability >= 0.6
-    best = best_of_n(judge, data, str(tmp_path / "best"))
-    assert {row["completion"].split()[0] for row in best} <= {"kind", "warm", "clear"}
-    with pytest.raises(ValueError, match="A judge has the `max_length` of its comparison"):
-        label_preferences(judge, data, str(tmp_path / "other"), max_length=9)
-
-
-def test_judge_teaches_a_scalar_model_that_ppo_takes(trained_judge, policy, causal, config, tmp_path):
-    """Round 0 has a few labels; the pool is labeled by the judge, with its probabilities as soft labels."""
-    path = causal("plain")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.save_pretrained(path)
-    held_out = Dataset.from_list(preference_rows(40, seed=3))
-    trainer = SSRMTrainer(
-        path,
-        config(
-            num_rounds=1, pseudo_label_type="soft", confidence_threshold=0.6, max_steps=1, round_num_train_epochs=4
-        ),
-        train_dataset=Dataset.from_list(preference_rows(4, seed=9)),
-        unlabeled_dataset=Dataset.from_list(preference_rows(80, seed=2)),
-        eval_dataset=held_out,
-        callbacks=[PseudoLabelingCallback(teacher=PairwiseJudge(trained_judge))],
-    )
-    trainer.train()
-    before, after = (facts["eval_accuracy"] for facts in trainer.round_history)
-    assert after > 0.9 and after > before
-    kept = trainer.run.read_pseudo_labels(1)[0]
-    judged = PairwiseJudge(trained_judge).judge(
-        kept["prompt"], list(zip(kept["chosen"], kept["rejected"], strict=True))
-    )
-    np.testing.assert_allclose(kept["confidence"], judged, atol=1e-5)
-    trainer.save_model(str(tmp_path / "student"))
-    models = load_ppo_models(path, str(tmp_path / "student"))
-    ppo = pytest.importorskip("trl.experimental.ppo")
-    rows = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in preference_rows(16)]
-    args = ppo.PPOConfig(
-        str(tmp_path / "ppo"),
-        response_length=4,
-        total_episodes=8,
-        per_device_train_batch_size=4,
-        num_sample_generations=0,
-        report_to="none",
-        save_strategy="no",
-        bf16=False,
-        use_cpu=True,
-    )
-    data = Dataset.from_list(rows)
-    ppo_trainer = ppo.PPOTrainer(args=args, train_dataset=data, eval_dataset=data, **models)
-    ppo_trainer.train()
-    assert np.isfinite(ppo_trainer.state.log_history[-1]["objective/scores"])
-
-
-def test_comparison_is_saved_with_the_model(trained_judge):
-    stored = json.loads((open(f"{trained_judge}/comparison.json")).read())
-    assert Comparison(**stored) == Comparison.from_pretrained(trained_judge) == Comparison(max_length=1024)

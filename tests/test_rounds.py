@@ -6,7 +6,6 @@ import torch
 from conftest import TWO_PROCESSES, assert_same_weights, preference_rows, run_script, weights_of
 from datasets import Dataset
 
-from trl_ssrm import SSRMTrainer
 from trl_ssrm.io.files import written_aside
 from trl_ssrm.models.sharding import whole_weights
 from trl_ssrm.rounds.run_directory import RunDirectory
@@ -85,42 +84,31 @@ def test_sharded_weights_select_the_same_pairs_also_after_one_process_was_lost(w
 # ---- Within one process ----
 
 
-@pytest.fixture
-def trainer_of(llama, config, labeled, unlabeled):
-    def make(**settings) -> SSRMTrainer:
-        rows = {name: settings.pop(name, given) for name, given in (("labeled", labeled), ("unlabeled", unlabeled))}
-        return SSRMTrainer(
-            llama, config(**settings), train_dataset=rows["labeled"], unlabeled_dataset=rows["unlabeled"]
-        )
-
-    return make
-
-
-def test_finished_run_resumes_to_its_own_end(trainer_of):
-    first = trainer_of()
+def test_finished_run_resumes_to_its_own_end(make_trainer):
+    first = make_trainer()
     first.train()
-    again = trainer_of()
+    again = make_trainer()
     output = again.train(resume_from_checkpoint=True)
     assert_same_weights(weights_of(first.model), weights_of(again.model))
     assert again.round_history == first.round_history
     assert output.metrics["termination_reason"] == first.termination_reason
 
 
-def test_directory_of_a_run_is_not_overwritten(trainer_of):
-    trainer_of(num_rounds=0).train()
+def test_directory_of_a_run_is_not_overwritten(make_trainer):
+    make_trainer(num_rounds=0).train()
     with pytest.raises(ValueError, match="already holds a run"):
-        trainer_of(num_rounds=0).train()
+        make_trainer(num_rounds=0).train()
 
 
-def test_resuming_nothing_is_refused(trainer_of):
+def test_resuming_nothing_is_refused(make_trainer):
     with pytest.raises(ValueError, match="There is no run to resume"):
-        trainer_of().train(resume_from_checkpoint=True)
+        make_trainer().train(resume_from_checkpoint=True)
 
 
-def test_resuming_from_elsewhere_is_refused(trainer_of, tmp_path):
-    trainer_of(num_rounds=0).train()
+def test_resuming_from_elsewhere_is_refused(make_trainer, tmp_path):
+    make_trainer(num_rounds=0).train()
     with pytest.raises(ValueError, match="is resumed from its `output_dir`"):
-        trainer_of(num_rounds=0).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+        make_trainer(num_rounds=0).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -132,23 +120,23 @@ def test_resuming_from_elsewhere_is_refused(trainer_of, tmp_path):
         ({"unlabeled": Dataset.from_list(preference_rows(40, seed=7))}, "`unlabeled_dataset`"),
     ],
 )
-def test_resuming_with_other_settings_or_data_is_refused(trainer_of, change, named):
-    trainer_of(num_rounds=1).train()
+def test_resuming_with_other_settings_or_data_is_refused(make_trainer, change, named):
+    make_trainer(num_rounds=1).train()
     with pytest.raises(ValueError, match="started with other settings or data") as raised:
-        trainer_of(**{"num_rounds": 1, **change}).train(resume_from_checkpoint=True)
+        make_trainer(**{"num_rounds": 1, **change}).train(resume_from_checkpoint=True)
     assert named in str(raised.value)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_damaged_pseudo_labels_are_found_and_made_again(trainer_of, damage):
-    first = trainer_of(num_rounds=1)
+def test_damaged_pseudo_labels_are_found_and_made_again(make_trainer, damage):
+    first = make_trainer(num_rounds=1)
     first.train()
     run = first.run
     # As if killed right after the selection.
     for name in ("round.json", "trainer_state.json", "weights.safetensors"):
         (run.round_dir(1) / name).unlink()
     weights = run.weights_path(0)
-    retrained = trainer_of(num_rounds=0, output_dir=first.args.output_dir + "-again")
+    retrained = make_trainer(num_rounds=0, output_dir=first.args.output_dir + "-again")
     retrained.train()
     run.write_weights(weights, whole_weights(retrained.model))
     path = run.round_dir(1) / "pseudo_labels.parquet"
@@ -159,19 +147,19 @@ def test_damaged_pseudo_labels_are_found_and_made_again(trainer_of, damage):
         if damage == "truncated"
         else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     )
-    again = trainer_of(num_rounds=1)
+    again = make_trainer(num_rounds=1)
     again.train(resume_from_checkpoint=True)
     assert path.read_bytes() == content
     assert_same_weights(weights_of(first.model), weights_of(again.model))
 
 
-def test_damaged_weights_end_the_run_with_a_sentence(trainer_of):
-    trainer = trainer_of(num_rounds=0)
+def test_damaged_weights_end_the_run_with_a_sentence(make_trainer):
+    trainer = make_trainer(num_rounds=0)
     trainer.train()
     path = trainer.run.weights_path(0)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="is missing or damaged"):
-        trainer_of(num_rounds=0).train(resume_from_checkpoint=True)
+        make_trainer(num_rounds=0).train(resume_from_checkpoint=True)
 
 
 def test_half_a_checkpoint_is_not_resumed_from(tmp_path):

@@ -1,95 +1,16 @@
-import re
-
 import numpy as np
 import pytest
 import torch
-from conftest import as_messages, assert_same_weights, make_tokenizer, preference_rows, weights_of
-from datasets import Dataset, concatenate_datasets
+from conftest import as_messages, assert_same_weights, preference_rows, weights_of
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from trl import RewardConfig, RewardTrainer
+from trl import RewardConfig
 
-from trl_ssrm import ConfidenceFilteredDataCollator, PseudoLabelingCallback, SSRMConfig, SSRMTrainer
-from trl_ssrm.rounds.pair_trainer import weighted_loss
+from trl_ssrm import ConfidenceFilteredDataCollator, SSRMConfig, SSRMTrainer
 
 
 def losses_of(trainer) -> list[float]:
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
-
-
-# ---- `RewardTrainer`, where there is no pool ----
-
-
-@pytest.mark.parametrize("kind", ["text", "conversation", "margin", "centered"])
-def test_without_a_pool_it_is_reward_trainer_bit_for_bit(llama, tmp_path, kind):
-    rows = preference_rows(16)
-    if kind == "conversation":
-        rows = [as_messages(row) for row in rows]
-    if kind == "margin":
-        rows = [{**row, "margin": 0.1 * number} for number, row in enumerate(rows)]
-    settings = dict(
-        output_dir=str(tmp_path),
-        report_to="none",
-        per_device_train_batch_size=4,
-        num_train_epochs=2,
-        logging_steps=1,
-        center_rewards_coefficient=0.1 if kind == "centered" else None,
-        save_strategy="no",
-        bf16=False,
-    )
-    trainers = []
-    for trainer_class, config_class in (
-        (RewardTrainer, RewardConfig),
-        (SSRMTrainer, RewardConfig),
-        (SSRMTrainer, SSRMConfig),
-    ):
-        trainer = trainer_class(llama, config_class(**settings), train_dataset=Dataset.from_list(rows))
-        trainer.train()
-        trainers.append(trainer)
-    for trainer in trainers[1:]:
-        assert losses_of(trainer) == losses_of(trainers[0])
-        assert_same_weights(weights_of(trainer.model), weights_of(trainers[0].model))
-
-
-# What TRL sets where nothing is said, which most tests leave out since it is slow on a CPU.
-TRL_DEFAULTS = {"bf16": True, "gradient_checkpointing": True, "use_cpu": True}
-
-
-@pytest.mark.parametrize("kind", ["text", "margin", "centered", "mixed precision"])
-def test_round_0_is_reward_trainer_bit_for_bit(llama, config, unlabeled, tmp_path, kind):
-    rows = preference_rows(16)
-    if kind == "margin":
-        rows = [{**row, "margin": 0.1 * number} for number, row in enumerate(rows)]
-    # In bfloat16 the kernels of shared prompts round in another way.
-    settings = {**TRL_DEFAULTS, "share_prompts": False} if kind == "mixed precision" else {}
-    args = config(num_rounds=0, center_rewards_coefficient=0.1 if kind == "centered" else None, **settings)
-    ours = SSRMTrainer(llama, args, train_dataset=Dataset.from_list(rows), unlabeled_dataset=unlabeled)
-    theirs = RewardTrainer(llama, args, train_dataset=Dataset.from_list(rows))
-    ours.train()
-    theirs.train()
-    assert_same_weights(weights_of(ours.model), weights_of(theirs.model))
-
-
-def test_gold_rows_have_the_loss_of_reward_trainer_bit_for_bit(llama, config, labeled, unlabeled):
-    rows = labeled.add_column("margin", np.linspace(0, 1, len(labeled)))
-    args = config(center_rewards_coefficient=0.1)
-    trainer = SSRMTrainer(llama, args, train_dataset=rows, unlabeled_dataset=unlabeled)
-    examples = list(trainer.train_dataset)
-    plain = trainer.data_collator(examples)
-    weighted = trainer.data_collator([{**example, "probability": None} for example in examples])
-    assert "weight" in weighted and "weight" not in plain
-    assert torch.equal(trainer.compute_loss(trainer.model, plain), trainer.compute_loss(trainer.model, weighted))
-
-
-def test_soft_label_and_weight_enter_the_loss():
-    label, weight = torch.tensor([1.0, 0.7]), torch.tensor([1.0, 0.25])
-    # -[log sigmoid(1.5)] for the first pair; for the second, z = -1.5.
-    first = np.log1p(np.exp(-1.5))
-    second = 0.25 * (0.7 * np.log1p(np.exp(1.5)) + 0.3 * np.log1p(np.exp(-1.5)))
-    loss = weighted_loss(torch.tensor([1.5, -1.5]), label, weight)
-    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
-
-
-# ---- The rounds ----
 
 
 def test_rounds_train_on_labeled_and_kept_pairs(llama, config, labeled, unlabeled, held_out):
@@ -109,12 +30,20 @@ def test_rounds_train_on_labeled_and_kept_pairs(llama, config, labeled, unlabele
     assert len(trainer.train_dataset) == len(labeled)
 
 
-def test_pool_teaches(llama, config, labeled, unlabeled, held_out):
-    trainer = SSRMTrainer(
-        llama, config(num_train_epochs=2), train_dataset=labeled, eval_dataset=held_out, unlabeled_dataset=unlabeled
+def test_pool_teaches_more_than_as_many_steps_on_the_labels_alone(make_trainer, held_out, tmp_path):
+    settings = {"num_train_epochs": 2, "eval_dataset": held_out}
+    rounds = make_trainer(**settings, output_dir=str(tmp_path / "rounds"))
+    rounds.train()
+    labels_alone = make_trainer(
+        **settings,
+        num_rounds=0,
+        max_steps=rounds.round_history[-1]["global_step"],
+        output_dir=str(tmp_path / "labels"),
     )
-    trainer.train()
-    assert trainer.round_history[-1]["eval_log_loss"] < trainer.round_history[0]["eval_log_loss"]
+    labels_alone.train()
+    losses = [trainer.round_history[-1]["eval_log_loss"] for trainer in (rounds, labels_alone)]
+    assert labels_alone.round_history[-1]["global_step"] == rounds.round_history[-1]["global_step"]
+    assert losses[0] < losses[1] and losses[0] < rounds.round_history[0]["eval_log_loss"]
 
 
 @pytest.mark.parametrize("pseudo_label_type", ["hard", "soft"])
@@ -336,9 +265,6 @@ def test_run_that_was_interrupted_is_resumed_in_the_same_process(llama, config, 
     assert len(trainer.state.log_history) == len(undisturbed.state.log_history)
 
 
-# ---- What comes out ----
-
-
 def test_saved_model_reloads_with_transformers_and_gives_the_same_scores(llama, config, labeled, unlabeled, tmp_path):
     trainer = SSRMTrainer(llama, config(num_rounds=1), train_dataset=labeled, unlabeled_dataset=unlabeled)
     trainer.train()
@@ -368,221 +294,3 @@ def test_model_card_names_the_method_and_holds_the_rounds(llama, config, labeled
     )
     plain.create_model_card("plain")
     assert "SSRM" not in (tmp_path / "plain" / "README.md").read_text()
-
-
-# ---- What is refused, before any training ----
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train_dataset": []}, "`train_dataset` is empty"),
-        ({"unlabeled_dataset": []}, "`unlabeled_dataset` is empty"),
-        (
-            {"train_dataset": [{"prompt": "p", "choosen": "a", "rejected": "b"}]},
-            "`train_dataset` has no column `chosen`",
-        ),
-        ({"eval_dataset": [{"prompt": "p", "chosen": "a"}]}, "`eval_dataset` has no column `rejected`"),
-        ({"eval_dataset": {"one": [{"chosen": "a", "rejected": ""}]}}, "row 0 of `eval_dataset_one` is empty"),
-        (
-            {"calibration_dataset": [as_messages(preference_rows(1)[0])]},
-            "`train_dataset` holds text and `calibration_",
-        ),
-        (
-            {"unlabeled_dataset": [as_messages(preference_rows(1)[0])]},
-            "is a conversation, but the data starts",
-        ),
-        (
-            {"train_dataset": [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": float("nan")}]},
-            "`margin` of row 0 of `train_dataset` is nan; give it a finite number",
-        ),
-        (
-            {"train_dataset": [{"chosen_ids": [1], "rejected_ids": [2], "margin": None}]},
-            "`margin` of row 0 of `train_dataset` is None; give it a finite number",
-        ),
-        ({"unlabeled_dataset": preference_rows(16, seed=1)}, "16 (overlap with the labeled pairs)"),
-        ({"args": {"max_length": 5}}, "Every row of `train_dataset` is longer than max_length=5"),
-        ({"args": {"keep_best_round": True}}, "`keep_best_round` needs"),
-        (
-            {
-                "args": {"track_pseudo_label_accuracy": True},
-                "unlabeled_dataset": [{"prompt": "p", "completions": ["a", "b"]}],
-            },
-            "needs gold labels",
-        ),
-        ({"calibration_dataset": preference_rows(16, seed=1)[:3]}, "shares 3 pairs with `train_dataset`"),
-        ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "`optimizers` can't be used"),
-        ({"data_collator": lambda rows: rows}, "`data_collator` must be a `ConfidenceFilteredDataCollator`"),
-        ({"callbacks": [PseudoLabelingCallback(), PseudoLabelingCallback()]}, "has 2 callbacks that label the pool"),
-        ({"unlabeled_dataset": None, "callbacks": [PseudoLabelingCallback()]}, "so it needs `unlabeled_dataset`"),
-        ({"unlabeled_dataset": None, "calibration_dataset": preference_rows(3)}, "it needs `unlabeled_dataset`"),
-    ],
-)
-def test_bad_input_is_refused_in_one_sentence(llama, config, labeled, unlabeled, change, message):
-    def as_dataset(value):
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return Dataset.from_list(value)
-        if value == []:
-            return Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []})
-        return {name: as_dataset(part) for name, part in value.items()} if isinstance(value, dict) else value
-
-    arguments = {"train_dataset": labeled, "unlabeled_dataset": unlabeled}
-    arguments |= {name: as_dataset(value) for name, value in change.items() if name != "args"}
-    with pytest.raises((ValueError, TypeError), match=re.escape(message)) as raised:
-        SSRMTrainer(llama, config(**change.get("args", {})), **arguments)
-    assert "\n" not in str(raised.value)
-
-
-def test_stream_of_labeled_pairs_is_refused_beside_a_pool(llama, config, labeled, unlabeled):
-    with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset`"):
-        SSRMTrainer(llama, config(), train_dataset=labeled.to_iterable_dataset(), unlabeled_dataset=unlabeled)
-
-
-def test_model_with_two_labels_is_refused(llama, config, labeled, unlabeled):
-    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2, ignore_mismatched_sizes=True)
-    with pytest.raises(ValueError, match="`num_labels=1`"):
-        SSRMTrainer(model, config(), train_dataset=labeled, unlabeled_dataset=unlabeled)
-
-
-@pytest.mark.parametrize(
-    ("special_tokens", "conversational", "message"),
-    [
-        ({"pad_token": "<|pad|>", "eos_token": "<|eos|>"}, True, "the tokenizer has no chat template"),
-        ({"pad_token": "<|pad|>"}, False, "set `eos_token`"),
-        ({}, True, "no chat template"),
-    ],
-)
-def test_tokenizer_that_can_not_do_it_is_refused(llama, config, special_tokens, conversational, message):
-    rows = preference_rows(4)
-    rows = [as_messages(row) for row in rows] if conversational else rows
-    with pytest.raises(ValueError, match=message):
-        SSRMTrainer(
-            llama,
-            config(),
-            train_dataset=Dataset.from_list(rows),
-            unlabeled_dataset=Dataset.from_list(rows),
-            processing_class=make_tokenizer(**special_tokens),
-        )
-
-
-def test_tokenizer_without_any_padding_token_is_refused(llama, config):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    rows = Dataset.from_list([as_messages(row) for row in preference_rows(4)])
-    with pytest.raises(ValueError, match="no padding token"):
-        SSRMTrainer(llama, config(), train_dataset=rows, unlabeled_dataset=rows, processing_class=tokenizer)
-
-
-def test_output_directory_that_can_not_be_written_is_refused(llama, config, labeled, unlabeled, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="`output_dir` can't be written"):
-        SSRMTrainer(
-            llama,
-            config(output_dir=str(tmp_path / "file" / "run")),
-            train_dataset=labeled,
-            unlabeled_dataset=unlabeled,
-        )
-
-
-def test_long_rows_are_counted(llama, config, labeled, unlabeled, caplog):
-    long = Dataset.from_list([{"prompt": "p ", "chosen": "x" * 100, "rejected": "y"}])
-    from trl_ssrm import pool
-
-    pool.logger.propagate = True
-    trainer = SSRMTrainer(
-        llama, config(max_length=60), train_dataset=concatenate_datasets([labeled, long]), unlabeled_dataset=unlabeled
-    )
-    assert len(trainer.train_dataset) == len(labeled)
-    assert "Left out of `train_dataset`: 1 (longer than max_length=60)" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["train_dataset", "unlabeled_dataset", "eval_dataset"])
-def test_sequence_that_the_model_has_no_positions_for_is_refused_before_training(
-    bert, config, labeled, unlabeled, held_out, name
-):
-    data = {"train_dataset": labeled, "unlabeled_dataset": unlabeled, "eval_dataset": held_out}
-    data[name] = concatenate_datasets([data[name], data[name].select([0]).map(lambda row: {"chosen": "x" * 600})])
-    args = config(max_length=None, eos_token="<|eos|>", num_rounds=0, num_train_epochs=1)
-    with pytest.raises(ValueError, match=rf"`{name}` has a sequence of 6\d\d tokens, .* set `max_length=512`"):
-        SSRMTrainer(bert, args, **data)
-    args.max_length = 512
-    assert SSRMTrainer(bert, args, **data).train().metrics["termination_reason"] == "max_rounds"
-
-
-# ---- Speed ----
-
-
-@pytest.fixture
-def long_prompts() -> Dataset:
-    return Dataset.from_list([{**row, "prompt": row["prompt"] * 6} for row in preference_rows(16, seed=1)])
-
-
-def test_shared_prompts_change_the_losses_in_the_last_digits_only(llama, config, long_prompts, tmp_path):
-    losses, num_tokens = {}, {}
-    for name, trainer_class, settings in (
-        ("parent", RewardTrainer, {}),
-        ("shared", SSRMTrainer, {"share_prompts": True}),
-        ("padded", SSRMTrainer, {"share_prompts": False}),
-    ):
-        args = config(output_dir=str(tmp_path / name), logging_steps=1, **settings)
-        trainer = trainer_class(llama, args, train_dataset=long_prompts)
-        counted = []
-        trainer.model.get_input_embeddings().register_forward_pre_hook(
-            lambda module, args, counted=counted: counted.append(args[0].numel())
-        )
-        trainer.train()
-        losses[name] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        num_tokens[name] = sum(counted)
-        # What is counted for the user stays the number of tokens of the pairs.
-        num_tokens[f"{name}, logged"] = [log["num_tokens"] for log in trainer.state.log_history if "loss" in log]
-    assert losses["padded"] == losses["parent"]
-    assert losses["shared"] != losses["parent"]
-    assert losses["shared"] == pytest.approx(losses["parent"], abs=1e-3)
-    assert num_tokens["shared"] < 0.75 * num_tokens["parent"]
-    assert num_tokens["shared, logged"] == num_tokens["parent, logged"]
-
-
-def test_prompts_are_shared_in_mixed_precision(llama, config, long_prompts, unlabeled, tmp_path):
-    num_tokens, losses = {}, {}
-    for share in (None, False):
-        settings = {"num_rounds": 0, "logging_steps": 1, "share_prompts": share, **TRL_DEFAULTS}
-        args = config(output_dir=str(tmp_path / str(share)), **settings)
-        trainer = SSRMTrainer(llama, args, train_dataset=long_prompts, unlabeled_dataset=unlabeled)
-        counted = []
-        trainer.model.get_input_embeddings().register_forward_pre_hook(
-            lambda module, args, counted=counted: counted.append(args[0].numel())
-        )
-        trainer.train()
-        num_tokens[share], losses[share] = sum(counted), losses_of(trainer)
-        # Prepared for training, the model computes in bfloat16.
-        assert trainer.layout == ("padded" if share is False else "shared")
-    assert num_tokens[None] < 0.75 * num_tokens[False]
-    # Rounding at a learning rate like this one soon leads elsewhere.
-    assert losses[None][:2] == pytest.approx(losses[False][:2], abs=1e-2)
-    assert losses[None] != losses[False]
-
-
-def test_batches_can_be_grouped_by_length(llama, config, labeled, unlabeled, held_out):
-    rows = [{**row, "chosen": row["chosen"] + "z" * (7 * number % 61)} for number, row in enumerate(unlabeled)]
-    args = config(train_sampling_strategy="group_by_length", num_rounds=1, confidence_threshold=0.5)
-    trainer = SSRMTrainer(
-        llama, args, train_dataset=labeled, eval_dataset=held_out, unlabeled_dataset=Dataset.from_list(rows)
-    )
-    trainer.train()
-    assert len(trainer.round_history) == 2
-    rows = 5 * rows_of(trainer)
-    one, other = ([*trainer._get_train_sampler(Dataset.from_list(rows))] for _ in range(2))
-    assert one != other
-    lengths = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
-    batches = [one[start : start + 4] for start in range(0, len(one), 4)]
-    spread = sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches) / len(batches)
-    assert spread < 0.25 * (max(lengths) - min(lengths))
-
-
-def rows_of(trainer: SSRMTrainer) -> list[dict]:
-    pairs = trainer.data.pool.pairs
-    ids = pairs.sequences[:]["input_ids"]
-    return [
-        {"chosen_ids": ids[first], "rejected_ids": ids[second]}
-        for first, second in zip(pairs.first, pairs.second, strict=True)
-    ]

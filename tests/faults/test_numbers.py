@@ -27,22 +27,16 @@ def pairs(num_rows: int, seed: int) -> Dataset:
 
 
 @pytest.fixture
-def run(llama, config):
+def run(make_trainer):
     """A short run of one round after round 0, all of it changeable."""
 
-    def make(model=llama, callbacks=(), **settings) -> SSRMTrainer:
-        names = ("train_dataset", "unlabeled_dataset", "eval_dataset", "calibration_dataset")
-        data = {name: settings.pop(name) for name in names if name in settings}
-        trainer = SSRMTrainer(
-            model,
-            config(**{"num_train_epochs": 1, "num_rounds": 1, **settings}),
-            callbacks=list(callbacks),
-            **{"train_dataset": pairs(6, seed=1), "unlabeled_dataset": pairs(12, seed=2), **data},
-        )
+    def train(**settings) -> SSRMTrainer:
+        data = {"train_dataset": pairs(6, seed=1), "unlabeled_dataset": pairs(12, seed=2)}
+        trainer = make_trainer(**{"num_train_epochs": 1, "num_rounds": 1, **data, **settings})
         trainer.train()
         return trainer
 
-    return make
+    return train
 
 
 def facts_are_finite(trainer: SSRMTrainer) -> None:

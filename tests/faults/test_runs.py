@@ -33,17 +33,9 @@ def test_faulty_run_ends_as_the_one_that_was_left_alone():
 # ---- Damage in a run ----
 
 
-@pytest.fixture
-def trainer_of(llama, config, labeled, unlabeled):
-    def make(**settings) -> SSRMTrainer:
-        return SSRMTrainer(llama, config(**settings), train_dataset=labeled, unlabeled_dataset=unlabeled)
-
-    return make
-
-
-def test_round_that_is_damaged_is_trained_again_from_its_last_checkpoint_that_is_whole(trainer_of, caplog):
+def test_round_that_is_damaged_is_trained_again_from_its_last_checkpoint_that_is_whole(make_trainer, caplog):
     settings = {"num_rounds": 0, "save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
-    first = trainer_of(**settings)
+    first = make_trainer(**settings)
     first.train()
     expected = weights_of(first.model)
     root = first.run.round_dir(0)
@@ -52,30 +44,30 @@ def test_round_that_is_damaged_is_trained_again_from_its_last_checkpoint_that_is
     weights.write_bytes(weights.read_bytes()[:-100])
     model = checkpoint / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
-    again = trainer_of(**settings)
+    again = make_trainer(**settings)
     again.train(resume_from_checkpoint=True)
     assert_same_weights(weights_of(again.model), expected)
     assert f"{weights} is damaged" in caplog.text and f"{checkpoint} is damaged" in caplog.text
     assert again.run.last_checkpoint(0) == str(checkpoint)
 
 
-def test_pseudo_labels_that_the_end_of_the_rounds_depends_on_are_not_done_without(trainer_of):
+def test_pseudo_labels_that_the_end_of_the_rounds_depends_on_are_not_done_without(make_trainer):
     settings = {"num_rounds": 2, "confidence_threshold": 0.5}
-    first = trainer_of(**settings)
+    first = make_trainer(**settings)
     first.train()
     # As if killed before the labels of round 2, whose change since round 1 decides whether there is one.
     shutil.rmtree(first.run.round_dir(2), ignore_errors=True)
     (first.run.root / "end.json").unlink()
     table = first.run.round_dir(1) / "pseudo_labels.parquet"
     table.write_bytes(table.read_bytes()[:-1])
-    again = trainer_of(**settings)
+    again = make_trainer(**settings)
     with pytest.raises(ValueError, match=re.escape(str(table.parent)) + ".*missing or damaged.*copies in their place"):
         again.train(resume_from_checkpoint=True)
 
 
-def test_scores_that_lie_at_the_place_of_others_are_not_taken_for_theirs(trainer_of, tmp_path, monkeypatch):
+def test_scores_that_lie_at_the_place_of_others_are_not_taken_for_theirs(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("trl_ssrm.scoring.score.SHARD_TOKENS", 256)
-    trainer = trainer_of()
+    trainer = make_trainer()
     pairs, directory = trainer.data.pool.pairs, tmp_path / "scores"
     expected = trainer.score_pairs(pairs, "unlabeled_dataset", directory=directory, key="key").logits
     first, second, *_ = sorted(directory.iterdir())
@@ -104,8 +96,8 @@ def test_best_checkpoint_that_is_damaged_is_not_loaded(llama, config, labeled, u
 # ---- Signals ----
 
 
-def test_interruption_says_how_to_go_on(trainer_of, capfd):
-    trainer = trainer_of()
+def test_interruption_says_how_to_go_on(make_trainer, capfd):
+    trainer = make_trainer()
     real = trainer.run.write_round
 
     def interrupt(*args) -> None:
@@ -157,9 +149,9 @@ def other_process(tmp_path):
 
 
 def test_second_run_in_a_directory_is_refused_while_the_first_is_alive(
-    trainer_of, llama, config, labeled, unlabeled, other_process, monkeypatch
+    make_trainer, llama, config, labeled, unlabeled, other_process, monkeypatch
 ):
-    trainer = trainer_of(num_rounds=0)
+    trainer = make_trainer(num_rounds=0)
     with monkeypatch.context() as patch:
         patch.setattr("trl_ssrm.rounds.run_directory.SECONDS_TO_WAIT_FOR_LOCK", 0.1)
         with pytest.raises(ValueError, match="Another run is at work in .*run; wait until it ends"):
@@ -174,15 +166,15 @@ def test_second_run_in_a_directory_is_refused_while_the_first_is_alive(
     trainer.train()
     # Once it is over, the directory is free for the next process.
     assert trainer.run.has_run
-    trainer_of(num_rounds=0).train(resume_from_checkpoint=True)
+    make_trainer(num_rounds=0).train(resume_from_checkpoint=True)
 
 
-def test_file_system_without_locks_is_told_of(trainer_of, monkeypatch, caplog):
+def test_file_system_without_locks_is_told_of(make_trainer, monkeypatch, caplog):
     def refuse(*args, **kwargs) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
-    trainer_of(num_rounds=0).run.acquire()
+    make_trainer(num_rounds=0).run.acquire()
     assert "is on a file system without locks; start one run at a time in it" in caplog.text
 
 
@@ -204,8 +196,8 @@ def test_tokens_of_a_pool_that_do_not_fit_are_named(llama, config, labeled, unla
     make(tmp_path / "other").train()
 
 
-def test_checkpoint_that_does_not_fit_is_named(trainer_of):
-    trainer = trainer_of(num_rounds=0, save_strategy="steps", save_steps=3)
+def test_checkpoint_that_does_not_fit_is_named(make_trainer):
+    trainer = make_trainer(num_rounds=0, save_strategy="steps", save_steps=3)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # The weights fit, the optimizer with twice as many numbers does not.
     size = sum(value.numel() for value in trainer.model.parameters()) * torch.float32.itemsize
@@ -215,4 +207,4 @@ def test_checkpoint_that_does_not_fit_is_named(trainer_of):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    trainer_of(num_rounds=0, save_strategy="steps", save_steps=3).train(resume_from_checkpoint=True)
+    make_trainer(num_rounds=0, save_strategy="steps", save_steps=3).train(resume_from_checkpoint=True)

@@ -6,7 +6,6 @@ from math import ceil
 import numpy as np
 
 from ..data.sequences import PairedSequences
-from ..rounds.run_identity import run_identity
 from ..trainer import SSRMTrainer
 
 
@@ -129,8 +128,8 @@ def dry_run(trainer: SSRMTrainer) -> str:
     model, run, data = trainer.unwrapped_model, trainer.run, trainer.data
     state = "empty so far"
     if run.has_run:
-        run.start(run_identity(trainer.args, model, data.fingerprints), resume=True)
-        state = f"holds this run, with {run.num_finished} rounds over, round 0 included; it would be gone on with"
+        run.start(trainer.identity, resume=True)
+        state = f"holds this run, with {run.num_finished} rounds over, round 0 included; the run would be resumed"
     sizes = {"labeled": len(data.labeled_pairs.first), "in the pool": len(data.pool)}
     sizes |= {name.replace("_", " "): len(pairs.first) for name, pairs in data.held_out.items()}
     parameters = list(model.parameters())

@@ -190,15 +190,20 @@ class RoundSteps(RoundTrainer):
         self.control.should_training_stop = False
         self.control = self.callback_handler.tell(event, self.args, self.state, self.control, **facts)
 
-    def _open_run(self, resume_from_checkpoint: str | bool | None) -> None:
-        """Start a run in the output directory, or load the one in it up to the last round that is over."""
-        run, model = self.run, self.unwrapped_model
+    @property
+    def identity(self) -> dict[str, Any]:
+        """`dict[str, Any]`: the facts that decide the result of the run, as JSON values."""
         data = self.data.fingerprints
         if (teacher := self.pseudo_labeling_callback.teacher) is not None:
             data["teacher"] = teacher.fingerprint
         if self.comparison is not None:
             data["comparison"] = content_hash(asdict(self.comparison))
-        self.start_run(run_identity(self.args, model, data), resume_from_checkpoint)
+        return run_identity(self.args, self.unwrapped_model, data)
+
+    def _open_run(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Start a run in the output directory, or load the one in it up to the last round that is over."""
+        run, model = self.run, self.unwrapped_model
+        self.start_run(self.identity, resume_from_checkpoint)
         num_finished = self.on_main_process(lambda: run.num_finished)
         if num_finished == 0 and not self.on_main_process(run.weights_path(-1).is_file):
             self.write_weights(run.weights_path(-1))
