@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset, disable_progress_bars
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -221,12 +221,26 @@ def as_messages(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     return {name: [{"role": roles[name], "content": text}] for name, text in row.items()}
 
 
-@pytest.fixture(autouse=True)
+# Accelerate keeps the precision and the processes of the first `Accelerator` of a process for all later ones.
+ACCELERATE_STATES = (PartialState, AcceleratorState, GradientState)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def with_own_accelerate_state():
-    """Accelerate keeps the precision and the processes of the first `Accelerator` of a process for all later ones."""
+    """Each file of tests begins without a state, and may keep a trainer for several tests."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    for state in ACCELERATE_STATES:
+        state._shared_state.clear()
+
+
+@pytest.fixture(autouse=True)
+def with_accelerate_state_of_the_file(with_own_accelerate_state):
+    """Each test begins with the state of what its file keeps, and not with the state that another test has left."""
+    before = [dict(state._shared_state) for state in ACCELERATE_STATES]
+    yield
+    for state, values in zip(ACCELERATE_STATES, before, strict=True):
+        state._shared_state.clear()
+        state._shared_state.update(values)
 
 
 @pytest.fixture(autouse=True)

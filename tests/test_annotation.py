@@ -104,7 +104,7 @@ def test_line_ends_within_a_text_are_no_ends_of_lines(tmp_path):
 def test_answers_are_not_overwritten(trainer, tmp_path):
     path = tmp_path / "to_label.jsonl"
     path.write_text("answers")
-    with pytest.raises(ValueError, match="is there already, perhaps with labels in it"):
+    with pytest.raises(ValueError, match="exists, and may hold labels"):
         trainer.export_for_labeling(str(path), 1)
     assert path.read_text() == "answers"
 

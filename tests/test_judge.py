@@ -146,7 +146,7 @@ def test_what_does_not_go_with_a_pairwise_model_is_refused(causal, bert, pairwis
     with pytest.raises(ValueError, match="must be a `ConfidenceFilteredDataCollator` with a `comparison_seed`"):
         collator = ConfidenceFilteredDataCollator(pad_token_id=0)
         SSRMTrainer(causal(), pairwise_config(), train_dataset=labeled, data_collator=collator)
-    with pytest.raises(ValueError, match="`chat_template_path` would change what a pairwise model reads"):
+    with pytest.raises(ValueError, match="`chat_template_path` would change the text that a pairwise model reads"):
         SSRMTrainer(causal(), pairwise_config(chat_template_path="x.jinja"), train_dataset=labeled)
 
 

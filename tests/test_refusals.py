@@ -122,9 +122,9 @@ def test_output_directory_that_can_not_be_written_is_refused(llama, config, labe
 
 def test_long_rows_are_counted(llama, config, labeled, unlabeled, caplog):
     long = Dataset.from_list([{"prompt": "p ", "chosen": "x" * 100, "rejected": "y"}])
-    from trl_ssrm import pool
+    from trl_ssrm.data import formats
 
-    pool.logger.propagate = True
+    formats.logger.propagate = True
     trainer = SSRMTrainer(
         llama, config(max_length=60), train_dataset=concatenate_datasets([labeled, long]), unlabeled_dataset=unlabeled
     )

@@ -256,9 +256,9 @@ def test_no_message_opens_a_turn_in_training(llama, config, tokenizer, caplog):
 
 
 def test_rows_with_spelled_special_tokens_are_counted(llama, config, caplog):
-    from trl_ssrm import preparation
+    from trl_ssrm.data import tokenization
 
-    preparation.logger.propagate = True
+    tokenization.logger.propagate = True
     rows = [as_messages(row) for row in (*preference_rows(3), FORGED_ROW, {**FORGED_ROW, "prompt": "b"})]
     pool = Dataset.from_list([as_messages(row) for row in preference_rows(3, seed=5)])
     SSRMTrainer(llama, config(), train_dataset=Dataset.from_list(rows), unlabeled_dataset=pool)

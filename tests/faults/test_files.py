@@ -17,7 +17,9 @@ from transformers import TrainerState
 from trl_ssrm.io.files import WriteError, delete_left_aside, read_record, write_record, written_aside
 from trl_ssrm.io.storage import changed_facts, write_rows
 from trl_ssrm.reporting.report import read_run
-from trl_ssrm.rounds.run_directory import CHECKPOINT_MARKER, RunDirectory, run_identity
+from trl_ssrm.rounds.checkpoints import CHECKPOINT_MARKER
+from trl_ssrm.rounds.run_directory import RunDirectory
+from trl_ssrm.rounds.run_identity import run_identity
 
 
 FEATURES = Features({"pair": Value("int64")})

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import preference_rows
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from faults.outcomes import refusal_of
 from trl_ssrm import NonFiniteScoreError, PseudoLabelingCallback, SSRMTrainer, write_report
 from trl_ssrm.rounds.calibrate import fit_temperature
+from trl_ssrm.rounds.callback import RoundCallback
 from trl_ssrm.rounds.select import fraction_threshold, precision_threshold
 from trl_ssrm.scoring.metrics import preference_metrics, reliability_curve
 from trl_ssrm.scoring.pair_scores import PairScores
@@ -53,14 +54,17 @@ def facts_are_finite(trainer: SSRMTrainer) -> None:
         assert all(math.isfinite(value) for value in facts.values() if isinstance(value, float)), facts
 
 
-class Spoil(TrainerCallback):
-    """Makes the weights of one round what no number is."""
+class Spoil(RoundCallback):
+    """Makes the weights of one round NaN or infinite."""
 
-    def __init__(self, own: PseudoLabelingCallback, round: int, value: float):
-        self.own, self.round, self.value = own, round, value
+    def __init__(self, round: int, value: float):
+        self.spoiled_round, self.value, self.round = round, value, None
+
+    def on_round_begin(self, args, state, control, round, **kwargs):
+        self.round = round
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.own.trainer.round == self.round:
+        if self.round == self.spoiled_round:
             with torch.no_grad():
                 model.score.weight.fill_(self.value)
 
@@ -68,10 +72,9 @@ class Spoil(TrainerCallback):
 @pytest.mark.parametrize("round", [0, 1])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_end_the_run(run, round, value):
-    own = PseudoLabelingCallback()
-    # The last round, behind which nothing is scored any more.
+    # In the last round too, after which nothing is scored.
     with pytest.raises(NonFiniteWeightError, match=f"weights of round {round} are NaN or infinite") as raised:
-        run(callbacks=[own, Spoil(own, round, value)], num_rounds=round)
+        run(callbacks=[Spoil(round, value)], num_rounds=round)
     refusal_of(raised.value)
 
 
@@ -134,7 +137,7 @@ def test_steps_lost_to_gradients_that_overflow_are_told(run, llama, held_out, ca
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     # By itself, weight decay would change weights.
     trainer = run(model=model, weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, eval_dataset=held_out)
-    told = [record.message for record in caplog.records if "norm overflowed" in record.message]
+    told = [record.message for record in caplog.records if "the norm of the gradients overflowed" in record.message]
     assert bool(told) == is_lost
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before) == is_lost
     facts_are_finite(trainer)

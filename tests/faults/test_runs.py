@@ -89,7 +89,7 @@ def test_best_checkpoint_that_is_damaged_is_not_loaded(llama, config, labeled, u
     args = config(num_rounds=0, learning_rate=0.0, num_train_epochs=2, **strategy)
     data = {"train_dataset": labeled, "unlabeled_dataset": unlabeled, "eval_dataset": held_out}
     trainer = SSRMTrainer(llama, args, callbacks=[Damage()], **data)
-    with pytest.raises(ValueError, match="checkpoint-. is damaged, which is the best of round 0"):
+    with pytest.raises(ValueError, match="checkpoint-. is damaged, and it is the best of round 0"):
         trainer.train()
 
 
