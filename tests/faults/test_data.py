@@ -423,13 +423,24 @@ def test_tool_that_takes_nothing_is_kept_as_it_is(llama, config, tmp_path):
                 assert row[name][0]["tool_calls"] == CALL_WITHOUT_ARGUMENTS[0]["tool_calls"]
 
 
-@pytest.mark.parametrize("tools", ["[", 5])
-def test_row_that_can_not_be_tokenized_is_named(llama, config, tools):
-    rows = [{**as_messages(row), "tools": json.dumps([{"name": "f"}])} for row in preference_rows(9)]
+@pytest.mark.parametrize(
+    ("column", "value", "named"),
+    [
+        ("tools", "[", "In row 6 of `train_dataset`, the tools '[' are no JSON"),
+        ("tools", "\x00", "In row 6 of `train_dataset`, the tools '\\x00' are no JSON"),
+        ("tools", "5", "In row 6 of `train_dataset`, the tools are 5; give a list of tools"),
+        ("chat_template_kwargs", {"chat_template": "{{ 1 / 0 }}"}, "Row 6 of `train_dataset` can't be tokenized"),
+        ("chat_template_kwargs", {"tokenize": False}, "In row 6 of `train_dataset`, 'tokenize' is no argument of the"),
+    ],
+)
+def test_row_that_can_not_be_tokenized_is_named(llama, config, column, value, named):
+    rows = [as_messages(row) for row in preference_rows(9)]
+    rows = [{**row, "tools": json.dumps([{"name": "f"}]), "chat_template_kwargs": None} for row in rows]
     pool = Dataset.from_list([as_messages(row) for row in preference_rows(3, seed=5)])
-    rows[6]["tools"] = tools if isinstance(tools, str) else "\x00"
-    with pytest.raises(ValueError, match="^Row 6 of `train_dataset` can't be tokenized") as raised:
-        SSRMTrainer(llama, config(), train_dataset=Dataset.from_list(rows), unlabeled_dataset=pool)
+    rows[6][column] = value
+    labeled = Dataset.from_list(rows, on_mixed_types="use_json")
+    with pytest.raises(ValueError, match=f"^{re.escape(named)}") as raised:
+        SSRMTrainer(llama, config(), train_dataset=labeled, unlabeled_dataset=pool)
     refusal_of(raised.value)
 
 

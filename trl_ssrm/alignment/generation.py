@@ -1,6 +1,5 @@
 """Completions that a policy generates, for the reward model to label."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from accelerate import PartialState
 from datasets import Dataset, Value
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.checks import check_prompts
+from ..data.checks import check_prompts, tokenizing, unformatted
+from ..data.conversations import ConversationReader
 from ..data.formats import TEMPLATE_COLUMNS
-from ..data.markup import as_literal, special_tokens_of
 from ..io.hub import check_model_is_there
 from ..io.storage import content_hash, tensors_hash
 from ..models.loading import load_policy
@@ -93,11 +92,13 @@ def generate_completions(
     sampling = _Sampling(num_completions, max_new_tokens, temperature, top_p)
     _check_arguments(sampling, batch_size, model, use_vllm)
     check_prompts(dataset, "dataset")
+    dataset = unformatted(dataset)
     is_conversational = isinstance(dataset[0]["prompt"], list)
     kwargs = model_init_kwargs or {}
     check_model_is_there(model, **kwargs)
     tokenizer = processing_class or _load_tokenizer(model, trust_remote_code, kwargs)
     _check_tokenizer(tokenizer, is_conversational)
+    reader = ConversationReader(tokenizer)
     sample, weights = _load_sampler(model, tokenizer, use_vllm, dtype, trust_remote_code, kwargs)
 
     def generate(rows: list[Row], first_row: int) -> tuple[list[Row], Counter[str]]:
@@ -105,7 +106,9 @@ def generate_completions(
         made = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            prompts = [_render(row, tokenizer) if is_conversational else row["prompt"] for row in batch]
+            prompts = [row["prompt"] for row in batch]
+            if is_conversational:
+                prompts = [_render(row, reader, first_row + start + place) for place, row in enumerate(batch)]
             # The seed depends on the row alone: the result is the same whichever process generates it, and whenever.
             texts = sample(prompts, is_conversational, seed + first_row + start, sampling)
             for row, own in zip(batch, texts, strict=True):
@@ -187,17 +190,12 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, is_conversational: bool
     check_padding(tokenizer)
 
 
-def _render(row: Row, tokenizer: Any) -> str:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    prompt, tools = as_literal([row["prompt"], tools], special_tokens_of(tokenizer))
-    return tokenizer.apply_chat_template(
-        prompt,
-        tools=tools,
-        tokenize=False,
-        add_generation_prompt=True,
-        **(row.get("chat_template_kwargs") or {}),
-    )
+def _render(row: Row, reader: ConversationReader, number: int) -> str:
+    with tokenizing(f"Row {number} of `dataset`"):
+        prompt, arguments = reader.read(row["prompt"], row.get("tools"), row.get("chat_template_kwargs"))
+        # A prompt whose row does not ask for the start of an answer is given it here.
+        arguments = {"add_generation_prompt": True, **arguments}
+        return reader.tokenizer.apply_chat_template(prompt, tokenize=False, **arguments)
 
 
 def _with_completions(row: Row, texts: list[str], is_conversational: bool) -> Row:

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, Value
 from transformers import PreTrainedModel
 
-from ..data.checks import check_prompts, tokenizing
+from ..data.checks import NotTokenizedError, check_prompts, tokenizing, unformatted
 from ..data.formats import TEMPLATE_COLUMNS, check_format, completion_feature, completions_of, named_completions
 from ..io.storage import content_hash, tensors_hash
 from ..scoring.pair_scores import sigmoid
@@ -105,7 +105,7 @@ def label_preferences(
                 labeled.append({**texts, "margin": margin, "confidence": confidence})
         return labeled
 
-    _check_rows(dataset)
+    dataset = _checked(dataset)
     feature = completion_feature(dataset)
     columns = {"chosen": feature, "rejected": feature, "margin": Value("float64"), "confidence": Value("float64")}
     settings = {"pairing": pairing, "min_confidence": min_confidence, "temperature": temperature, "seed": seed}
@@ -151,7 +151,7 @@ def best_of_n(
         best = int(scored.rewards.argmax())
         return [{"completion": scored.completions[best], "reward": float(scored.rewards[best])}]
 
-    _check_rows(dataset)
+    dataset = _checked(dataset)
     columns = {"completion": completion_feature(dataset), "reward": Value("float64")}
     return _map_scored(model, dataset, output_dir, select, columns, {}, max_length, "Selecting", disable_tqdm)
 
@@ -258,6 +258,8 @@ def _judge_rows(
         margins = judge.compare([row["prompt"] for row in rows], completions)
     except NonFiniteScoreError as error:
         raise NonFiniteScoreError("dataset", [first_row + position for position in error.rows]) from error
+    except NotTokenizedError as error:
+        raise NotTokenizedError(f"Row {first_row + error.position} of `dataset`", error.reason) from error
     scored = []
     for group, own in zip(completions, margins, strict=True):
         is_judged = (~np.isnan(own) & ~np.eye(len(group), dtype=bool)).any(axis=1) | (len(group) == 1)
@@ -268,10 +270,11 @@ def _judge_rows(
     return scored
 
 
-def _check_rows(dataset: Dataset) -> None:
+def _checked(dataset: Dataset) -> Dataset:
     """Refuse prompts and completions that can't be labeled, before a model is loaded."""
     check_format(dataset, "dataset")
     check_prompts(dataset, "dataset", named_completions)
+    return unformatted(dataset)
 
 
 def _pairs(pairing: str, rewards: np.ndarray, draw: np.random.Generator) -> list[tuple[int, int]]:

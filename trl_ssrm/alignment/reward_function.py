@@ -1,8 +1,6 @@
 """The finished reward model as a reward function of TRL's online trainers."""
 
-import json
 import os
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -13,8 +11,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.checks import check_columns, check_prompts
-from ..data.markup import as_literal, special_tokens_of
+from ..data.checks import check_columns, check_prompts, tokenizing, unformatted
+from ..data.conversations import ConversationReader
 from ..io.hub import check_model_is_there
 from ..models.classifier import num_positions
 from ..models.loading import load_reward_model
@@ -179,12 +177,12 @@ class SSRMRewardFunction:
             ValueError: If a text has more tokens than the model has positions.
         """
         nothing = [None] * len(prompts)
-        return self.score_tokenized(
-            [
-                self.tokenize(*row)
-                for row in zip(prompts, completions, tools or nothing, chat_template_kwargs or nothing, strict=True)
-            ]
-        )
+        rows = zip(prompts, completions, tools or nothing, chat_template_kwargs or nothing, strict=True)
+        sequences = []
+        for number, row in enumerate(rows):
+            with tokenizing(f"Row {number} of `completions`, with its prompt,", number):
+                sequences.append(self.tokenize(*row))
+        return self.score_tokenized(sequences)
 
     def score_tokenized(self, sequences: list[list[int]]) -> np.ndarray:
         """
@@ -234,9 +232,12 @@ class SSRMRewardFunction:
             `list[int]`: the token IDs.
 
         Raises:
-            ValueError: If the prompt is a conversation and the tokenizer has no chat template.
+            ValueError: If the prompt is a conversation and the tokenizer has no chat template, or the template does not
+                read a message.
         """
         tokenizer = self.processing_class
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise ValueError("one of prompt and completion is text and the other one a conversation")
         if isinstance(prompt, str):
             end = (
                 "" if tokenizer.eos_token is None or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
@@ -247,16 +248,9 @@ class SSRMRewardFunction:
                 "The prompts are conversations, but the tokenizer of the reward model has no chat template; give the "
                 "prompts as text, or set the template that the reward model was trained with."
             )
-        tools = json.loads(tools) if isinstance(tools, str) else tools
         # A policy that spells out the end of a turn must not be rewarded for the text after it.
-        messages, tools = as_literal([prompt + completion, tools], self._special_tokens)
-        return tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            tokenize=True,
-            return_dict=True,
-            **(chat_template_kwargs or {}),
-        )["input_ids"]
+        messages, arguments = self._reader.read(prompt + completion, tools, chat_template_kwargs)
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **arguments)["input_ids"]
 
     def _log_odds(self, prompts: list, completions: list, baselines: list, columns: dict[str, Any]) -> np.ndarray:
         # Text becomes a message, so that it is joined with a conversation as a completion is.
@@ -271,19 +265,16 @@ class SSRMRewardFunction:
         return own - other
 
     @cached_property
-    def _special_tokens(self) -> re.Pattern[str]:
-        return special_tokens_of(self.processing_class)
+    def _reader(self) -> ConversationReader:
+        return ConversationReader(self.processing_class)
 
     @cached_property
     def _reference_statistics(self) -> tuple[float, float]:
         if self.reference_dataset is None:
             return 0.0, 1.0
-        columns = {
-            name: self.reference_dataset[name]
-            for name in ("tools", "chat_template_kwargs")
-            if name in self.reference_dataset.column_names
-        }
-        rewards = self.score(self.reference_dataset["prompt"], self.reference_dataset["completion"], **columns)
+        rows = unformatted(self.reference_dataset)
+        columns = {name: rows[name] for name in ("tools", "chat_template_kwargs") if name in rows.column_names}
+        rewards = self.score(rows["prompt"], rows["completion"], **columns)
         if not rewards.std() > 0:
             raise ValueError(
                 "All rows of `reference_dataset` get the same reward, so rewards can't be scaled; give it completions "

@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 
 from ..io.storage import BATCH_ROWS, mapping, write_rows
-from .checks import check_is_dataset, check_not_empty, check_row
+from .checks import (
+    begin_with_prompt,
+    check_is_dataset,
+    check_not_empty,
+    check_row,
+    check_template_columns,
+    report_repeated_prompts,
+    unformatted,
+)
 from .formats import (
     TEMPLATE_COLUMNS,
     check_format,
@@ -27,6 +35,7 @@ from .formats import (
 )
 from .pool import Pool
 from .sequences import PairedSequences, index_type, iterate_rows
+from .tokenization import ROW_COLUMN
 
 
 # Argument of the trainer that the rows come from, for messages.
@@ -133,6 +142,7 @@ def written_out(rows: Iterable[dict[str, Any]], directory: Path, features: Featu
 def _rows_to_use(dataset: Dataset | IterableDataset, max_samples: int | None, stream_dir: Path | None) -> Dataset:
     """The first `max_samples` rows; those of a stream are written to disk."""
     check_is_dataset(dataset, _NAME)
+    dataset = unformatted(dataset)
     if isinstance(dataset, IterableDataset):
         if max_samples is None:
             raise ValueError(f"`{_NAME}` is an `IterableDataset`; set `max_unlabeled_samples` to the rows to take.")
@@ -156,16 +166,20 @@ def _check_gold_labels(dataset: Dataset) -> None:
 def _check_rows(dataset: Dataset, is_conversational: bool | None) -> np.ndarray:
     """Refuse rows without text or with fewer than two completions; return the number of completions of each row."""
     has_prompt = "prompt" in dataset.column_names
-    num_completions = array("i")
-    for number, row in enumerate(iterate_rows(dataset, columns_of_pairs(dataset))):
+    num_completions, repeated = array("i"), 0
+    columns = [*columns_of_pairs(dataset), *(name for name in TEMPLATE_COLUMNS if name in dataset.column_names)]
+    for number, row in enumerate(iterate_rows(dataset, columns)):
         completions = completions_of(row)
         if is_conversational is None:
             is_conversational = isinstance(next(iter(completions), None), list)
-        texts = {"prompt": row["prompt"]} if has_prompt else {}
-        check_row(texts | named_completions(row), f"row {number} of `{_NAME}`", is_conversational)
+        texts = ({"prompt": row["prompt"]} if has_prompt else {}) | named_completions(row)
+        check_row(texts, f"row {number} of `{_NAME}`", is_conversational)
+        check_template_columns(row, f"row {number} of `{_NAME}`")
+        repeated += begin_with_prompt(texts)
         if len(completions) < 2:
             raise ValueError(f"Row {number} of `{_NAME}` has {len(completions)} completions; give it two or more.")
         num_completions.append(len(completions))
+    report_repeated_prompts(_NAME, repeated, len(dataset))
     return np.frombuffer(num_completions, dtype=np.int32)
 
 
@@ -174,25 +188,27 @@ def _two_by_two(dataset: Dataset, by_pair: bool) -> Dataset:
     shared = [column for column in ("prompt", *TEMPLATE_COLUMNS) if column in dataset.column_names]
     feature = completion_feature(dataset)
 
-    def split(batch: dict[str, list]) -> dict[str, list]:
+    def split(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        split_rows: dict[str, list] = {name: [] for name in (*shared, "chosen", "rejected")}
-        for row in rows:
+        split_rows: dict[str, list] = {name: [] for name in (*shared, "chosen", "rejected", ROW_COLUMN)}
+        for number, row in zip(numbers, rows, strict=True):
             completions = completions_of(row)
             for first, second in _pairs_to_tokenize(len(completions), by_pair):
                 for name in shared:
                     split_rows[name].append(row[name])
                 split_rows["chosen"].append(completions[first])
                 split_rows["rejected"].append(completions[second])
+                split_rows[ROW_COLUMN].append(number)
         return split_rows
 
-    features = Features({**{name: dataset.features[name] for name in shared}, "chosen": feature, "rejected": feature})
+    features = {**{name: dataset.features[name] for name in shared}, "chosen": feature, "rejected": feature}
     with mapping(dataset):
         return dataset.map(
             split,
             batched=True,
+            with_indices=True,
             remove_columns=dataset.column_names,
-            features=features,
+            features=Features({**features, ROW_COLUMN: Value("int64")}),
             desc="Splitting the unlabeled dataset into completions",
         )
 

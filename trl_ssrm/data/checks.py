@@ -1,14 +1,26 @@
 """Checks of rows before any work is done. Each error is one sentence that names the place and one thing to do."""
 
 import contextlib
+import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from .conversations import odd_part, template_arguments, with_text
 from .markup import strings_of
+
+
+logger = logging.getLogger(__name__)
+
+# Columns of tokenized pairs by their names in older versions of TRL.
+OLD_NAMES = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
+
+# The start of messages that were written into a cell as JSON or as Python.
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
 def check_labeled_data(datasets: dict[str, Any]) -> bool | None:
@@ -41,7 +53,36 @@ def check_labeled_data(datasets: dict[str, Any]) -> bool | None:
             raise ValueError(
                 f"`{first}` holds {_kind(expected)} and `{name}` {_kind(kind)}; make all of it one or the other."
             )
+    check_same_form(datasets)
     return expected
+
+
+def check_same_form(datasets: dict[str, Any]) -> None:
+    """
+    Refuse datasets of which some have prompts and others have none, such as labels with a column `question` in place of
+    `prompt`. A prompt is a column, or what the two completions of a pair have in common at their start.
+
+    Args:
+        datasets (`dict[str, Any]`):
+            The datasets, by the name of the argument that each was passed as. Streams and tokenized rows are left out.
+
+    Raises:
+        ValueError: If one has prompts, and another one has none but a further column of text. Without such a column,
+            it is logged.
+    """
+    rows = {name: data for name, data in datasets.items() if isinstance(data, Dataset) and len(data)}
+    known = {name: has for name, data in rows.items() if (has := _has_prompts(data)) is not None}
+    with_prompts = next((name for name, has in known.items() if has), None)
+    for name in (name for name, has in known.items() if not has and with_prompts is not None):
+        words = f"`{name}` has no prompts, neither in a column `prompt` nor before its completions, but `{with_prompts}` has"
+        unread = sorted(set(rows[name].column_names) - _READ)
+        if columns := [column for column in unread if isinstance(unformatted(rows[name])[0][column], str | list)]:
+            raise ValueError(f"{words}; rename the column that holds them ({', '.join(columns)}) to `prompt`.")
+        logger.warning(f"{words}.")
+    for column in ("tools", "chat_template_kwargs"):
+        own = [name for name, data in rows.items() if name in known and column in data.column_names]
+        if own and (others := sorted(known.keys() - set(own))):
+            logger.warning(f"`{own[0]}` has a column `{column}`, which `{others[0]}` does not have.")
 
 
 def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
@@ -50,7 +91,8 @@ def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Rows with `chosen` and `rejected`, optionally with `prompt`; or with `chosen_ids` and `rejected_ids`.
+            Rows with `chosen` and `rejected`, optionally with `prompt`; or with `chosen_ids` and `rejected_ids`
+            (`chosen_input_ids` and `rejected_input_ids` in older versions of TRL).
         name (`str`):
             Name of the argument that the dataset was passed as, for the message.
 
@@ -62,18 +104,23 @@ def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
             or with a margin that is not finite.
     """
     check_not_empty(dataset, name)
+    dataset = unformatted(dataset)
     columns = set(dataset.column_names)
     if "margin" in columns:
         _check_margins(dataset, name)
-    if {"chosen_ids", "rejected_ids"} <= columns:
-        for column in ("chosen_ids", "rejected_ids"):
-            _check_tokens(dataset, column, name)
-        return None
+    for tokenized in (tuple(OLD_NAMES.values()), tuple(OLD_NAMES)):
+        if columns.issuperset(tokenized):
+            for column in tokenized:
+                _check_tokens(dataset, column, name)
+            return None
     check_columns(dataset, ("chosen", "rejected"), name)
-    is_conversational = isinstance(dataset[0]["chosen"], list)
+    is_conversational, repeated = isinstance(dataset[0]["chosen"], list), 0
     for number, row in enumerate(dataset):
         texts = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
         check_row(texts, f"row {number} of `{name}`", is_conversational)
+        check_template_columns(row, f"row {number} of `{name}`")
+        repeated += begin_with_prompt(texts)
+    report_repeated_prompts(name, repeated, len(dataset))
     return is_conversational
 
 
@@ -101,15 +148,20 @@ def check_prompts(
         )
     check_columns(dataset, ("prompt",), name)
     check_not_empty(dataset, name)
-    is_conversational = isinstance(dataset[0]["prompt"], list)
+    dataset = unformatted(dataset)
+    is_conversational, repeated = isinstance(dataset[0]["prompt"], list), 0
     for number, row in enumerate(dataset):
         texts = {"prompt": row["prompt"], **named_completions(row)}
         check_row(texts, f"row {number} of `{name}`", is_conversational)
+        check_template_columns(row, f"row {number} of `{name}`")
+        repeated += begin_with_prompt(texts)
+    report_repeated_prompts(name, repeated, len(dataset))
 
 
 def check_row(texts: dict[str, Any], where: str, is_conversational: bool) -> None:
     """
-    Refuse a row with missing or empty text, with text instead of messages, or with messages instead of text.
+    Refuse a row with missing or empty text, with text instead of messages or messages instead of text, or with
+    completions that begin with the prompt's messages.
 
     Args:
         texts (`dict[str, Any]`):
@@ -127,6 +179,7 @@ def check_row(texts: dict[str, Any], where: str, is_conversational: bool) -> Non
         if not isinstance(value, str | list):
             raise ValueError(f"`{name}` of {where} is {value!r:.50}; give it text or messages.")
         if isinstance(value, list) != is_conversational:
+            _check_prompt_beside_conversations(texts, where)
             kind, due = ("a conversation", "text") if isinstance(value, list) else ("text", "a conversation")
             raise ValueError(
                 f"`{name}` of {where} is {kind}, but the data starts with {due}; make all of it one or the other."
@@ -134,6 +187,49 @@ def check_row(texts: dict[str, Any], where: str, is_conversational: bool) -> Non
         if isinstance(value, list):
             _check_messages(value, f"`{name}` of {where}")
         check_characters(value, f"`{name}` of {where}")
+    completions = {name: value for name, value in texts.items() if name != "prompt"} or texts
+    if all(isinstance(value, str) and _MESSAGES_AS_TEXT.match(value) for value in completions.values()):
+        raise ValueError(
+            f"`{next(iter(completions))}` of {where} is a conversation that was written as text, as in a cell of a CSV file; "
+            "write the rows as JSON lines, with each conversation as a list of messages."
+        )
+    prompt = _comparable(texts.get("prompt"))
+    for name, value in completions.items():
+        if isinstance(value, list) and prompt and name != "prompt" and _comparable(value[: len(prompt)]) == prompt:
+            raise ValueError(
+                f"`{name}` of {where} begins with the messages of `prompt`, which would be read twice; drop the column "
+                "`prompt`."
+            )
+
+
+def check_template_columns(row: dict[str, Any], where: str) -> None:
+    """Refuse a row whose `tools` or `chat_template_kwargs` no chat template can take."""
+    try:
+        template_arguments(row.get("tools"), row.get("chat_template_kwargs"))
+    except ValueError as error:
+        raise ValueError(f"In {where}, {error}.") from None
+
+
+def begin_with_prompt(texts: dict[str, Any]) -> bool:
+    """`bool`: whether a row is of text, and all of its completions begin with the whole prompt."""
+    prompt, completions = texts.get("prompt"), [value for name, value in texts.items() if name != "prompt"]
+    if not isinstance(prompt, str) or not completions or not all(isinstance(each, str) for each in completions):
+        return False
+    return all(each.lstrip().startswith(prompt.strip()) for each in completions)
+
+
+def report_repeated_prompts(name: str, count: int, num_rows: int) -> None:
+    """Log that the completions of all rows repeat their prompts. In a few rows they may do so on purpose."""
+    if count == num_rows > 1:
+        logger.warning(
+            f"In every row of `{name}`, the completions begin with the text of `prompt`, so it is read twice; if that is not "
+            "intended, drop the column `prompt`."
+        )
+
+
+def unformatted(dataset: Any) -> Any:
+    """`Dataset` or `IterableDataset`: the same rows as Python objects, not as tensors or tables."""
+    return dataset.with_format(None)
 
 
 def check_characters(value: Any, where: str) -> None:
@@ -169,24 +265,82 @@ def check_not_empty(dataset: Dataset, name: str) -> None:
         raise ValueError(f"`{name}` is empty; give it at least one row.")
 
 
-@contextlib.contextmanager
-def tokenizing(where: str) -> Iterator[None]:
+class NotTokenizedError(ValueError):
     """
-    Turn an exception of the tokenizer into a `ValueError` that names the place. It can be of any type: a chat template
-    is a program, and rows may set its arguments.
+    A text or conversation can't be tokenized.
+
+    Args:
+        where (`str`):
+            Place of it for the message, such as "Row 3 of `dataset`".
+        reason (`Exception`):
+            What the tokenizer or the chat template raised.
+        position (`int`, *optional*, defaults to `0`):
+            Its position among those that were given together.
+    """
+
+    def __init__(self, where: str, reason: Exception, position: int = 0):
+        words = " ".join(str(reason).split()).rstrip(".") or type(reason).__name__
+        super().__init__(f"{where} can't be tokenized ({words:.300}); correct or drop it.")
+        self.reason, self.position = reason, position
+
+
+@contextlib.contextmanager
+def tokenizing(where: str, position: int = 0) -> Iterator[None]:
+    """
+    Turn an exception of the tokenizer into a [`NotTokenizedError`] that names the place. It can be of any type: a chat
+    template is a program, and rows may set its arguments.
     """
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        raise not_tokenized(where, error) from error
+        raise NotTokenizedError(where, error, position) from error
 
 
-def not_tokenized(where: str, error: Exception) -> ValueError:
-    """`ValueError`: says in one line that a row can't be tokenized, and why."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{where} can't be tokenized ({reason:.300}); correct or drop it.")
+# Columns that are read, and those of the labels that this package writes beside the text.
+_READ = frozenset(
+    ("prompt", "chosen", "rejected", "completions", "completion_a", "completion_b", "margin", "tools")
+    + ("chat_template_kwargs", "probability", "confidence", "label", "labels", "subset")
+)
+
+
+def _has_prompts(dataset: Dataset) -> bool | None:
+    """Whether most of the first rows have a prompt, in a column or before the completions; `None` if they are tokenized."""
+    columns = set(dataset.column_names)
+    if "prompt" in columns:
+        return True
+    if not {"chosen", "rejected"} <= columns:
+        return None
+    rows = unformatted(dataset.select_columns(["chosen", "rejected"]).select(range(min(len(dataset), 100))))
+    found = [_begins_with_prompt(row["chosen"], row["rejected"]) for row in rows]
+    return 2 * sum(found) >= len(found)
+
+
+def _begins_with_prompt(chosen: Any, rejected: Any) -> bool:
+    if isinstance(chosen, list):
+        return any(message["role"] != "assistant" for message in chosen)
+    # A word in common is a prompt.
+    same = os.path.commonprefix([chosen, rejected])
+    return any(character.isspace() for character in same.strip() + same[-1:])
+
+
+def _check_prompt_beside_conversations(texts: dict[str, Any], where: str) -> None:
+    """Refuse a prompt as text beside conversations, with the advice that fits: they may hold the prompt already."""
+    prompt, name = texts.get("prompt"), next((name for name in texts if name != "prompt"), None)
+    if name is None or not isinstance(prompt, str) or not isinstance(texts[name], list):
+        return
+    _check_messages(texts[name], f"`{name}` of {where}")
+    words = f"`prompt` of {where} is text, but `{name}` is a conversation"
+    if texts[name][0]["role"] != "assistant":
+        raise ValueError(f"{words} that has the prompt in it; drop the column `prompt`.")
+    raise ValueError(f"{words}; make it one too, such as [{{'role': 'user', 'content': ...}}].")
+
+
+def _comparable(value: Any) -> list:
+    """Messages as they are compared: parts joined, without the empty fields that a `Dataset` fills in."""
+    messages = with_text(value) if isinstance(value, list) else []
+    return [{name: part for name, part in message.items() if part not in (None, [])} for message in messages]
 
 
 def _check_margins(dataset: Dataset, name: str) -> None:
@@ -218,8 +372,6 @@ def _check_messages(messages: list, where: str) -> None:
     for message in messages:
         if not isinstance(message, dict) or not message.get("role"):
             raise ValueError(f"{where} has a message without a `role`; each message needs `role` and `content`.")
-        if not message.get("content") and not message.get("tool_calls"):
-            raise ValueError(f"{where} has a message without `content`; fill it in or drop the row.")
         role, content = message["role"], message.get("content")
         # A chat template may put the role inside a special token, such as "<|user|>".
         if not isinstance(role, str) or not re.fullmatch(r"[\w -]+", role):
@@ -230,6 +382,14 @@ def _check_messages(messages: list, where: str) -> None:
                 f"{where} has a message with the content {content!r:.50}; give it text, or a list of parts that each "
                 "have a type."
             )
+        if (part := odd_part(content)) is not None:
+            raise ValueError(
+                f"{where} has a message with the part {part!r:.50}, but a tokenizer reads only parts with a `text`; drop the "
+                "row."
+            )
+        text = "".join(part["text"] for part in content) if isinstance(content, list) else content
+        if not text and not message.get("tool_calls"):
+            raise ValueError(f"{where} has a message without `content`; fill it in or drop the row.")
 
 
 def _kind(is_conversational: bool) -> str:

@@ -1,15 +1,18 @@
-"""Tokenize rows as TRL does, with special tokens in messages escaped, and name the row that fails."""
+"""Make rows readable for `RewardTrainer`, tokenize them as it does, and name the row that fails."""
 
+import functools
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..io.files import disk_error
-from .checks import not_tokenized
+from .checks import OLD_NAMES, NotTokenizedError, unformatted
+from .conversations import ConversationReader, has_parts, template_arguments, with_text
 from .markup import as_literal, holds_special_tokens, special_tokens_of
 from .sequences import iterate_rows
 
@@ -17,16 +20,26 @@ from .sequences import iterate_rows
 logger = logging.getLogger(__name__)
 
 
-# Columns of a conversation that hold text. `chat_template_kwargs` holds settings.
-_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools")
+# Columns of a conversation that hold text, and the one that holds settings of the chat template.
+_MESSAGES = ("prompt", "chosen", "rejected")
+_TEXT = (*_MESSAGES, "tools")
+_COLUMNS = (*_TEXT, "chat_template_kwargs")
+
+# Column with the row that each pair comes from, where one row gives several pairs to tokenize.
+ROW_COLUMN = "row_of_dataset"
 
 
 def with_literal_messages(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Dataset | IterableDataset:
     """
-    Escape special tokens in messages; see [`~trl_ssrm.data.markup.as_literal`]. Rows of plain text stay as they are:
-    in plain text, special tokens are the only way to mark turns.
+    Make rows readable as they are meant:
+
+    - Special tokens in messages are escaped; see [`~trl_ssrm.data.markup.as_literal`]. Rows of plain text stay as they
+      are: in plain text, special tokens are the only way to mark turns.
+    - Content that is given as text parts becomes text, which every chat template reads.
+    - Empty `tools`, and `chat_template_kwargs` that only some rows have, count as none.
+    - Tensors and tables become Python objects, and token IDs under the names of older versions of TRL get today's.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -37,37 +50,39 @@ def with_literal_messages(
             Name of the dataset for messages.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the same rows. The number of changed rows is logged,
-        except for a stream.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the same rows. The number of rows with special tokens is
+        logged, except for a stream.
 
     Raises:
-        ValueError: If a field of the messages is named like a special token.
+        ValueError: If a field of the messages is named like a special token, or the chat template leaves out the text of
+            a message.
     """
+    dataset = _renamed(unformatted(dataset))
     special_tokens = special_tokens_of(tokenizer)
-
-    def needs_escaping(row: dict[str, Any]) -> bool:
-        return isinstance(row.get("chosen"), list) and holds_special_tokens(list(row.values()), special_tokens)
-
-    def make_literal(row: dict[str, Any]) -> dict[str, Any]:
-        texts = {column: row[column] for column in _TEXT_COLUMNS if column in row}
-        return as_literal(texts, special_tokens) if needs_escaping(texts) else {}
-
+    make_readable = functools.partial(_readable, special_tokens=special_tokens)
     if not isinstance(dataset, Dataset):
-        return dataset.map(make_literal)
-    columns = [column for column in _TEXT_COLUMNS if column in dataset.column_names]
-    if special_tokens.search(str({column: dataset.features[column] for column in columns})):
+        return dataset.map(make_readable)
+    columns = [column for column in _COLUMNS if column in dataset.column_names]
+    if "chosen" not in columns or "chosen_ids" in dataset.column_names:
+        return dataset
+    if special_tokens.search(str({column: dataset.features[column] for column in columns if column in _TEXT})):
         raise ValueError(f"A field in `{name}` is named like a special token of the tokenizer; rename it.")
-    if "chosen" not in columns or not isinstance(dataset[0]["chosen"], list):
+    is_changed, forged = _read_once(dataset, columns, tokenizer, name)
+    if forged:
+        logger.warning(
+            f"Messages in {len(forged)} rows of `{name}`, row {forged[0]} being the first, contain special tokens of "
+            "the tokenizer; they are read as plain characters, so that no message can open or end a turn."
+        )
+    if not is_changed:
         return dataset
-    changed = [number for number, row in enumerate(iterate_rows(dataset, columns)) if needs_escaping(row)]
-    if not changed:
-        return dataset
-    logger.warning(
-        f"Messages in {len(changed)} rows of `{name}`, row {changed[0]} being the first, contain special tokens of "
-        "the tokenizer; they are read as plain characters, so that no message can open or end a turn."
-    )
     with PartialState().main_process_first():
-        return dataset.map(make_literal, features=dataset.features, desc=f"Reading messages of {name} as text")
+        features = _readable_features(dataset)
+        return dataset.map(make_readable, features=features, desc=f"Reading messages of {name} as text")
+
+
+def row_number(dataset: Dataset, place: int) -> int:
+    """`int`: row of the dataset as it was given that a pair comes from."""
+    return dataset[place][ROW_COLUMN] if ROW_COLUMN in dataset.column_names else place
 
 
 def tokenized_or_refused(
@@ -109,4 +124,71 @@ def tokenized_or_refused(
             start, stop = (start, middle) if fails(start, middle) else (middle, stop)
         # The error may need several rows together, such as rows with different columns.
         is_row = fails(start, stop)
-        raise not_tokenized(f"Row {start} of `{name}`" if is_row else f"`{name}`", error) from error
+        raise NotTokenizedError(
+            f"Row {row_number(dataset, start)} of `{name}`" if is_row else f"`{name}`", error
+        ) from error
+
+
+def _renamed(dataset: Any) -> Any:
+    columns = set(dataset.column_names or [])
+    # As `RewardTrainer`: today's names come first.
+    is_old = columns.issuperset(OLD_NAMES) and not columns.issuperset(OLD_NAMES.values())
+    return dataset.rename_columns(OLD_NAMES) if is_old else dataset
+
+
+def _read_once(
+    dataset: Dataset, columns: list[str], tokenizer: PreTrainedTokenizerBase, name: str
+) -> tuple[bool, list[int]]:
+    """Whether any row has to change, and the rows with special tokens; refuse rows that can't be read."""
+    reader = ConversationReader(tokenizer) if tokenizer.chat_template is not None else None
+    special_tokens = special_tokens_of(tokenizer)
+    is_changed, forged = False, []
+    for place, row in enumerate(iterate_rows(dataset, columns)):
+        try:
+            changes = _readable(row, special_tokens)
+            if reader is not None and isinstance(row["chosen"], list):
+                _check_is_read(reader, {**row, **changes})
+        except ValueError as error:
+            raise NotTokenizedError(f"Row {row_number(dataset, place)} of `{name}`", error) from error
+        is_changed = is_changed or bool(changes)
+        if isinstance(row["chosen"], list) and _holds_special_tokens(row, special_tokens):
+            forged.append(row_number(dataset, place))
+    return is_changed, forged
+
+
+def _check_is_read(reader: ConversationReader, row: dict[str, Any]) -> None:
+    arguments = template_arguments(row.get("tools"), row.get("chat_template_kwargs"))
+    for side in ("chosen", "rejected"):
+        reader.check_is_read((row.get("prompt") or []) + row[side], arguments)
+
+
+def _holds_special_tokens(row: dict[str, Any], special_tokens: re.Pattern[str]) -> bool:
+    return holds_special_tokens([row[column] for column in _TEXT if column in row], special_tokens)
+
+
+def _readable(row: dict[str, Any], special_tokens: re.Pattern[str]) -> dict[str, Any]:
+    """Those columns of a row that have to change."""
+    changes: dict[str, Any] = {}
+    if isinstance(row.get("tools"), str) and not row["tools"].strip():
+        changes["tools"] = None
+    if "chat_template_kwargs" in row and row["chat_template_kwargs"] in (None, ""):
+        changes["chat_template_kwargs"] = {}
+    if not isinstance(row.get("chosen"), list):
+        return changes
+    changes |= {column: with_text(row[column]) for column in _MESSAGES if has_parts(row.get(column))}
+    texts = {column: value for column, value in {**row, **changes}.items() if column in _TEXT}
+    return {**changes, **as_literal(texts, special_tokens)} if _holds_special_tokens(row, special_tokens) else changes
+
+
+def _readable_features(dataset: Dataset) -> Features:
+    """Types of the columns after [`_readable`]."""
+    features = dict(dataset.features)
+    for column in set(_MESSAGES) & features.keys():
+        messages = features[column]
+        fields = messages.feature if isinstance(messages, List | LargeList) else None
+        if isinstance(fields, dict) and isinstance(fields.get("content"), List | LargeList):
+            features[column] = List({**fields, "content": Value("string")})
+    if "chat_template_kwargs" in features:
+        # The type of a dictionary has all of its fields in every row.
+        features["chat_template_kwargs"] = Json()
+    return Features(features)

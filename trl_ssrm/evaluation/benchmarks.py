@@ -14,6 +14,7 @@ from ..data.checks import (
     check_not_empty,
     check_preference_dataset,
     check_row,
+    check_template_columns,
 )
 from ..data.formats import TEMPLATE_COLUMNS
 from ..data.prompts import with_prompt
@@ -118,8 +119,11 @@ def check_rows(dataset: Dataset, benchmark: str, subset_column: str | None) -> N
     has_labels = benchmark == "best_of_n" and "completions" in dataset.column_names
     columns = ("completions", "labels") if has_labels else ("chosen", "rejected")
     check_columns(dataset, ("prompt", *columns), "dataset")
-    for number, row in enumerate(dataset.select_columns(["prompt", *columns])):
+    shown = [column for column in TEMPLATE_COLUMNS if column in dataset.column_names]
+    for number, row in enumerate(dataset.select_columns(["prompt", *columns, *shown])):
         where = f"row {number} of `dataset`"
+        check_template_columns(row, where)
+        row = {name: row[name] for name in ("prompt", *columns)}
         _check_texts(row, where)
         if benchmark == "rewardbench":
             _check_rewardbench_row(row, where)

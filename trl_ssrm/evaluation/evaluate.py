@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..alignment.judge import PairwiseJudge
 from ..alignment.reward_function import SSRMRewardFunction
-from ..data.checks import tokenizing
+from ..data.checks import NotTokenizedError, check_is_dataset, tokenizing, unformatted
 from ..data.prompts import prompt_groups
 from ..io.hub import check_model_is_there
 from ..io.storage import content_hash
@@ -119,6 +119,8 @@ def evaluate(
     if isinstance(model, PairwiseJudge) and max_length is not None:
         raise ValueError("`max_length` is for scalar models; set `max_length` of the judge's `comparison` instead.")
     subset_column = subset_column or {"rewardbench": "subset", "rm_bench": "domain"}.get(benchmark)
+    check_is_dataset(dataset, "dataset")
+    dataset = unformatted(dataset)
     check_rows(dataset, benchmark, subset_column)
     subsets = [] if subset_column is None else [str(subset) for subset in dataset[subset_column]]
     strata, weights = strata_of(benchmark, subsets, len(dataset))
@@ -216,6 +218,9 @@ def _pairwise_logits(judge: PairwiseJudge, rows: list[BenchmarkRow], first_row: 
         logits = judge.logits(prompts, pairs)
     except NonFiniteScoreError as error:
         raise _naming_rows(error.rows, ends, first_row) from error
+    except NotTokenizedError as error:
+        row = first_row + int(np.searchsorted(ends, error.position, side="right"))
+        raise NotTokenizedError(f"Row {row} of `dataset`", error.reason) from error
     return np.split(logits, ends[:-1])
 
 

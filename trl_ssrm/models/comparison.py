@@ -13,8 +13,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ..data.checks import tokenizing, unformatted
+from ..data.conversations import with_text
 from ..data.markup import as_literal, special_tokens_of
 from ..data.prompts import with_prompt
+from ..data.tokenization import ROW_COLUMN
 from ..io.files import write_json
 
 
@@ -171,7 +174,7 @@ class Comparison:
         Raises:
             ValueError: If a message has no text, or the template can't be rendered.
         """
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else with_text(prompt)
         answers = [answer if isinstance(answer, str) else _text(answer) for answer in (first, second)]
         _text(messages)
         # So that no prompt and no answer can end the turn that holds the comparison.
@@ -261,18 +264,22 @@ def tokenize_comparisons(
         first) and `rejected_ids` (rejected completion shown first).
     """
 
-    def tokenize(row: dict[str, Any]) -> dict[str, list[int]]:
+    def tokenize(row: dict[str, Any], number: int) -> dict[str, list[int]]:
         row = with_prompt(row)
-        chosen_ids, rejected_ids = comparison.tokenize(tokenizer, row["prompt"], row["chosen"], row["rejected"])
+        with tokenizing(f"Row {row.get(ROW_COLUMN, number)} of the pairs"):
+            chosen_ids, rejected_ids = comparison.tokenize(tokenizer, row["prompt"], row["chosen"], row["rejected"])
         return {"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
 
     if ignored := {"tools", "chat_template_kwargs"} & set(dataset.column_names or []):
         logger.warning(f"A comparison shows no {sorted(ignored)}; these columns have no effect.")
     kwargs: dict[str, Any] = {}
+    dataset = unformatted(dataset)
     if isinstance(dataset, Dataset):
         kwargs["num_proc"] = num_proc
     with PartialState().main_process_first():
-        dataset = dataset.map(tokenize, **kwargs, **({"desc": "Tokenizing comparisons"} if kwargs else {}))
+        dataset = dataset.map(
+            tokenize, with_indices=True, **kwargs, **({"desc": "Tokenizing comparisons"} if kwargs else {})
+        )
         if max_length is not None:
             dataset = dataset.filter(
                 lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length, **kwargs
@@ -286,8 +293,9 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _text(messages: list[dict[str, Any]]) -> str:
+    messages = with_text(messages)
     for message in messages:
-        if not isinstance(message.get("content"), str):
+        if not isinstance(message["content"], str):
             raise ValueError(
                 "A pairwise model reads text, but a message has none (such as a tool call); leave out its row."
             )
