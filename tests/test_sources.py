@@ -1,8 +1,12 @@
+import csv
+import gzip
 import json
 
 import pytest
 from conftest import as_messages, preference_rows
 from datasets import Dataset, DatasetDict
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from trl_ssrm.io.sources import load_data, load_splits
 
@@ -27,6 +31,98 @@ def test_same_rows_from_every_format(tmp_path):
     write_csv(tmp_path / "folder" / "train.csv", ROWS)
     for name in ("rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "saved", "folder"):
         assert load_data(str(tmp_path / name)).to_list() == ROWS, name
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv"])
+def test_compressed_text_is_read_as_the_file_that_it_holds(name, tmp_path):
+    write_csv(tmp_path / "rows.csv", ROWS)
+    write_csv(tmp_path / "rows.tsv", ROWS, "\t")
+    Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    for compressed in (tmp_path / f"{name}.gz", tmp_path / "folder" / f"train.{name.split('.')[1]}.gz"):
+        compressed.parent.mkdir(exist_ok=True)
+        compressed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    assert load_data(str(tmp_path / f"{name}.gz")).to_list() == ROWS
+    assert load_data(str(tmp_path / "folder")).to_list() == ROWS
+
+
+def unquoted(rows: list[dict]) -> str:
+    """As many tools write TSV: tabs between the texts, and every other character as it is."""
+    return "\n".join("\t".join(values) for values in [rows[0], *(row.values() for row in rows)]) + "\n"
+
+
+def test_text_that_begins_with_a_quote_swallows_no_rows(tmp_path):
+    rows = preference_rows(20)
+    rows[5]["chosen"] = '"kind' + rows[5]["chosen"]
+    rows[11]["chosen"] += ' he said"'
+    (tmp_path / "rows.tsv").write_text(unquoted(rows), encoding="utf-8")
+    assert load_data(str(tmp_path / "rows.tsv")).to_list() == rows
+
+
+FIELDS = st.text('ab", \r\n', max_size=6)
+
+
+@example(table=[['"a', 'b"'], ["a", "b"]], quoting="minimal")
+@example(table=[["a\nb", 'say "a"'], ["a", "b"]], quoting="minimal")
+@example(table=[['say "a"', '"a" he said'], ["a", "b"]], quoting="none")
+@given(
+    table=st.lists(st.lists(FIELDS, min_size=2, max_size=2), min_size=1, max_size=5),
+    quoting=st.sampled_from(["none", "minimal", "all", "comma"]),
+)
+def test_rows_of_a_table_are_those_that_were_written(tmp_path_factory, table, quoting):
+    # A line without any text, and empty lines, are no rows.
+    rows = [{"chosen": f"x{one}", "rejected": other} for one, other in table]
+    path = tmp_path_factory.mktemp("table") / ("rows.csv" if quoting == "comma" else "rows.tsv")
+    if quoting == "none":
+        # Text in quotes as a whole would be taken for a quoted field.
+        rows = [{name: f"{text}.".translate({10: "", 13: ""}) for name, text in row.items()} for row in rows]
+        path.write_text(unquoted(rows), encoding="utf-8", newline="")
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            kind = csv.QUOTE_ALL if quoting == "all" else csv.QUOTE_MINIMAL
+            writer = csv.DictWriter(
+                file, ["chosen", "rejected"], delimiter="," if quoting == "comma" else "\t", quoting=kind
+            )
+            writer.writeheader()
+            writer.writerows(rows)
+    assert load_data(str(path)).to_list() == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "rows.csv",
+            "prompt;chosen;rejected\na;b;c\n",
+            "separated by semicolons, where its name says commas; save it",
+        ),
+        ("rows.csv", "prompt\tchosen\trejected\na\tb\tc\n", "separated by tabs, where .* commas; name it .tsv"),
+        ("rows.tsv", "prompt,chosen,rejected\na,b,c\n", "separated by commas, where its name says tabs; save it"),
+        (
+            "rows.csv",
+            'chosen,rejected\na,b\n"Yes" he said,b\na,b\n',
+            "begins with a quote in line 3 does not end with",
+        ),
+        ("rows.csv", 'chosen,rejected\n"Yes,b\na,b\na,b\n', "begins with a quote in line 2 does not end with one"),
+        ("rows.tsv", '"chosen"\t"rejected"\n"a"\t"say "b" now"\n', "begins with a quote in line 2 does not end with"),
+    ],
+)
+def test_table_that_would_lose_rows_or_columns_is_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_text(content, encoding="utf-8")
+    for path in (tmp_path / name, tmp_path / "folder"):
+        with pytest.raises(ValueError, match=f"{path.name} can't be read, or has no rows: .*{message}"):
+            load_data(str(path))
+
+
+def test_tables_of_other_layouts_are_not_read_together(tmp_path):
+    write_csv(tmp_path / "one.csv", ROWS)
+    write_csv(tmp_path / "two.tsv", ROWS, "\t")
+    with pytest.raises(
+        ValueError, match=r"two.tsv and one.csv have other columns, delimiters or quotes; put them into"
+    ):
+        load_data(str(tmp_path))
 
 
 def test_conversations_from_json_lines(tmp_path):

@@ -9,10 +9,15 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.utils import logging
 
+from .delimited import TextTable, read_layout
+
 
 # Name that `load_dataset` has for the format of a file, by the file's extension.
 _FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+# Text files may be compressed.
+_FORMATS |= {f"{extension}.gz": format for extension, format in _FORMATS.items() if format != "parquet"}
 _EXTENSIONS = ", ".join(_FORMATS)
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def load_data(name_or_path: str, split: str | None = None, config: str | None = None) -> Dataset:
@@ -21,7 +26,7 @@ def load_data(name_or_path: str, split: str | None = None, config: str | None = 
 
     Args:
         name_or_path (`str`):
-            A file (JSON lines, CSV, TSV or Parquet), a folder that [`~datasets.Dataset.save_to_disk`] wrote or that
+            A file (JSON lines, CSV, TSV or Parquet; text also compressed as `.gz`), a folder that [`~datasets.Dataset.save_to_disk`] wrote or that
             holds such files, or the ID of a dataset on the hub. A file or folder is used before a dataset of the same
             name.
         split (`str`, *optional*):
@@ -35,7 +40,8 @@ def load_data(name_or_path: str, split: str | None = None, config: str | None = 
         number.
 
     Raises:
-        ValueError: If there is no such file, folder, dataset or split, or if it is empty or can't be read.
+        ValueError: If there is no such file, folder, dataset or split, or if it is empty or can't be read, or if a CSV
+            file is separated or quoted in a way that would lose rows.
     """
     splits = load_splits(name_or_path, config)
     is_single = len(splits) == 1 and (split is None or Path(name_or_path).is_file())
@@ -75,13 +81,15 @@ def load_splits(name_or_path: str, config: str | None = None) -> dict[str, Datas
 
 
 def _load_file(path: Path) -> dict[str, Dataset]:
-    if path.suffix not in _FORMATS:
+    if (extension := _extension(path)) is None:
         raise ValueError(f"{path} ends with {path.suffix!r}; a data file ends with one of {_EXTENSIONS}.")
     with _readable(path):
         if path.stat().st_size == 0:
             raise ValueError("it is empty")
-        format, files = _FORMATS[path.suffix], {"train": str(path)}
-        return dict(load_dataset(format, data_files=files, **_options([path])))
+        tables = _tables([path])
+        splits = dict(load_dataset(_FORMATS[extension], data_files={"train": str(path)}, **_options(tables)))
+        _check_number_of_rows(splits, tables)
+        return splits
 
 
 def _load_folder(path: Path) -> dict[str, Dataset]:
@@ -93,22 +101,62 @@ def _load_folder(path: Path) -> dict[str, Dataset]:
         files = sorted(
             file
             for file in path.rglob("*")
-            if file.suffix in _FORMATS and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            if _extension(file) and not any(part.startswith(".") for part in file.relative_to(path).parts)
         )
         if not files:
             raise ValueError(f"none of its files ends with one of {_EXTENSIONS}")
-        return dict(load_dataset(str(path), **_options(files)))
+        tables = _tables(files)
+        splits = dict(load_dataset(str(path), **_options(tables)))
+        # `load_dataset` does not read every file of a folder: it may have one for each split and further ones.
+        if len(splits) == 1 and len(files) == 1:
+            _check_number_of_rows(splits, tables)
+        return splits
 
 
-def _options(files: list[Path]) -> dict[str, Any]:
-    """Arguments to read CSV files as text: pandas would read the answers "42" and "NA" as a number and as missing."""
-    if any(_FORMATS[file.suffix] != "csv" for file in files):
+def _extension(path: Path) -> str | None:
+    """The longest end of a file name that is in `_FORMATS`."""
+    ends = ("".join(path.suffixes[-number:]) for number in (2, 1))
+    return next((end for end in ends if end in _FORMATS), None)
+
+
+def _tables(files: list[Path]) -> dict[Path, TextTable]:
+    """Layouts of CSV and TSV files; none if there are files of another format."""
+    extensions = {file: _extension(file) or "" for file in files}
+    if any(_FORMATS[extension] != "csv" for extension in extensions.values()):
         return {}
-    separator = "\t" if files[0].suffix == ".tsv" else ","
-    with open(files[0], encoding="utf-8-sig", newline="") as file:
-        columns = next(csv.reader(file, delimiter=separator), [])
-    features = Features({name: Value("float64" if name == "margin" else "string") for name in columns})
-    return {"sep": separator, "keep_default_na": False, "encoding": "utf-8-sig", "features": features}
+    tables = {file: read_layout(file, _SEPARATORS[end.removesuffix(".gz")]) for file, end in extensions.items()}
+    (first, layout), *others = tables.items()
+    for file, other in others:
+        if (other.separator, other.is_quoted, set(other.columns)) != (
+            layout.separator,
+            layout.is_quoted,
+            set(layout.columns),
+        ):
+            raise ValueError(
+                f"{file.name} and {first.name} have other columns, delimiters or quotes; put them into folders of their own"
+            )
+    return tables
+
+
+def _options(tables: dict[Path, TextTable]) -> dict[str, Any]:
+    """Arguments to read CSV files as text: pandas would read the answers "42" and "NA" as a number and as missing."""
+    if not tables:
+        return {}
+    layout = next(iter(tables.values()))
+    features = Features({name: Value("float64" if name == "margin" else "string") for name in layout.columns})
+    return {
+        "sep": layout.separator,
+        "quoting": csv.QUOTE_MINIMAL if layout.is_quoted else csv.QUOTE_NONE,
+        "keep_default_na": False,
+        "encoding": "utf-8-sig",
+        "features": features,
+    }
+
+
+def _check_number_of_rows(splits: dict[str, Dataset], tables: dict[Path, TextTable]) -> None:
+    expected, found = sum(table.num_rows for table in tables.values()), sum(map(len, splits.values()))
+    if tables and expected != found:
+        raise ValueError(f"it has {expected} rows, but {found} were read; check its quotes, or save it as JSON lines")
 
 
 @contextlib.contextmanager
@@ -127,7 +175,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _load_from_hub(name: str, config: str | None) -> dict[str, Dataset]:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in _FORMATS:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or _extension(Path(name)):
         raise ValueError(f"There is no file or folder {name}; check the path.")
     try:
         return dict(load_dataset(name, name=config))
