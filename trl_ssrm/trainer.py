@@ -21,6 +21,7 @@ from .config import SSRMConfig
 from .io.files import telling_where
 from .models.adapters import merged, prepare_quantized
 from .models.backbone import freeze_backbone
+from .models.classifier import complete_config
 from .models.comparison import Comparison
 from .models.sharding import check_sharding
 from .reporting.card import add_rounds, copy_card
@@ -38,6 +39,7 @@ from .rounds.run_data import by_name, prepare_run_data, report_too_long
 from .rounds.run_directory import RunDirectory
 from .rounds.settings import resolve_settings
 from .rounds.steps import RoundSteps
+from .scoring.inputs import check_data, check_padding
 
 
 if TYPE_CHECKING:
@@ -166,10 +168,11 @@ class SSRMTrainer(RoundSteps):
         is_conversational = None
         if self.has_pool:
             is_conversational = given.prepare_pool(
-                train_dataset, eval_dataset, calibration_dataset, data_collator, optimizers
+                train_dataset, eval_dataset, calibration_dataset, data_collator, optimizers, compute_metrics
             )
         else:
             refuse_without_pool(calibration_dataset, callbacks)
+        given.load_adapter()
         if given.is_pairwise:
             self.comparison = given.prepare_pairwise(data_collator)
         super().__init__(
@@ -209,6 +212,9 @@ class SSRMTrainer(RoundSteps):
     def _prepare_model(self, is_quantized: bool) -> None:
         if is_quantized and is_peft_model(self.model):
             prepare_quantized(self.model)
+        complete_config(self.model)
+        if self.has_pool:
+            check_padding(self.model, self.processing_class.pad_token_id, self.accelerator)
         if isinstance(self.args, SSRMConfig) and self.args.freeze_backbone:
             if is_peft_model(self.model):
                 raise ValueError("`freeze_backbone` trains the score head alone; leave `peft_config` out.")
@@ -230,6 +236,7 @@ class SSRMTrainer(RoundSteps):
                 is_conversational,
                 by_pair=self.comparison is not None,
             )
+        check_data(self.data.all_pairs, self.model)
         self.check_shares()
         own = [each for each in self.callback_handler.callbacks if isinstance(each, PseudoLabelingCallback)]
         if len(own) > 1:

@@ -6,12 +6,17 @@ import tempfile
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, load_peft_weights
+from peft import PeftConfig, PeftModel, PeftType, TaskType, load_peft_weights
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from .classifier import complete_config, num_embeddings
+
 
 logger = logging.getLogger(__name__)
+
+# The first two have no `modules_to_save`, Poly reads a task ID, and X-LoRA takes adapters that are trained.
+_NO_REWARD_MODELS = (PeftType.ADAPTION_PROMPT, PeftType.TRAINABLE_TOKENS, PeftType.POLY, PeftType.XLORA)
 
 
 def with_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
@@ -25,7 +30,12 @@ def with_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
     Returns:
         [`~peft.PeftConfig`] or `None`: the configuration with `task_type="SEQ_CLS"`, for which PEFT adds the head to
         `modules_to_save`. A changed `task_type` is logged.
+
+    Raises:
+        ValueError: If an adapter of this type does not make a reward model.
     """
+    if peft_config is not None:
+        check_adapter_type(peft_config)
     if peft_config is None or peft_config.task_type == TaskType.SEQ_CLS:
         return peft_config
     logger.warning(
@@ -35,6 +45,15 @@ def with_score_head(peft_config: PeftConfig | None) -> PeftConfig | None:
     peft_config = copy.deepcopy(peft_config)
     peft_config.task_type = TaskType.SEQ_CLS
     return peft_config
+
+
+def check_adapter_type(peft_config: PeftConfig) -> None:
+    """Refuse adapters that put virtual tokens before a sequence, that train no score head, or that need other inputs."""
+    if peft_config.is_prompt_learning or peft_config.peft_type in _NO_REWARD_MODELS:
+        raise ValueError(
+            f"An adapter of type {PeftType(peft_config.peft_type).value} does not work here: the score head has to be "
+            "trained with it, and it has to read plain sequences; use another one, such as `LoraConfig`."
+        )
 
 
 def is_quantized_by_bitsandbytes(model: Any) -> bool:
@@ -79,9 +98,43 @@ def adapter_shapes(name_or_path: str, revision: str | None = None) -> dict[str, 
     return {name.removeprefix("base_model.model."): weight.shape for name, weight in weights.items()}
 
 
+def make_room(base: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
+    """
+    Give a base model as many embeddings as a saved adapter brings.
+
+    PEFT saves embeddings with an adapter if they were resized, for a padding token or a chat template, and then can't
+    load them into the base model as it is.
+
+    Args:
+        base ([`~transformers.PreTrainedModel`]):
+            Sequence classifier without an adapter.
+        shapes (`dict[str, torch.Size]`):
+            Shapes of the weights of the adapter, from [`adapter_shapes`].
+    """
+    own = num_embeddings(base)
+    if own is None:
+        return
+    embedding = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    # With an adapter of their own, or with single tokens that are trained, they have other names.
+    for part in ("", "base_layer.", "token_adapter.base_layer."):
+        name = f"{embedding}.{part}weight"
+        if name in shapes and shapes[name][0] != own:
+            # The new rows are read from the adapter.
+            base.resize_token_embeddings(shapes[name][0], mean_resizing=False)
+
+
+def with_adapter(
+    base: PreTrainedModel, name_or_path: str, revision: str | None = None, is_trainable: bool = False
+) -> PeftModel:
+    """[`~peft.PeftModel`]: the base model with a saved adapter and its score head, to be trained further or not."""
+    check_adapter_type(PeftConfig.from_pretrained(name_or_path, revision=revision))
+    make_room(base, adapter_shapes(name_or_path, revision))
+    return PeftModel.from_pretrained(base, name_or_path, revision=revision, is_trainable=is_trainable)
+
+
 def merge_adapter(base: PreTrainedModel, name_or_path: str, revision: str | None = None) -> PreTrainedModel:
     """[`~transformers.PreTrainedModel`]: the base model with a saved adapter and its score head merged; trainable."""
-    merged_model = PeftModel.from_pretrained(base, name_or_path, revision=revision).merge_and_unload()
+    merged_model = with_adapter(base, name_or_path, revision).merge_and_unload()
     # PEFT has frozen it; without this, a value model that starts from it would never learn.
     return merged_model.requires_grad_(True)
 
@@ -111,4 +164,5 @@ def merged(model: PeftModel) -> PreTrainedModel:
             base.config.name_or_path, num_labels=1, dtype=torch.float32
         )
         base.config.get_text_config().pad_token_id = pad_token_id
+        complete_config(base)
         return merge_adapter(base, adapter)

@@ -1,8 +1,10 @@
-"""Facts about a sequence classifier: its positions and the attention windows of its layers."""
+"""Facts about a sequence classifier: its embeddings, its positions and the attention windows of its layers."""
 
 from typing import Any
 
 from torch import nn
+
+from .sharding import shape_of
 
 
 def classifier_of(model: Any) -> Any:
@@ -27,6 +29,49 @@ def num_positions(model: Any) -> int | None:
             padding = module.padding_idx
             return module.num_embeddings - (getattr(module, "offset", 0) if padding is None else padding + 1)
     return None
+
+
+def num_embeddings(model: Any) -> int | None:
+    """`int` or `None`: number of token IDs that a model has embeddings for; `None` if it hashes them, as CANINE does."""
+    try:
+        embedding = classifier_of(model).get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return shape_of(embedding.weight)[0] if isinstance(embedding, nn.Embedding) else None
+
+
+def padding_of_positions(model: Any) -> int | None:
+    """
+    Padding token that a model counts positions from, as RoBERTa does; it is fixed when the model is made.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Sequence classifier.
+
+    Returns:
+        `int` or `None`: `None` if positions do not depend on a padding token.
+    """
+    for name, module in classifier_of(model).named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            return module.padding_idx
+    return None
+
+
+def complete_config(model: Any) -> None:
+    """
+    Make the configuration of a trained sequence classifier say what gives the trained rewards when it is loaded.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Sequence classifier with one label, after [`~trl.RewardTrainer`] has set its padding token.
+    """
+    config = classifier_of(model).config
+    # Otherwise `pipeline("text-classification")` returns the sigmoid of the reward. Only a loss that is not used here asks
+    # for it too.
+    config.problem_type = "regression"
+    # A model made with another padding token would count positions from another number.
+    if (padding := padding_of_positions(model)) is not None:
+        config.get_text_config().pad_token_id = padding
 
 
 def windows_of_layers(config: Any) -> dict[str, int | None]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import disable_fsdp_ram_efficient_loading
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from ..io.hub import check_model_is_there
-from .adapters import adapter_shapes, merge_adapter
+from .adapters import adapter_shapes, merge_adapter, with_adapter
 from .comparison import Comparison
 
 
@@ -55,42 +55,109 @@ def load_reward_model(
     return _load_classifier(model_name_or_path, dtype, trust_remote_code, **kwargs)
 
 
+def load_adapter_to_train(
+    model_name_or_path: str, dtype: str | torch.dtype = "float32", trust_remote_code: bool = False, **kwargs: Any
+) -> PeftModel:
+    """
+    Load a saved adapter on its base model to train it further, with its score head.
+
+    Args:
+        model_name_or_path (`str`):
+            Directory or model ID of an adapter that a reward trainer saved.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`):
+            Precision to load the base model in. `"auto"` is the precision of the checkpoint.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the base model.
+        kwargs (`dict[str, Any]`):
+            Further arguments of [`~transformers.PreTrainedModel.from_pretrained`], such as `quantization_config`.
+
+    Returns:
+        [`~peft.PeftModel`]: the model; the adapter and its score head are trainable, the base is not.
+
+    Raises:
+        ValueError: If the base model is not there, or if the adapter has no score head with one label.
+    """
+    revision = kwargs.get("revision")
+    base, missing = _load_base(model_name_or_path, dtype, trust_remote_code, **kwargs)
+    # The names that PEFT gives heads a place in `modules_to_save` by.
+    has_head = any(
+        {"score", "classifier"} & set(name.split("."))
+        for name in adapter_shapes(model_name_or_path, revision=revision)
+    )
+    if missing or not has_head:
+        raise ValueError(
+            f"{model_name_or_path} is an adapter without a score head, so it is no reward model; merge it into its base "
+            "model with `merge_and_unload`, and start from that with a `peft_config`."
+        )
+    return with_adapter(base, model_name_or_path, revision, is_trainable=True)
+
+
+def is_adapter(model: Any, revision: str | None = None) -> bool:
+    """`bool`: whether a model is given as the directory or model ID of an adapter."""
+    return isinstance(model, str) and find_adapter_config_file(model, revision=revision) is not None
+
+
+def check_num_labels(model_name_or_path: str, advice: str = "train it with `num_labels=1`", **kwargs: Any) -> None:
+    """
+    Refuse a classifier with several labels.
+
+    Args:
+        model_name_or_path (`str`):
+            Directory or model ID of a model.
+        advice (`str`, *optional*):
+            What the message says to do.
+        kwargs (`dict[str, Any]`):
+            Arguments of [`~transformers.PreTrainedModel.from_pretrained`]. With `ignore_mismatched_sizes`, the head is
+            meant to be replaced.
+
+    Raises:
+        ValueError: If it is a sequence classifier with more than one label.
+    """
+    read = {name: kwargs[name] for name in ("revision", "trust_remote_code", "cache_dir") if name in kwargs}
+    config = AutoConfig.from_pretrained(model_name_or_path, **read)
+    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
+    if is_classifier and config.num_labels != 1 and not kwargs.get("ignore_mismatched_sizes"):
+        raise ValueError(f"{model_name_or_path} has {config.num_labels} labels, but a reward model has one; {advice}.")
+
+
+def _load_base(
+    model_name_or_path: str, dtype: str | torch.dtype, trust_remote_code: bool, **kwargs: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """A classifier, for an adapter its base; and the names of the weights that are neither in it nor in the adapter."""
+    revision, base = kwargs.get("revision"), model_name_or_path
+    loading = {"trust_remote_code": trust_remote_code, **kwargs}
+    shapes: dict[str, torch.Size] = {}
+    if is_adapter(model_name_or_path, revision):
+        adapter_config = PeftConfig.from_pretrained(model_name_or_path, revision=revision)
+        base, loading["revision"] = adapter_config.base_model_name_or_path, adapter_config.revision
+        check_model_is_there(base, f"the base model of {model_name_or_path}", **loading)
+        shapes = adapter_shapes(model_name_or_path, revision=revision)
+    check_num_labels(base, **loading)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, dtype=dtype, output_loading_info=True, **loading
+    )
+    missing = set(info["missing_keys"])
+    for name in missing & shapes.keys():
+        # The model was made with one label.
+        if shapes[name] != model.get_parameter(name).shape:
+            raise ValueError(
+                f"{model_name_or_path} has {shapes[name][0]} labels, but a reward model has one; train it with "
+                "`num_labels=1`."
+            )
+    return model, missing - shapes.keys()
+
+
 def _load_classifier(
     model_name_or_path: str, dtype: str | torch.dtype, trust_remote_code: bool, **kwargs: Any
 ) -> PreTrainedModel:
-    loading = {"trust_remote_code": trust_remote_code, **kwargs}
-    base = model_name_or_path
-    is_adapter = find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None
-    if is_adapter:
-        adapter_config = PeftConfig.from_pretrained(model_name_or_path, revision=kwargs.get("revision"))
-        base, loading["revision"] = adapter_config.base_model_name_or_path, adapter_config.revision
-        check_model_is_there(base, f"the base model of {model_name_or_path}", **loading)
-    config = AutoConfig.from_pretrained(base, revision=loading.get("revision"), trust_remote_code=trust_remote_code)
-    is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
-        raise ValueError(
-            f"{base} has {config.num_labels} labels, but a reward model has one; train it with `num_labels=1`."
-        )
     with whole_in_every_process():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=1, dtype=dtype, output_loading_info=True, **loading
-        )
-    missing = set(info["missing_keys"])
-    if is_adapter:
-        shapes = adapter_shapes(model_name_or_path, revision=kwargs.get("revision"))
-        for name in missing & shapes.keys():
-            if shapes[name][0] != 1:
-                raise ValueError(
-                    f"{model_name_or_path} has {shapes[name][0]} labels, but a reward model has one; train it with "
-                    "`num_labels=1`."
-                )
-        missing -= shapes.keys()
+        model, missing = _load_base(model_name_or_path, dtype, trust_remote_code, **kwargs)
     if missing:
         raise ValueError(
             f"{model_name_or_path} holds no weights for {', '.join(sorted(missing))}, which would be random; give the "
             "directory that a reward trainer saved, not the model that it started from."
         )
-    if is_adapter:
+    if is_adapter(model_name_or_path, kwargs.get("revision")):
         model = merge_adapter(model, model_name_or_path, revision=kwargs.get("revision"))
     return model.eval()
 
@@ -128,9 +195,11 @@ def load_pairwise_model(
             the score layer are missing in the checkpoint.
     """
     check_model_is_there(model_name_or_path, **kwargs)
+    if not is_adapter(model_name_or_path, kwargs.get("revision")):
+        check_num_labels(model_name_or_path, trust_remote_code=trust_remote_code, **kwargs)
     was_pairwise = Comparison.from_pretrained(model_name_or_path, kwargs.get("revision")) is not None
-    is_adapter = find_adapter_config_file(model_name_or_path, revision=kwargs.get("revision")) is not None
-    if is_adapter and was_pairwise:
+    is_saved_adapter = is_adapter(model_name_or_path, kwargs.get("revision"))
+    if is_saved_adapter and was_pairwise:
         return _load_classifier(model_name_or_path, dtype, trust_remote_code, **kwargs)
     with whole_in_every_process(), suppress_load_report():
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -142,7 +211,7 @@ def load_pairwise_model(
             **kwargs,
         )
     check_answers_behind(model)
-    if is_adapter or not (info["missing_keys"] or was_pairwise):
+    if is_saved_adapter or not (info["missing_keys"] or was_pairwise):
         raise ValueError(
             f"{model_name_or_path} is a scalar reward model, which can't score a comparison; start from a causal "
             "language model."

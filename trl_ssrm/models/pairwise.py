@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ..config import SSRMConfig
 from ..io.hub import check_model_is_there
 from .comparison import FILE_NAME, Comparison
-from .loading import check_answers_behind, load_pairwise_model
+from .loading import check_answers_behind, is_adapter, load_adapter_to_train, load_pairwise_model
 
 
 def prepare_pairwise(
@@ -59,7 +59,12 @@ def prepare_pairwise(
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     set_seed(args.seed)
-    loaded = load_pairwise_model(model, token_ids, dtype, args.trust_remote_code, **kwargs)
+    is_pairwise_adapter = is_adapter(model, kwargs.get("revision")) and Comparison.from_pretrained(model) is not None
+    loaded: Any = (
+        load_adapter_to_train(model, dtype, args.trust_remote_code, **kwargs)
+        if is_pairwise_adapter
+        else load_pairwise_model(model, token_ids, dtype, args.trust_remote_code, **kwargs)
+    )
     # `RewardTrainer` would warn that they have no effect on a loaded model.
     args = copy.copy(args)
     args.model_init_kwargs = None

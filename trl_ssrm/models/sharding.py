@@ -44,7 +44,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def shape_of(parameter: nn.Parameter) -> list[int]:
+def shape_of(parameter: torch.Tensor) -> list[int]:
     """`list[int]`: shape of the complete parameter, also where it is sharded."""
     # With ZeRO-3, the parameter itself is an empty tensor.
     return list(getattr(parameter, "ds_shape", parameter.shape))

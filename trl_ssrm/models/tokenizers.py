@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import RewardConfig
 
 from ..config import SSRMConfig
 
@@ -10,7 +11,7 @@ from ..config import SSRMConfig
 _NO_PADDING = "The tokenizer has no padding token and no end-of-sequence token to use instead; set its `pad_token`."
 
 
-def load_tokenizer(model: Any, args: SSRMConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Any, args: RewardConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model as [`~trl.RewardTrainer`] does, but early enough to check the data against it."""
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     return AutoTokenizer.from_pretrained(

@@ -1,18 +1,20 @@
 """What the trainer was given, completed and checked before TRL sees it."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import RewardConfig
 
 from ..config import SSRMConfig
 from ..data.checks import check_labeled_data
 from ..io.hub import check_model_is_there
-from ..models.adapters import is_quantized_by_bitsandbytes, with_score_head
+from ..models.adapters import check_adapter_type, is_quantized_by_bitsandbytes, with_score_head
 from ..models.comparison import Comparison
+from ..models.loading import check_num_labels, is_adapter, load_adapter_to_train
 from ..models.pairwise import prepare_pairwise
 from ..models.tokenizers import check_tokenizer, load_tokenizer
 from .callback import PseudoLabelingCallback
@@ -54,10 +56,50 @@ class Arguments:
         self.is_quantized = self.quantization_config is not None or is_quantized_by_bitsandbytes(self.model)
         self.is_pairwise = isinstance(self.args, SSRMConfig) and self.args.preference_model == "pairwise"
         if self.has_pool or self.is_pairwise:
-            loading = getattr(self.args, "model_init_kwargs", None)
-            check_model_is_there(self.model, **loading if isinstance(loading, dict) else {})
+            check_model_is_there(self.model, **self.loading)
         if self.has_pool or self.is_pairwise or self.is_quantized:
             self.peft_config = with_score_head(self.peft_config)
+            if isinstance(self.model, PeftModel):
+                check_adapter_type(self.model.active_peft_config)
+        self.is_adapter = is_adapter(self.model, self.loading.get("revision"))
+        if self.is_adapter and self.peft_config is not None:
+            raise ValueError(
+                f"{self.model} is an adapter, which is trained further; leave `peft_config` out, or merge the adapter into "
+                "its base model first."
+            )
+        if isinstance(self.model, str) and not self.is_adapter:
+            advice = "start from its base model, or with `model_init_kwargs={'ignore_mismatched_sizes': True}`"
+            check_num_labels(self.model, advice, **self.loading)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """`dict[str, Any]`: arguments to load the model with."""
+        if self.args is None:
+            return {}
+        given = self.args.model_init_kwargs
+        return {"trust_remote_code": self.args.trust_remote_code, **(given if isinstance(given, dict) else {})}
+
+    def load_adapter(self) -> None:
+        """
+        Load a scalar model that is given as a saved adapter, so that the adapter is trained further.
+
+        [`~trl.RewardTrainer`] would train its score head alone, and could not save it.
+        """
+        if not self.is_adapter or self.is_pairwise:
+            return
+        args = self.args or RewardConfig(f"{self.model.split('/')[-1]}-Reward")
+        self.processing_class = self.processing_class or load_tokenizer(self.model, args)
+        kwargs = {"dtype": "float32", **self.loading}
+        # The same arguments and seed as `RewardTrainer` loads a model with.
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            kwargs["device_map"] = None
+        if self.quantization_config is not None:
+            kwargs["quantization_config"] = self.quantization_config
+        set_seed(args.seed)
+        self.model = load_adapter_to_train(self.model, **kwargs)
+        # `RewardTrainer` would warn that they have no effect on a loaded model.
+        self.args, self.quantization_config = copy.copy(args), None
+        self.args.model_init_kwargs = None
 
     def prepare_pool(
         self,
@@ -66,6 +108,7 @@ class Arguments:
         calibration_dataset: Dataset | None,
         data_collator: Any,
         optimizers: tuple[Any, Any],
+        compute_metrics: Any,
     ) -> bool | None:
         """
         Complete the configuration, load the tokenizer, and refuse what does not work with a pool.
@@ -79,7 +122,15 @@ class Arguments:
         """
         self.args = args = complete_args(self.args, self.model)
         self.processing_class = self.processing_class or load_tokenizer(self.model, args)
-        check_arguments(args, data_collator, train_dataset, optimizers, calibration_dataset is not None)
+        check_arguments(
+            args,
+            data_collator,
+            train_dataset,
+            optimizers,
+            calibration_dataset is not None,
+            eval_dataset,
+            compute_metrics is not None,
+        )
         held_out = by_name(eval_dataset, "eval_dataset") | by_name(calibration_dataset, "calibration_dataset")
         is_conversational = check_labeled_data({"train_dataset": train_dataset, **held_out})
         check_tokenizer(args, self.processing_class, is_conversational)

@@ -14,6 +14,7 @@ from ..scoring.preference import mean_logits
 from .callback import PseudoLabelingCallback
 from .label import join, label
 from .round_trainer import RoundTrainer
+from .settings import fold_of_pairs
 
 
 # What a fold model does not do in training: these are the round's.
@@ -40,9 +41,7 @@ class Folds:
         self.trainer = trainer
         self.num_folds = num_folds
         self.callback = callback
-        prompts = trainer.data.prompts
-        places = np.random.default_rng(trainer.args.seed).permutation(trainer.data.num_prompts)
-        self.fold_of = places[prompts] % max(1, num_folds)
+        self.fold_of = fold_of_pairs(trainer.data.prompts, max(1, num_folds), trainer.args.seed)
 
     def train(self, round: int, ignore_keys_for_eval: list[str] | None) -> None:
         """

@@ -26,6 +26,18 @@ DEFAULT_TARGET_PRECISION = 0.9
 NUM_FOLDS = 5
 
 
+# Settings of `Trainer` without effect on reward models, here and in `RewardTrainer`, and why.
+_WITHOUT_EFFECT = {
+    "label_smoothing_factor": "set `pseudo_label_weight`, or `pseudo_label_type='soft'`",
+    "label_names": "the columns of a preference dataset have fixed names",
+    "average_tokens_across_devices": "the loss is a mean over pairs",
+    "use_cache": "no text is generated",
+    "do_train": "call `train`",
+    "do_predict": "call `predict`",
+    "resume_from_checkpoint": "pass it to `train`",
+}
+
+
 @dataclass(frozen=True)
 class RoundSettings:
     """
@@ -70,8 +82,13 @@ def check_arguments(
     train_dataset: Any,
     optimizers: tuple[Any, Any],
     has_calibration: bool,
+    eval_dataset: Any,
+    has_own_metrics: bool,
 ) -> None:
-    """Refuse arguments of the trainer that don't work with a pool, and an output directory that can't be written."""
+    """
+    Refuse arguments of the trainer that don't work with a pool, and an output directory that can't be written. Name the
+    settings that have no effect.
+    """
     if not isinstance(train_dataset, Dataset):
         raise TypeError(
             f"`train_dataset` must be a `Dataset` beside `unlabeled_dataset`, got `{type(train_dataset).__name__}`. Only "
@@ -84,6 +101,7 @@ def check_arguments(
             "Every round starts a new optimizer, so `optimizers` can't be used; use `optimizer_cls_and_kwargs`, or `optim` "
             "in the config."
         )
+    check_inherited(args, eval_dataset, has_own_metrics)
     for name in ("keep_best_round", "target_precision"):
         if getattr(args, name) and not has_calibration and args.num_folds == 0:
             raise ValueError(f"`{name}` needs held-out labels; give `calibration_dataset`, or set `num_folds=5`.")
@@ -93,6 +111,50 @@ def check_arguments(
             pass
     except OSError as error:
         raise ValueError(f"`output_dir` can't be written: {error}. Choose another one.") from error
+
+
+def check_inherited(args: SSRMConfig, eval_dataset: Any, has_own_metrics: bool) -> None:
+    """
+    Refuse inherited settings that don't work with a pool, and name those without effect in one warning.
+
+    Args:
+        args ([`SSRMConfig`]):
+            Configuration of the trainer.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Held-out pairs; those in a dictionary have their name in the names of their metrics.
+        has_own_metrics (`bool`):
+            Whether `compute_metrics` adds metrics with other names.
+
+    Raises:
+        ValueError: If `metric_for_best_model` is no metric, or if `parallelism_config` is set.
+    """
+    if args.parallelism_config is not None:
+        raise ValueError(
+            "`parallelism_config` splits a sequence or a layer over processes, which scoring does not support; use FSDP or "
+            "DeepSpeed."
+        )
+    metric = args.metric_for_best_model
+    if metric is not None and eval_dataset is not None and not has_own_metrics:
+        metrics = _metrics_of_evaluation(args, eval_dataset)
+        if f"eval_{metric.removeprefix('eval_')}" not in metrics:
+            raise ValueError(
+                f"`metric_for_best_model` is {metric!r}, which no evaluation within a round gives; choose one of "
+                f"{', '.join(metrics)}. To choose among rounds, give `calibration_dataset`."
+            )
+    defaults = {each.name: each.default for each in fields(args)}
+    if without := [name for name in _WITHOUT_EFFECT if getattr(args, name) != defaults[name]]:
+        reasons = ", ".join(f"`{name}` ({_WITHOUT_EFFECT[name]})" for name in without)
+        logger.warning(f"Settings without effect: {reasons}.")
+
+
+def _metrics_of_evaluation(args: SSRMConfig, eval_dataset: Any) -> list[str]:
+    """Names of the metrics that a model can be chosen by within a round."""
+    if isinstance(eval_dataset, dict):
+        # `RewardTrainer` calls the accuracy of each of them `eval_accuracy`, so that only the last one is left.
+        return [f"eval_{name}_loss" for name in eval_dataset]
+    if args.preference_model == "pairwise":
+        return ["eval_loss", "eval_accuracy_in_one_order"]
+    return [f"eval_{name}" for name in ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")]
 
 
 def _check_collator(args: SSRMConfig, data_collator: Any) -> None:
@@ -142,6 +204,7 @@ def resolve_settings(
         )
     num_calibration = len(data.held_out["calibration"].first) if "calibration" in data.held_out else 0
     num_folds = _resolve_num_folds(args, data, labels_by_itself, num_calibration > 0)
+    _check_drop_last(args, data, num_folds)
     num_held_out = num_calibration or (len(data.labeled) if num_folds else 0)
     calibrated_by = "calibration" if num_calibration else "cross_fit" if num_folds else None
     for name in ("keep_best_round", "target_precision"):
@@ -171,6 +234,38 @@ def resolve_settings(
         threshold[name] = DEFAULT_TARGET_PRECISION if is_possible else DEFAULT_CONFIDENCE_THRESHOLD
     keeps_best_round = calibrated_by is not None if args.keep_best_round is None else args.keep_best_round
     return RoundSettings(num_folds, calibrated_by, keeps_best_round, **threshold)
+
+
+def fold_of_pairs(prompts: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
+    """
+    Divide labeled pairs into parts of about the same number of prompts.
+
+    Args:
+        prompts (`np.ndarray` of shape `(num_labeled,)`, int64):
+            Number of the prompt of each pair, from 0 on.
+        num_folds (`int`):
+            Number of parts, at least 1.
+        seed (`int`):
+            Seed of the draw.
+
+    Returns:
+        `np.ndarray` of shape `(num_labeled,)`, int64: the part of each pair; pairs with the same prompt are in one.
+    """
+    places = np.random.default_rng(seed).permutation(int(prompts.max()) + 1)
+    return places[prompts] % num_folds
+
+
+def _check_drop_last(args: SSRMConfig, data: RunData, num_folds: int) -> None:
+    """Refuse to leave out the only batch of a round, or of a fold model."""
+    smallest, batch = len(data.labeled), args.train_batch_size * args.world_size
+    if num_folds:
+        smallest -= int(np.bincount(fold_of_pairs(data.prompts, num_folds, args.seed)).max())
+    if args.dataloader_drop_last and smallest < batch:
+        of = "a fold model" if num_folds else "round 0"
+        raise ValueError(
+            f"`dataloader_drop_last` leaves {of} nothing to train on: its {smallest} labeled pairs fill no batch of "
+            f"{batch}. Set `dataloader_drop_last=False`, or lower `per_device_train_batch_size`."
+        )
 
 
 def _resolve_num_folds(args: SSRMConfig, data: RunData, labels_by_itself: bool, has_calibration: bool) -> int:

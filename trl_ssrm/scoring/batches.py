@@ -13,7 +13,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..models.classifier import num_embeddings
 from ..models.sharding import is_sharded, whole
+from .inputs import check_token_ids
 from .layout import laid_out, to_device
 from .rows import LONGEST_SHARED_ROW, SharedRow, shared_rows
 
@@ -101,6 +103,7 @@ class Scorer:
         self.layout = layout
         self.device = next(model.parameters()).device if accelerator is None else accelerator.device
         self.is_sharded = accelerator is not None and is_sharded(accelerator)
+        self.num_embeddings = num_embeddings(model)
 
     def score(self, sequences: Sequence[np.ndarray], progress: tqdm | None = None) -> np.ndarray:
         """
@@ -115,7 +118,11 @@ class Scorer:
 
         Returns:
             `np.ndarray` of shape `(num_sequences,)`, float32: the scores.
+
+        Raises:
+            ValueError: If the model has no embedding for a token ID.
         """
+        check_token_ids(max((int(ids.max()) for ids in sequences), default=0), self.num_embeddings, "A sequence")
         rows = self._lay(sequences, range(len(sequences)))
         scored: list[tuple[list[int], torch.Tensor]] = []
         batches = self._num_batches_of_all(rows)
@@ -152,7 +159,7 @@ class Scorer:
     def _score_failed_alone(self, sequences: Sequence[np.ndarray], scores: np.ndarray) -> None:
         """Score sequences again whose score is NaN or infinite: one such sequence spoils all others in its row."""
         failed = np.flatnonzero(~np.isfinite(scores)).tolist()
-        if failed and self.layout != "padded" and not self.is_sharded:
+        if failed and self.layout in ("shared", "packed") and not self.is_sharded:
             alone = Scorer(self.model, self.pad_token_id, self.accelerator, self.budget, "padded")
             scores[failed] = alone.score([sequences[position] for position in failed])
 
@@ -176,7 +183,8 @@ class Scorer:
             return max(1, int(np.searchsorted(np.cumsum(lengths), self.budget.tokens, side="right")))
         lengths = lengths[: max(1, self.budget.tokens // lengths[0])]
         padding = np.cumsum(lengths[0] - lengths)
-        return int(np.searchsorted(padding, self.budget.padding, side="right"))
+        most = 0 if self.layout == "unpadded" else self.budget.padding
+        return int(np.searchsorted(padding, most, side="right"))
 
     def _num_batches_of_all(self, rows: list[SharedRow]) -> int:
         """If the weights are sharded, the largest number of batches of any process, otherwise 0."""
@@ -201,7 +209,7 @@ class Scorer:
         padded = np.full(is_token.shape, self.pad_token_id, dtype=np.int64)
         padded[is_token] = np.concatenate(sequences)
         input_ids, mask = torch.from_numpy(padded), torch.from_numpy(is_token.astype(np.int64))
-        if self.layout == "padded":
+        if self.layout in ("padded", "unpadded"):
             input_ids, mask = to_device(input_ids, self.device), to_device(mask, self.device)
         autocast = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
         # FSDP can't gather weights in inference mode.

@@ -1,5 +1,6 @@
 """
-Choose and apply the layout of a batch: padded, with common starts computed once ("shared"), or packed into one row.
+Choose and apply the layout of a batch: padded, with common starts computed once ("shared"), packed into one row, or
+unpadded: sequences of one length only.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..models.classifier import classifier_of, windows_of_layers
+from .inputs import check_padding_token, sees_padding
 from .rows import SharedRow, shared_rows
 from .shared_attention import SHARED_ROWS_ATTENTION, attention_masks, branches_of
 
@@ -35,9 +37,23 @@ def choose_layout(model: nn.Module) -> str:
 
     Returns:
         `str`: `"shared"` for a decoder that accepts an attention mask, `"packed"` for a decoder with flash attention,
-        whose kernels read rows without padding but accept no such mask, and `"padded"` for all other models.
+        whose kernels read rows without padding but accept no such mask, and `"padded"` for all other models;
+        `"unpadded"` if padding changes the rewards.
+
+    Raises:
+        ValueError: If the model has no embedding for the padding token.
     """
     classifier = classifier_of(model)
+    pad_token_id = classifier.config.get_text_config().pad_token_id
+    check_padding_token(model, pad_token_id)
+    # Frozen features, where the trainer has asked before, are no features of made-up sequences.
+    is_frozen = hasattr(classifier, "frozen_backbone")
+    if pad_token_id is not None and not is_frozen and sees_padding(model, pad_token_id):
+        logger.warning(
+            f"{type(classifier).__name__} gives a sequence another reward beside a longer one, so only sequences of one "
+            "length are scored together."
+        )
+        return "unpadded"
     layout = _possible_layout(classifier)
     if layout == "padded":
         return layout
@@ -69,12 +85,12 @@ def laid_out(
         model ([`~torch.nn.Module`]):
             Sequence classifier, or a PEFT model of one; it may be wrapped for several processes.
         layout (`str`):
-            Layout from [`choose_layout`].
+            Layout from [`choose_layout`]. `"padded"` and `"unpadded"` leave the batch as it is.
         rows_of (`Callable[[Sequence[np.ndarray]], list[SharedRow]]`):
             For `"shared"`: lays the sequences of a batch into rows, or returns an empty list to leave the batch
             padded.
     """
-    if layout == "padded":
+    if layout in ("padded", "unpadded"):
         yield
         return
     classifier = classifier_of(model)
