@@ -91,14 +91,13 @@ def generate_completions(
     """
     sampling = _Sampling(num_completions, max_new_tokens, temperature, top_p)
     _check_arguments(sampling, batch_size, model, use_vllm)
-    check_prompts(dataset, "dataset")
-    dataset = unformatted(dataset)
+    dataset = _checked(dataset)
     is_conversational = isinstance(dataset[0]["prompt"], list)
     kwargs = model_init_kwargs or {}
     check_model_is_there(model, **kwargs)
     tokenizer = processing_class or _load_tokenizer(model, trust_remote_code, kwargs)
     _check_tokenizer(tokenizer, is_conversational)
-    reader = ConversationReader(tokenizer)
+    reader = ConversationReader(tokenizer) if is_conversational else None
     sample, weights = _load_sampler(model, tokenizer, use_vllm, dtype, trust_remote_code, kwargs)
 
     def generate(rows: list[Row], first_row: int) -> tuple[list[Row], Counter[str]]:
@@ -106,9 +105,7 @@ def generate_completions(
         made = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            prompts = [row["prompt"] for row in batch]
-            if is_conversational:
-                prompts = [_render(row, reader, first_row + start + place) for place, row in enumerate(batch)]
+            prompts = [_render(row, reader, number) for number, row in enumerate(batch, first_row + start)]
             # The seed depends on the row alone: the result is the same whichever process generates it, and whenever.
             texts = sample(prompts, is_conversational, seed + first_row + start, sampling)
             for row, own in zip(batch, texts, strict=True):
@@ -127,8 +124,7 @@ def generate_completions(
             "dtype": str(dtype),
             "chat_template": content_hash(tokenizer.chat_template) if is_conversational else None,
             **asdict(sampling),
-            # The batches decide which random numbers a row gets.
-            "batch_size": batch_size,
+            "batch_size": batch_size,  # decides which random numbers a row gets
             "use_vllm": use_vllm,
             "seed": seed,
         },
@@ -190,7 +186,15 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, is_conversational: bool
     check_padding(tokenizer)
 
 
-def _render(row: Row, reader: ConversationReader, number: int) -> str:
+def _checked(dataset: Dataset) -> Dataset:
+    check_prompts(dataset, "dataset")
+    return unformatted(dataset)
+
+
+def _render(row: Row, reader: ConversationReader | None, number: int) -> str:
+    """The prompt of a row as the policy reads it. Without a reader it is text."""
+    if reader is None:
+        return row["prompt"]
     with tokenizing(f"Row {number} of `dataset`"):
         prompt, arguments = reader.read(row["prompt"], row.get("tools"), row.get("chat_template_kwargs"))
         # A prompt whose row does not ask for the start of an answer is given it here.

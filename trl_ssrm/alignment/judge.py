@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.checks import NotTokenizedError, tokenizing
+from ..data.checks import NotTokenizedError, check_prompt_of_completion, tokenizing
 from ..io.hub import check_model_is_there
 from ..io.storage import content_hash, tensors_hash
 from ..models.comparison import Comparison
@@ -158,7 +158,8 @@ class PairwiseJudge:
         """
         both = []
         for number, (prompt, pair) in enumerate(zip(prompts, pairs, strict=True)):
-            with tokenizing(f"Pair {number}, with its prompt,", number):
+            check_prompt_of_completion(prompt, f"pair {number}")
+            with tokenizing(f"Pair {number}", number):
                 both.append(self.comparison.tokenize(self.processing_class, prompt, *pair))
         longest = self.comparison.max_length
         fits = np.array([longest is None or max(map(len, orders)) <= longest for orders in both], dtype=bool)
@@ -207,9 +208,7 @@ class PairwiseJudge:
             raise NonFiniteScoreError("prompts", sorted({prompt_of[pair] for pair in error.rows})) from error
         except NotTokenizedError as error:
             number = [number for number, own in enumerate(positions) for _ in own][error.position]
-            raise NotTokenizedError(
-                f"Row {number} of `prompts`, with two completions,", error.reason, number
-            ) from error
+            raise NotTokenizedError(f"A pair of prompt {number}", error.reason, number) from error
         compared = []
         for group, own in zip(completions, positions, strict=True):
             matrix = np.zeros((len(group), len(group)))

@@ -11,8 +11,14 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.checks import check_columns, check_prompts, tokenizing, unformatted
-from ..data.conversations import ConversationReader
+from ..data.checks import (
+    check_columns,
+    check_prompt_of_completion,
+    check_prompts,
+    tokenizing,
+    unformatted,
+)
+from ..data.conversations import ConversationReader, begins_with
 from ..io.hub import check_model_is_there
 from ..models.classifier import num_positions
 from ..models.loading import load_reward_model
@@ -180,7 +186,8 @@ class SSRMRewardFunction:
         rows = zip(prompts, completions, tools or nothing, chat_template_kwargs or nothing, strict=True)
         sequences = []
         for number, row in enumerate(rows):
-            with tokenizing(f"Row {number} of `completions`, with its prompt,", number):
+            check_prompt_of_completion(row[0], f"row {number}")
+            with tokenizing(f"The completion of row {number}", number):
                 sequences.append(self.tokenize(*row))
         return self.score_tokenized(sequences)
 
@@ -238,6 +245,8 @@ class SSRMRewardFunction:
         tokenizer = self.processing_class
         if isinstance(prompt, str) != isinstance(completion, str):
             raise ValueError("one of prompt and completion is text and the other one a conversation")
+        if begins_with(completion, prompt):
+            raise ValueError("it begins with the messages of the prompt, which would be read twice")
         if isinstance(prompt, str):
             end = (
                 "" if tokenizer.eos_token is None or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token

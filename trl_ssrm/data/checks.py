@@ -3,15 +3,15 @@
 import contextlib
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from .conversations import odd_part, template_arguments, with_text
+from .conversations import begins_with, odd_part, template_arguments
 from .markup import strings_of
+from .prompt_columns import check_same_form
 
 
 logger = logging.getLogger(__name__)
@@ -55,34 +55,6 @@ def check_labeled_data(datasets: dict[str, Any]) -> bool | None:
             )
     check_same_form(datasets)
     return expected
-
-
-def check_same_form(datasets: dict[str, Any]) -> None:
-    """
-    Refuse datasets of which some have prompts and others have none, such as labels with a column `question` in place of
-    `prompt`. A prompt is a column, or what the two completions of a pair have in common at their start.
-
-    Args:
-        datasets (`dict[str, Any]`):
-            The datasets, by the name of the argument that each was passed as. Streams and tokenized rows are left out.
-
-    Raises:
-        ValueError: If one has prompts, and another one has none but a further column of text. Without such a column,
-            it is logged.
-    """
-    rows = {name: data for name, data in datasets.items() if isinstance(data, Dataset) and len(data)}
-    known = {name: has for name, data in rows.items() if (has := _has_prompts(data)) is not None}
-    with_prompts = next((name for name, has in known.items() if has), None)
-    for name in (name for name, has in known.items() if not has and with_prompts is not None):
-        words = f"`{name}` has no prompts, neither in a column `prompt` nor before its completions, but `{with_prompts}` has"
-        unread = sorted(set(rows[name].column_names) - _READ)
-        if columns := [column for column in unread if isinstance(unformatted(rows[name])[0][column], str | list)]:
-            raise ValueError(f"{words}; rename the column that holds them ({', '.join(columns)}) to `prompt`.")
-        logger.warning(f"{words}.")
-    for column in ("tools", "chat_template_kwargs"):
-        own = [name for name, data in rows.items() if name in known and column in data.column_names]
-        if own and (others := sorted(known.keys() - set(own))):
-            logger.warning(f"`{own[0]}` has a column `{column}`, which `{others[0]}` does not have.")
 
 
 def check_preference_dataset(dataset: Dataset, name: str) -> bool | None:
@@ -193,13 +165,21 @@ def check_row(texts: dict[str, Any], where: str, is_conversational: bool) -> Non
             f"`{next(iter(completions))}` of {where} is a conversation that was written as text, as in a cell of a CSV file; "
             "write the rows as JSON lines, with each conversation as a list of messages."
         )
-    prompt = _comparable(texts.get("prompt"))
     for name, value in completions.items():
-        if isinstance(value, list) and prompt and name != "prompt" and _comparable(value[: len(prompt)]) == prompt:
+        if name != "prompt" and begins_with(value, texts.get("prompt")):
             raise ValueError(
                 f"`{name}` of {where} begins with the messages of `prompt`, which would be read twice; drop the column "
                 "`prompt`."
             )
+
+
+def check_prompt_of_completion(prompt: Any, where: str) -> None:
+    """
+    Refuse a prompt that comes with a completion and can't be read. It may be empty. The completion is not checked: a policy
+    may write anything, and each completion gets a reward.
+    """
+    if prompt is None or prompt:
+        check_row({"prompt": prompt}, where, isinstance(prompt, list))
 
 
 def check_template_columns(row: dict[str, Any], where: str) -> None:
@@ -298,33 +278,6 @@ def tokenizing(where: str, position: int = 0) -> Iterator[None]:
         raise NotTokenizedError(where, error, position) from error
 
 
-# Columns that are read, and those of the labels that this package writes beside the text.
-_READ = frozenset(
-    ("prompt", "chosen", "rejected", "completions", "completion_a", "completion_b", "margin", "tools")
-    + ("chat_template_kwargs", "probability", "confidence", "label", "labels", "subset")
-)
-
-
-def _has_prompts(dataset: Dataset) -> bool | None:
-    """Whether most of the first rows have a prompt, in a column or before the completions; `None` if they are tokenized."""
-    columns = set(dataset.column_names)
-    if "prompt" in columns:
-        return True
-    if not {"chosen", "rejected"} <= columns:
-        return None
-    rows = unformatted(dataset.select_columns(["chosen", "rejected"]).select(range(min(len(dataset), 100))))
-    found = [_begins_with_prompt(row["chosen"], row["rejected"]) for row in rows]
-    return 2 * sum(found) >= len(found)
-
-
-def _begins_with_prompt(chosen: Any, rejected: Any) -> bool:
-    if isinstance(chosen, list):
-        return any(message["role"] != "assistant" for message in chosen)
-    # A word in common is a prompt.
-    same = os.path.commonprefix([chosen, rejected])
-    return any(character.isspace() for character in same.strip() + same[-1:])
-
-
 def _check_prompt_beside_conversations(texts: dict[str, Any], where: str) -> None:
     """Refuse a prompt as text beside conversations, with the advice that fits: they may hold the prompt already."""
     prompt, name = texts.get("prompt"), next((name for name in texts if name != "prompt"), None)
@@ -335,12 +288,6 @@ def _check_prompt_beside_conversations(texts: dict[str, Any], where: str) -> Non
     if texts[name][0]["role"] != "assistant":
         raise ValueError(f"{words} that has the prompt in it; drop the column `prompt`.")
     raise ValueError(f"{words}; make it one too, such as [{{'role': 'user', 'content': ...}}].")
-
-
-def _comparable(value: Any) -> list:
-    """Messages as they are compared: parts joined, without the empty fields that a `Dataset` fills in."""
-    messages = with_text(value) if isinstance(value, list) else []
-    return [{name: part for name, part in message.items() if part not in (None, [])} for message in messages]
 
 
 def _check_margins(dataset: Dataset, name: str) -> None:

@@ -40,6 +40,13 @@ def has_parts(messages: Any) -> bool:
     )
 
 
+def begins_with(completion: Any, prompt: Any) -> bool:
+    """`bool`: whether a completion repeats the messages of its prompt at its start."""
+    if not (isinstance(completion, list) and isinstance(prompt, list) and prompt):
+        return False
+    return _comparable(completion[: len(prompt)]) == _comparable(prompt)
+
+
 def odd_part(content: Any) -> Any:
     """`Any`: the first part of a message's content that is not text; `None` if there is none."""
     for part in content if isinstance(content, list) else []:
@@ -154,6 +161,13 @@ class ConversationReader:
                     f"the chat template leaves out the text of message {place}, of the role {each['role']!r}"
                 )
         self._read_forms.add(form)
+
+
+def _comparable(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with parts joined, and without the empty fields that a `Dataset` fills in."""
+    return [
+        {name: part for name, part in message.items() if part not in (None, [])} for message in with_text(messages)
+    ]
 
 
 def _joined(content: Any) -> Any:
