@@ -2,8 +2,10 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
+import trl
 from conftest import CHAT_TEMPLATE, as_messages, preference_rows
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -164,6 +166,34 @@ def test_template_may_trim_cut_and_escape_text(tokenizer):
     messages = [{"role": "user", "content": ' "a"\n'}, {"role": "assistant", "content": "<think>b</think> c "}]
     for template in templates:
         ConversationReader(with_template(tokenizer, template)).read(messages, None, None)
+
+
+SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_every_template_of_trl_reads_text_and_parts_alike(tokenizer, path):
+    own = with_template(tokenizer, path.read_text(encoding="utf-8"))
+    own.bos_token = own.eos_token
+    row = conversations(1)[0]
+    reader = ConversationReader(own)
+    read = [reader.read(each["prompt"] + each["chosen"], None, None) for each in (row, in_parts(row))]
+    one, other = (own.apply_chat_template(messages, tokenize=False, **arguments) for messages, arguments in read)
+    assert one == other
+    for name in ("prompt", "chosen"):
+        assert row[name][0]["content"].strip() in one
+        assert "'text'" not in one
+
+
+def test_template_that_reads_parts_alone_is_given_parts_in_training(make, llama, tokenizer):
+    template = TURN.replace("CONTENT", "{% for part in message.content %}{{ part.text }}{% endfor %}")
+    trainer = make(template, pool=list(map(in_parts, conversations(4, 2))))
+    expected = make(TEMPLATES["prints them as a list"])
+    assert list(trainer.data.labeled["chosen_ids"]) == list(expected.data.labeled["chosen_ids"])
+    assert trainer.data.pool.pairs.fingerprint == expected.data.pool.pairs.fingerprint
+    row = conversations(1, 1)[0]
+    ids = SSRMRewardFunction(llama, with_template(tokenizer, template)).tokenize(row["prompt"], row["chosen"])
+    assert ids == expected.data.labeled["chosen_ids"][0]
 
 
 def test_one_of_conversations_with_the_same_turns_is_rendered_twice(tokenizer, monkeypatch):

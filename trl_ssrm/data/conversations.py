@@ -33,10 +33,31 @@ def with_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**message, "content": _joined(message.get("content"))} for message in messages]
 
 
-def has_parts(messages: Any) -> bool:
-    """`bool`: whether a value is a list of messages of which one has parts as its content."""
-    return isinstance(messages, list) and any(
-        isinstance(each, dict) and isinstance(each.get("content"), list) for each in messages
+def with_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`list[dict[str, Any]]`: the messages of [`with_text`] with content as a list of one text part, or an empty list."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}] if message["content"] else []}
+        for message in with_text(messages)
+    ]
+
+
+def takes_parts_alone(tokenizer: Any) -> bool:
+    """`bool`: whether the chat template reads content as parts and not as text, as those of some vision models."""
+
+    def reads(content: Any) -> bool:
+        try:
+            return _mark(0) in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:
+            return False
+
+    return not reads(_mark(0)) and reads([{"type": "text", "text": _mark(0)}])
+
+
+def are_messages(value: Any, of_parts: bool) -> bool:
+    """`bool`: whether a value is a list of messages of which one has parts (or text) as its content."""
+    kind = list if of_parts else str
+    return isinstance(value, list) and any(
+        isinstance(each, dict) and isinstance(each.get("content"), kind) for each in value
     )
 
 
@@ -99,6 +120,7 @@ class ConversationReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer: Any = tokenizer
         self.special_tokens = special_tokens_of(tokenizer)
+        self.in_form = with_parts if takes_parts_alone(tokenizer) else with_text
         self._read_forms: set[str] = set()
 
     def read(self, messages: list[dict[str, Any]], tools: Any, chat_template_kwargs: Any) -> tuple[list, dict]:
@@ -120,7 +142,7 @@ class ConversationReader:
             ValueError: If a message can't be read, or the template leaves out its text.
         """
         arguments = template_arguments(tools, chat_template_kwargs)
-        messages, arguments["tools"] = as_literal([with_text(messages), arguments["tools"]], self.special_tokens)
+        messages, arguments["tools"] = as_literal([self.in_form(messages), arguments["tools"]], self.special_tokens)
         self.check_is_read(messages, arguments)
         return messages, arguments
 
@@ -131,7 +153,7 @@ class ConversationReader:
 
         Args:
             messages (`list[dict[str, Any]]`):
-                A whole conversation, with content as text.
+                A whole conversation, in the form that [`ConversationReader.read`] gives.
             arguments (`dict[str, Any]`):
                 Arguments of the chat template.
 
@@ -146,17 +168,18 @@ class ConversationReader:
         if form in self._read_forms:
             return
         # Text may be trimmed, cut or escaped on purpose, so a mark at its end shows whether the template reads it.
+        texts = [each["content"] for each in with_text(messages)]
         marked = [
-            {**each, "content": f"{each['content']} {_mark(place)}"} if _is_there(each.get("content")) else each
-            for place, each in enumerate(messages)
+            {**each, "content": f"{text} {_mark(place)}"} if _is_there(text) else each
+            for place, (each, text) in enumerate(zip(messages, texts, strict=True))
         ]
         try:
-            rendered = self.tokenizer.apply_chat_template(marked, tokenize=False, **arguments).casefold()
+            rendered = self.tokenizer.apply_chat_template(self.in_form(marked), tokenize=False, **arguments).casefold()
         except Exception:
             # Then the conversation itself fails too, and its error says more.
             return
-        for place, each in enumerate(marked):
-            if _is_there(each.get("content")) and _mark(place) not in rendered:
+        for place, each in enumerate(messages):
+            if _is_there(texts[place]) and _mark(place) not in rendered:
                 raise ValueError(
                     f"the chat template leaves out the text of message {place}, of the role {each['role']!r}"
                 )

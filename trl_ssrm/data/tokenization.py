@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ..io.files import disk_error
 from .checks import OLD_NAMES, NotTokenizedError, unformatted
-from .conversations import ConversationReader, has_parts, template_arguments, with_text
+from .conversations import (
+    ConversationReader,
+    are_messages,
+    takes_parts_alone,
+    template_arguments,
+    with_parts,
+    with_text,
+)
 from .markup import as_literal, holds_special_tokens, special_tokens_of
 from .sequences import iterate_rows
 
@@ -37,7 +44,7 @@ def with_literal_messages(
 
     - Special tokens in messages are escaped; see [`~trl_ssrm.data.markup.as_literal`]. Rows of plain text stay as they
       are: in plain text, special tokens are the only way to mark turns.
-    - Content that is given as text parts becomes text, which every chat template reads.
+    - Content that is given as text parts becomes text, and text becomes a part where the chat template reads only those.
     - Empty `tools`, and `chat_template_kwargs` that only some rows have, count as none.
     - Tensors and tables become Python objects, and token IDs under the names of older versions of TRL get today's.
 
@@ -59,7 +66,8 @@ def with_literal_messages(
     """
     dataset = _renamed(unformatted(dataset))
     special_tokens = special_tokens_of(tokenizer)
-    make_readable = functools.partial(_readable, special_tokens=special_tokens)
+    as_parts = tokenizer.chat_template is not None and takes_parts_alone(tokenizer)
+    make_readable = functools.partial(_readable, special_tokens=special_tokens, as_parts=as_parts)
     if not isinstance(dataset, Dataset):
         return dataset.map(make_readable)
     columns = [column for column in _COLUMNS if column in dataset.column_names]
@@ -67,7 +75,7 @@ def with_literal_messages(
         return dataset
     if special_tokens.search(str({column: dataset.features[column] for column in columns if column in _TEXT})):
         raise ValueError(f"A field in `{name}` is named like a special token of the tokenizer; rename it.")
-    is_changed, forged = _read_once(dataset, columns, tokenizer, name)
+    is_changed, forged = _read_once(dataset, columns, make_readable, tokenizer, name)
     if forged:
         logger.warning(
             f"Messages in {len(forged)} rows of `{name}`, row {forged[0]} being the first, contain special tokens of "
@@ -76,7 +84,7 @@ def with_literal_messages(
     if not is_changed:
         return dataset
     with PartialState().main_process_first():
-        features = _readable_features(dataset)
+        features = _readable_features(dataset, as_parts)
         return dataset.map(make_readable, features=features, desc=f"Reading messages of {name} as text")
 
 
@@ -137,7 +145,11 @@ def _renamed(dataset: Any) -> Any:
 
 
 def _read_once(
-    dataset: Dataset, columns: list[str], tokenizer: PreTrainedTokenizerBase, name: str
+    dataset: Dataset,
+    columns: list[str],
+    make_readable: Callable[[dict[str, Any]], dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
 ) -> tuple[bool, list[int]]:
     """Whether any row has to change, and the rows with special tokens; refuse rows that can't be read."""
     reader = ConversationReader(tokenizer) if tokenizer.chat_template is not None else None
@@ -145,7 +157,7 @@ def _read_once(
     is_changed, forged = False, []
     for place, row in enumerate(iterate_rows(dataset, columns)):
         try:
-            changes = _readable(row, special_tokens)
+            changes = make_readable(row)
             if reader is not None and isinstance(row["chosen"], list):
                 _check_is_read(reader, {**row, **changes})
         except ValueError as error:
@@ -166,7 +178,7 @@ def _holds_special_tokens(row: dict[str, Any], special_tokens: re.Pattern[str]) 
     return holds_special_tokens([row[column] for column in _TEXT if column in row], special_tokens)
 
 
-def _readable(row: dict[str, Any], special_tokens: re.Pattern[str]) -> dict[str, Any]:
+def _readable(row: dict[str, Any], special_tokens: re.Pattern[str], as_parts: bool) -> dict[str, Any]:
     """Those columns of a row that have to change."""
     changes: dict[str, Any] = {}
     if isinstance(row.get("tools"), str) and not row["tools"].strip():
@@ -175,19 +187,24 @@ def _readable(row: dict[str, Any], special_tokens: re.Pattern[str]) -> dict[str,
         changes["chat_template_kwargs"] = {}
     if not isinstance(row.get("chosen"), list):
         return changes
-    changes |= {column: with_text(row[column]) for column in _MESSAGES if has_parts(row.get(column))}
+    # Without a need, no field is added: `RewardTrainer` reads the row as it is.
+    in_form = with_parts if as_parts else with_text
+    own = [column for column in _MESSAGES if are_messages(row.get(column), of_parts=not as_parts)]
+    changes |= {column: in_form(row[column]) for column in own}
     texts = {column: value for column, value in {**row, **changes}.items() if column in _TEXT}
     return {**changes, **as_literal(texts, special_tokens)} if _holds_special_tokens(row, special_tokens) else changes
 
 
-def _readable_features(dataset: Dataset) -> Features:
+def _readable_features(dataset: Dataset, as_parts: bool) -> Features:
     """Types of the columns after [`_readable`]."""
     features = dict(dataset.features)
     for column in set(_MESSAGES) & features.keys():
         messages = features[column]
         fields = messages.feature if isinstance(messages, List | LargeList) else None
-        if isinstance(fields, dict) and isinstance(fields.get("content"), List | LargeList):
-            features[column] = List({**fields, "content": Value("string")})
+        # Content of several kinds is JSON already.
+        if isinstance(fields, dict) and "content" in fields and not isinstance(fields["content"], Json):
+            content = List({"type": Value("string"), "text": Value("string")}) if as_parts else Value("string")
+            features[column] = List({**fields, "content": content})
     if "chat_template_kwargs" in features:
         # The type of a dictionary has all of its fields in every row.
         features["chat_template_kwargs"] = Json()
