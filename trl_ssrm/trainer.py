@@ -212,7 +212,6 @@ class SSRMTrainer(RoundSteps):
     def _prepare_model(self, is_quantized: bool) -> None:
         if is_quantized and is_peft_model(self.model):
             prepare_quantized(self.model)
-        complete_config(self.model)
         if self.has_pool:
             check_padding(self.model, self.processing_class.pad_token_id, self.accelerator)
         if isinstance(self.args, SSRMConfig) and self.args.freeze_backbone:
@@ -360,6 +359,7 @@ class SSRMTrainer(RoundSteps):
     # ---- What comes out ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        complete_config(self.unwrapped_model)
         super().save_model(output_dir, _internal_call)
         if self.comparison is not None and self.args.should_save:
             self.comparison.save_pretrained(str(output_dir or self.args.output_dir))

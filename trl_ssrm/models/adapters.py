@@ -154,6 +154,7 @@ def merged(model: PeftModel) -> PreTrainedModel:
         [`~transformers.PreTrainedModel`]: sequence classifier without an adapter.
     """
     base: Any = model.get_base_model()
+    complete_config(base)
     if not getattr(base, "is_quantized", False):
         return copy.deepcopy(model).merge_and_unload()
     with tempfile.TemporaryDirectory() as adapter:

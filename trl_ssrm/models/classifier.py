@@ -52,8 +52,9 @@ def padding_of_positions(model: Any) -> int | None:
         `int` or `None`: `None` if positions do not depend on a padding token.
     """
     for name, module in classifier_of(model).named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-            return module.padding_idx
+        if name.endswith("position_embeddings"):
+            # Also embeddings of other classes, such as I-BERT's.
+            return getattr(module, "padding_idx", None)
     return None
 
 
@@ -63,13 +64,14 @@ def complete_config(model: Any) -> None:
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Sequence classifier with one label, after [`~trl.RewardTrainer`] has set its padding token.
+            Sequence classifier with one label, before it is saved.
     """
     config = classifier_of(model).config
     # Otherwise `pipeline("text-classification")` returns the sigmoid of the reward. Only a loss that is not used here asks
     # for it too.
     config.problem_type = "regression"
-    # A model made with another padding token would count positions from another number.
+    # A model made with another padding token would count positions from another number. `Trainer` writes the tokenizer's into
+    # the configuration whenever it starts to train.
     if (padding := padding_of_positions(model)) is not None:
         config.get_text_config().pad_token_id = padding
 

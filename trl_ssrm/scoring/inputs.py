@@ -115,13 +115,18 @@ def sees_padding(model: nn.Module, pad_token_id: int) -> bool:
     config = classifier_of(model).config.get_text_config()
     device = next(model.parameters()).device
     sequences = _made_up(config, num_embeddings(model) or config.vocab_size, pad_token_id)
-    precisions: set[torch.dtype] = set()
-    # Under a launcher's autocast, the model computes in a lower precision than its parameters have.
-    handles = [
-        module.register_forward_hook(lambda layer, args, output: precisions.add(output.dtype))
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
+    precisions, sizes = {torch.float32}, [0.0]
+
+    def look(layer: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        # Under a launcher's autocast, the model computes in a lower precision than its parameters have.
+        precisions.add(output.dtype)
+        # By exact type: the weight of a quantized layer is packed.
+        if type(layer) is nn.Linear and layer.out_features == 1:
+            # As large as rewards are, unless the terms of their sums happen to cancel.
+            hidden, weight = args[0].float().norm(dim=-1).max(), layer.weight.float().norm()
+            sizes.append(float(hidden * weight) / layer.in_features**0.5)
+
+    handles = [each.register_forward_hook(look) for each in model.modules() if isinstance(each, nn.Linear)]
     was_training = model.training
     model.eval()
     try:
@@ -138,10 +143,11 @@ def sees_padding(model: nn.Module, pad_token_id: int) -> bool:
     # NaN is reported where the rewards are used.
     if not (alone.isfinite().all() and together.isfinite().all()):
         return False
-    tolerance = max(TOLERANCE.get(precision, 0.0) for precision in precisions | {torch.float32})
+    tolerance = max(TOLERANCE.get(precision, 0.0) for precision in precisions)
     if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         tolerance = max(tolerance, TOLERANCE[torch.float16])
-    return not torch.allclose(alone, together, rtol=tolerance, atol=tolerance * float(alone.abs().max()))
+    size = max(float(alone.abs().max()), *sizes)
+    return not torch.allclose(alone, together, rtol=tolerance, atol=tolerance * size)
 
 
 def _made_up(config: Any, num_tokens: int, pad_token_id: int) -> list[np.ndarray]:
