@@ -18,7 +18,7 @@ from ..data.checks import (
     tokenizing,
     unformatted,
 )
-from ..data.conversations import ConversationReader, begins_with
+from ..data.conversations import ConversationReader, begins_with, template_arguments
 from ..io.hub import check_model_is_there
 from ..models.classifier import num_positions
 from ..models.loading import load_reward_model
@@ -248,6 +248,8 @@ class SSRMRewardFunction:
         if begins_with(completion, prompt):
             raise ValueError("it begins with the messages of the prompt, which would be read twice")
         if isinstance(prompt, str):
+            # Text shows neither, but a row that can't be trained on gets no reward either.
+            template_arguments(tools, chat_template_kwargs)
             end = (
                 "" if tokenizer.eos_token is None or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
             )
