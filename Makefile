@@ -19,12 +19,12 @@ SOURCES = trl_ssrm tests recipes
 quickstart: .venv/quickstart
 	.venv/bin/trl-ssrm quickstart
 
-# Both lines of TRL are run before a failure of one is reported.
+# Both lines of TRL are run before a failure of one is reported. `pytest` alone draws another order of the tests each time.
 test: lint .venv/dev .venv-trl-1.12/dev
-	@status=0; for venv in .venv .venv-trl-1.12; do $$venv/bin/python -m pytest --numprocesses 2 || status=1; done; exit $$status
+	@status=0; for venv in .venv .venv-trl-1.12; do $$venv/bin/python -m pytest -p no:randomly --numprocesses 2 || status=1; done; exit $$status
 
 check: lint .venv/dev
-	.venv/bin/python -m pytest --numprocesses 2 -m "not slow"
+	.venv/bin/python -m pytest -p no:randomly --numprocesses 2 -m "not slow"
 
 # The fault campaign in its long form; `make faults FAULTS="--seed 1"` draws others.
 faults: .venv/dev

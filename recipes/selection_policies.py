@@ -4,8 +4,8 @@ Other ways to choose pseudo-labels, a few lines each.
     python recipes/selection_policies.py --config recipes/selection_policies.yaml --policy quota_by_length
 
 A policy is a function from the scores of the pool to a mask of the pairs to keep, given to
-`PseudoLabelingCallback(selection_policy=...)`. The trainer then leaves out ties and, with `num_folds`, the pairs on
-which the models disagree. Copy the policy you want and change it.
+`PseudoLabelingCallback(selection_policy=...)`. The trainer then leaves out ties. Copy the policy
+you want and change it.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,7 @@ def follows_the_model(momentum: float = 0.5) -> Callable[[PairScores], np.ndarra
     The threshold is the mean confidence on the pool, averaged over the rounds, so it rises as the model becomes surer
     ([FreeMatch](https://huggingface.co/papers/2205.07246)).
 
-    Set `num_folds=0`: the fold models would call the same policy and move its threshold. A resumed run starts the
-    average anew.
+    A resumed run starts the average anew.
     """
     thresholds: list[float] = []
 

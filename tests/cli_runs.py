@@ -19,6 +19,8 @@ SETTINGS = {
     "num_rounds": 1,
     "confidence_threshold": 0.5,
     "num_folds": 0,
+    "round_init": "continue",
+    "pseudo_label_type": "hard",
     "learning_rate": 3e-3,
 }
 

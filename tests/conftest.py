@@ -285,8 +285,10 @@ def config(tmp_path):
             "logging_steps": 2,
             "num_rounds": 2,
             "confidence_threshold": 0.6,
-            # Fold models have tests of their own.
+            # The paper's way; soft labels, restarts and fold models have tests of their own.
             "num_folds": 0,
+            "round_init": "continue",
+            "pseudo_label_type": "hard",
             "save_strategy": "no",
             "disable_tqdm": True,
         }

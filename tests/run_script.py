@@ -57,6 +57,8 @@ def main(
             "num_rounds": 2,
             "confidence_threshold": 0.6,
             "num_folds": 0,
+            "round_init": "continue",
+            "pseudo_label_type": "hard",
             "pool_per_round": "shard" if lora else "full",
             "max_unlabeled_samples": 40 if stream else None,
             # After a resumption within a logging interval, `Trainer` logs the mean over the rest of it.

@@ -1,4 +1,3 @@
-import shutil
 import tracemalloc
 
 import numpy as np
@@ -137,24 +136,22 @@ def test_nan_reward_stops_the_run_and_names_the_rows(llama, config, labeled, unl
 # ---- What the settings select ----
 
 
-def test_default_threshold_is_found_by_held_out_labels_where_there_are_25(llama, config, labeled, unlabeled):
-    def thresholds(num_calibration: int, **settings):
-        rows = Dataset.from_list(preference_rows(num_calibration, seed=9)) if num_calibration else None
-        args = config(confidence_threshold=None, num_rounds=1, num_train_epochs=10, **settings)
-        trainer = SSRMTrainer(
-            llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled, calibration_dataset=rows
+def test_by_default_soft_labels_are_kept_whatever_their_confidence_and_hard_ones_above_080(make_trainer, tmp_path):
+    kept = {}
+    for kind in ("soft", "hard"):
+        trainer = make_trainer(
+            confidence_threshold=None,
+            num_rounds=1,
+            num_train_epochs=1,
+            pseudo_label_type=kind,
+            callbacks=[Fixed(LOGITS)],
+            output_dir=str(tmp_path / kind),
         )
         trainer.train()
-        shutil.rmtree(args.output_dir)
-        facts = trainer.round_history[1]
-        assert facts["num_train_pairs"] == 16 + facts["kept"]
-        return facts["confidence_threshold"], trainer.round_history[0].get("precision_threshold")
-
-    assert thresholds(0) == (0.8, None)
-    assert thresholds(24) == (0.8, None)
-    used, found = thresholds(25)
-    assert used == found != 0.8
-    assert thresholds(25, selected_fraction=1.0)[1] is None
+        pseudo_labels, facts = trainer.run.read_pseudo_labels(1)
+        kept[kind] = facts["confidence_threshold"], sorted(pseudo_labels["pair"])
+    assert kept["soft"] == (0.5, list(range(40)))
+    assert kept["hard"] == (0.8, np.flatnonzero(1 / (1 + np.exp(-np.abs(LOGITS))) > 0.8).tolist())
 
 
 def test_collator_of_the_user_is_taken_as_it_is_or_refused(llama, config, labeled, unlabeled):
@@ -319,20 +316,9 @@ def test_target_that_the_held_out_labels_do_not_reach_selects_nothing(llama, con
     assert trainer.round_history[0]["precision_threshold"] == 1.0
 
 
-@pytest.mark.parametrize("name", ["num_folds", "target_precision"])
-def test_own_scores_are_refused_with_settings_that_need_the_scores_of_the_model(
-    llama, config, labeled, unlabeled, held_out, name
-):
-    value = {"num_folds": 2, "target_precision": 0.7}[name]
-    with pytest.raises(ValueError, match=name):
-        SSRMTrainer(
-            llama,
-            config(**{name: value}),
-            train_dataset=labeled,
-            unlabeled_dataset=unlabeled,
-            calibration_dataset=held_out,
-            callbacks=[Fixed(LOGITS)],
-        )
+def test_target_precision_is_refused_where_a_callback_scores_the_pool(make_trainer, held_out):
+    with pytest.raises(ValueError, match="a callback with a `score` of its own labels the pool here"):
+        make_trainer(target_precision=0.7, calibration_dataset=held_out, callbacks=[Fixed(LOGITS)])
 
 
 def test_length_bias_is_logged(kept_by):
@@ -402,7 +388,7 @@ def test_weight_of_a_collator_of_the_user_counts(llama, config, labeled, unlabel
     [
         ({"target_precision": 0.9}, "`target_precision` needs held-out labels; give `calibration_dataset`"),
         ({"target_precision": 0.9, "num_folds": 2}, "16 held-out labels can confirm 0.855 at most"),
-        ({"keep_best_round": True}, "`keep_best_round` needs held-out labels"),
+        ({"keep_best_round": True}, "`keep_best_round` compares the rounds on held-out labels"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(llama, config, labeled, unlabeled, settings, message):

@@ -12,6 +12,9 @@ from trl_ssrm import Comparison, evaluate, evaluation_table
 from trl_ssrm.cli.main import main
 
 
+pytestmark = pytest.mark.slow
+
+
 COMPARISON = "{{ messages[0].content }} {{ responses[0] }} {{ responses[1] }}"
 
 

@@ -18,6 +18,9 @@ from trl_ssrm.cli.train import TrainArguments, _main, _status, load_pairs, train
 from trl_ssrm.cli.train import make_parser as make_train_parser
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parent.parent
 
 

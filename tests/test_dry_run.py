@@ -102,10 +102,10 @@ def test_dry_run_says_what_each_round_costs_and_trains_nothing(llama, data, tmp_
     printed = capsys.readouterr().out
     assert "Pairs:  16 labeled, 40 in the pool, 20 eval\n" in printed and "empty so far\n" in printed
     rows = [line.split() for line in printed.splitlines() if re.match(r" +\d", line)]
-    # Round, models, epochs; pairs to train on by three models; pairs to score.
-    assert [row[:4] for row in rows] == [["0", "3", "1", "32"], ["1", "3", "1", "≤"], ["2", "3", "1", "≤"]]
-    assert rows[1][4] == str(32 + 3 * 40) and rows[0][6] == rows[1][9] == str(20 + 16 + 3 * 40)
-    assert rows[2][9] == str(20 + 16)
+    # Round, models, epochs; pairs to train on, in round 0 by three models; pairs to score, in round 0 the parts of folds.
+    assert [row[:4] for row in rows] == [["0", "3", "1", "32"], ["1", "1", "1", "≤"], ["2", "1", "1", "≤"]]
+    assert rows[1][4] == str(16 + 40) and rows[0][6] == str(20 + 16 + 40) and rows[1][9] == str(20 + 40)
+    assert rows[2][9] == str(20)
     assert not list(Path(settings["output_dir"]).rglob("*.safetensors"))
 
 

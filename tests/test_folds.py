@@ -4,6 +4,10 @@ from conftest import assert_same_weights, preference_rows, weights_of
 from transformers import TrainerCallback
 
 from trl_ssrm import PseudoLabelingCallback
+from trl_ssrm.rounds.callback import RoundCallback
+
+
+pytestmark = pytest.mark.slow
 
 
 def test_folds_change_nothing_in_the_model_of_the_round(make_trainer, tmp_path):
@@ -28,7 +32,7 @@ def test_a_part_is_judged_by_a_model_that_has_not_seen_it(make_trainer, labeled)
     ]
     trainer = make_trainer(train_dataset=rows, **args)
     trainer.train()
-    logits = trainer.folds.held_out_logits(0)
+    logits = trainer.folds.held_out_logits()
     assert (logits[wrong] < 0).mean() >= 0.75
     learned = trainer.score_pairs(trainer.data.labeled_pairs, "labeled").logits
     assert (learned[wrong] > 0).mean() >= 0.75
@@ -56,24 +60,17 @@ def test_cross_fitted_temperature_calibrates_an_overtrained_model(make_trainer):
     assert facts["cross_fit_calibrated_log_loss"] < facts["cross_fit_log_loss"]
 
 
-def test_round_that_is_best_by_the_folds_is_kept(make_trainer):
-    trainer = make_trainer(num_folds=3)
-    output = trainer.train()
-    losses = [facts["cross_fit_calibrated_log_loss"] for facts in trainer.round_history]
-    assert output.metrics["kept_round"] == int(np.argmin(losses)) == trainer.kept_round
-
-
 def test_run_with_folds_is_resumed_to_the_same_result(make_trainer, tmp_path):
-    args = {"num_folds": 3, "keep_best_round": False}
+    args = {"num_folds": 3, "pseudo_label_type": "soft"}
     expected = make_trainer(**args, output_dir=str(tmp_path / "whole"))
     expected.train()
     trainer = make_trainer(**args)
     write_fold = trainer.run.write_fold
 
-    def interrupt(round: int, fold: int, logits: dict) -> None:
-        if (round, fold) == (1, 1):
+    def interrupt(fold: int, logits: np.ndarray) -> None:
+        if fold == 1:
             raise KeyboardInterrupt
-        write_fold(round, fold, logits)
+        write_fold(fold, logits)
 
     trainer.run.write_fold = interrupt
     with pytest.raises(KeyboardInterrupt):
@@ -84,28 +81,6 @@ def test_run_with_folds_is_resumed_to_the_same_result(make_trainer, tmp_path):
     for one, other in zip(resumed.round_history, expected.round_history, strict=True):
         names = {name for name in one if not name.startswith("scoring")}
         assert {name: one[name] for name in names} == {name: other[name] for name in names}
-
-
-def test_all_models_agree_on_a_pseudo_label_and_its_probability_is_their_mean(make_trainer):
-    args = {"num_folds": 3, "num_rounds": 1, "confidence_threshold": 0.5}
-    trainer = make_trainer(**args)
-    own_scores, real = {}, trainer.score_with
-    trainer.score_with = lambda weights, *args: own_scores.setdefault(weights.parent.name, real(weights, *args))
-    trainer.train()
-    pseudo_labels, facts = trainer.run.read_pseudo_labels(1)
-    pairs = pseudo_labels["pair"][:]
-    own = (np.array(pseudo_labels["first_is_chosen"]) * 2 - 1).tolist()
-    logits = trainer.folds.pool_logits(0)
-    assert len(logits) == 3 and 0 < len(pairs) == facts["kept"]
-    for each in logits:
-        assert np.sign(each[pairs]).tolist() == own
-    alone = own_scores["round_0"].logits
-    everyone = [*logits, alone]
-    disagree = np.any([np.sign(each) != np.sign(alone) for each in everyone], axis=0)
-    assert facts["model_disagreement"] == pytest.approx(disagree.mean())
-    for pair, confidence in zip(pairs, pseudo_labels["confidence"], strict=True):
-        votes = [1 / (1 + np.exp(-abs(each[pair]) / facts["temperature"])) for each in everyone]
-        assert confidence == pytest.approx(np.mean(votes), abs=1e-6)
 
 
 def test_callbacks_of_the_user_are_told_of_the_round_alone(make_trainer, held_out):
@@ -125,13 +100,43 @@ def test_callbacks_of_the_user_are_told_of_the_round_alone(make_trainer, held_ou
     assert (count.trained, count.evaluated) == (2, 4)
 
 
+def test_later_rounds_have_the_temperature_that_their_labels_call_for(make_trainer, labeled, tmp_path):
+    rows = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in labeled.select(range(5))]
+    rows += labeled.select(range(5, 16)).to_list()
+    temperatures = {}
+    for kind in ("hard", "soft"):
+        settings = {"num_folds": 4, "num_rounds": 1, "confidence_threshold": 0.5, "num_train_epochs": 20}
+        trainer = make_trainer(**settings, train_dataset=rows, pseudo_label_type=kind, output_dir=str(tmp_path / kind))
+        trainer.train()
+        temperatures[kind] = [facts["temperature"] for facts in trainer.round_history]
+    assert temperatures["hard"][0] == temperatures["hard"][1] == temperatures["soft"][0] != 1
+    assert temperatures["soft"][1] == 1
+
+
+def test_fold_models_are_trained_on_the_labels_alone_and_once(make_trainer):
+    seen = []
+
+    class Watch(RoundCallback):
+        def on_round_begin(self, args, state, control, round, **kwargs):
+            seen.append(round)
+
+    trainer = make_trainer(num_folds=3, num_rounds=2, confidence_threshold=0.5, callbacks=[Watch()])
+    train_once, sizes = trainer.train_once, []
+    trainer.train_once = lambda *args: sizes.append((trainer.round, len(trainer.train_dataset))) or train_once(*args)
+    trainer.train()
+    folds = [(0, 16 - int((trainer.folds.fold_of == fold).sum())) for fold in range(3)]
+    assert sizes[:4] == [*folds, (0, 16)] and all(round > 0 and size > 16 for round, size in sizes[4:])
+    assert not list(trainer.run.root.rglob("fold_*/weights.safetensors"))
+    assert "cross_fit_accuracy" in trainer.round_history[0] and "cross_fit_accuracy" not in trainer.round_history[1]
+
+
 def test_folds_are_there_where_nothing_else_calibrates(make_trainer, labeled, held_out, caplog):
     def num_folds(rows=labeled, **kwargs) -> int:
         return make_trainer(train_dataset=rows, num_folds=None, **kwargs).folds.num_folds
 
-    assert num_folds() == 5
-    assert "so 5 more models are trained" in caplog.text and "takes 6 times as long" in caplog.text
-    assert num_folds(rows=labeled.select(range(3))) == 3
+    assert num_folds() == 3
+    assert "so 3 more models are trained" in caplog.text
+    assert num_folds(rows=labeled.select(range(2))) == 2
     assert num_folds(rows=labeled.select(range(1))) == 0
     assert num_folds(calibration_dataset=held_out) == 0
     assert num_folds(num_rounds=0) == 0
@@ -148,10 +153,8 @@ def test_more_parts_than_prompts_are_refused(make_trainer, labeled):
         make_trainer(num_folds=17)
 
 
-def test_labels_of_a_part_reach_its_model_in_no_round(make_trainer, labeled, tmp_path, monkeypatch):
-    # The one number that is fitted on all labels.
-    monkeypatch.setattr("trl_ssrm.rounds.calibrate.fit_temperature", lambda logits: 1.0)
-    args = {"num_folds": 4, "confidence_threshold": 0.5, "keep_best_round": False}
+def test_labels_of_a_part_never_reach_its_model(make_trainer, labeled, tmp_path):
+    args = {"num_folds": 4, "num_rounds": 1, "confidence_threshold": 0.5}
     one = make_trainer(**args, output_dir=str(tmp_path / "one"))
     turned = [
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if one.folds.fold_of[number] == 2 else row
@@ -161,9 +164,7 @@ def test_labels_of_a_part_reach_its_model_in_no_round(make_trainer, labeled, tmp
     assert one.folds.fold_of.tolist() == other.folds.fold_of.tolist()
     one.train()
     other.train()
-    for round in (0, 1):
-        without, with_part = ([trainer.run.read_fold(round, fold) for trainer in (one, other)] for fold in (2, 1))
-        assert np.array_equal(without[0]["pool"], without[1]["pool"])
-        # The pairs are turned, and so is what is said of them.
-        assert np.array_equal(without[0]["labeled"], -without[1]["labeled"])
-        assert not np.array_equal(with_part[0]["pool"], with_part[1]["pool"])
+    without, with_part = ([trainer.run.read_fold(fold) for trainer in (one, other)] for fold in (2, 1))
+    # The labels are turned, and so are the logits of chosen over rejected.
+    assert np.array_equal(without[0], -without[1])
+    assert not np.array_equal(np.abs(with_part[0]), np.abs(with_part[1]))

@@ -32,6 +32,9 @@ from trl_ssrm import (
 from trl_ssrm.scoring.preference import mean_win_probability
 
 
+pytestmark = pytest.mark.slow
+
+
 CONVERSATION = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Yo"},

@@ -13,6 +13,9 @@ import trl_ssrm.alignment.labeling
 from trl_ssrm import NonFiniteScoreError, SSRMRewardFunction, best_of_n, generate_completions, label_preferences
 
 
+pytestmark = pytest.mark.slow
+
+
 def rows_with_completions(num_rows: int, num_completions: int = 4) -> list[dict]:
     rows = preference_rows(num_rows * num_completions, seed=4)
     return [

@@ -28,6 +28,9 @@ from trl_ssrm.cli.train import make_parser as make_train_parser
 from trl_ssrm.cli.train import train
 
 
+pytestmark = pytest.mark.slow
+
+
 HAS_PPO = Version(trl.__version__) < Version("1.13")
 
 # What a machine without a GPU needs, and what keeps a run short.

@@ -9,6 +9,9 @@ from datasets import Dataset
 from recipe_runs import RECIPES, run_as_script, run_recipe
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_benchmark_makes_its_table_and_does_not_measure_twice(llama, tmp_path):
     rows = [as_messages(row) for row in preference_rows(64, seed=5)]
     Dataset.from_list(rows).to_parquet(str(tmp_path / "pairs.parquet"))

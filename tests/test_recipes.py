@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 from trl_ssrm import Comparison, PairwiseJudge, SSRMRewardFunction, generate_completions
 
 
+pytestmark = pytest.mark.slow
+
+
 HAS_PPO = Version(trl.__version__) < Version("1.13")
 LORA = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_r": 4}
 # A high learning rate, since the runs are short.

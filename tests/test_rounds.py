@@ -11,10 +11,13 @@ from trl_ssrm.models.sharding import whole_weights
 from trl_ssrm.rounds.run_directory import RunDirectory
 
 
+pytestmark = pytest.mark.slow
+
+
 run = partial(run_script, "run_script.py")
 
 
-@pytest.mark.parametrize("folds", [{}, {"num_folds": 2, "keep_best_round": False}])
+@pytest.mark.parametrize("folds", [{}, {"num_folds": 2, "pseudo_label_type": "soft"}])
 def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path, folds):
     # A last batch that is not full would be filled up in two processes, and trained on as it is in one.
     settings = {"model": llama, "dataloader_drop_last": True, **folds}

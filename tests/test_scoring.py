@@ -211,7 +211,6 @@ def test_batch_that_does_not_fit_into_memory_is_halved(model_and_tokenizer, capl
 def test_scores_of_some_pairs_have_the_facts_of_these_pairs(pairs):
     facts = {
         "orders_agree": np.array([True, False, False]),
-        "models_agree": np.array([False, True, False]),
         "rows": np.array([0, 0, 1]),
         "lengths": np.array([[3, 4], [3, 5], [6, 7]]),
     }

@@ -236,7 +236,7 @@ def test_plain_reward_config_is_completed(llama, tmp_path, labeled, unlabeled):
     args = RewardConfig(str(tmp_path), report_to="none", bf16=False, learning_rate=3e-4, max_length=77)
     trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled)
     assert isinstance(trainer.args, SSRMConfig)
-    assert (trainer.args.learning_rate, trainer.args.max_length, trainer.args.num_rounds) == (3e-4, 77, 3)
+    assert (trainer.args.learning_rate, trainer.args.max_length, trainer.args.num_rounds) == (3e-4, 77, 1)
 
 
 def test_run_that_was_interrupted_is_resumed_in_the_same_process(llama, config, labeled, unlabeled):

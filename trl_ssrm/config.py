@@ -15,24 +15,28 @@ class SSRMConfig(RewardConfig):
     Parameters:
         > Parameters that control the rounds
 
-        num_rounds (`int`, *optional*, defaults to `3`):
+        num_rounds (`int`, *optional*, defaults to `1`):
             Number of rounds after round 0. Round 0 trains on the labeled pairs alone. `0` is supervised training.
-        round_init (`str`, *optional*, defaults to `"continue"`):
+        round_init (`str`, *optional*, defaults to `"base"`):
             Weights that a round starts from. `"continue"` takes the weights of the round before. `"base"` takes the
             weights that the trainer was given.
         round_num_train_epochs (`float`, *optional*):
             Number of epochs of each round after round 0, over labeled and kept pairs together. `max_steps` then bounds
-            round 0 only. If `None`, every round is as long as round 0: `num_train_epochs`, or `max_steps` if set.
+            round 0 only. If `None`, it is 2, or `num_train_epochs` if that is less; with `max_steps`, each round has that
+            many steps.
+        round_learning_rate (`float`, *optional*):
+            Learning rate of each round after round 0. A round that restarts from the initial weights on soft labels of the
+            whole pool can be trained faster than a hundred labels: five times the learning rate for one epoch was best in
+            the benchmark. If `None`, it is `learning_rate`.
         keep_best_round (`bool`, *optional*):
-            Whether to end with the weights of the round with the lowest log-loss at the fitted temperature, measured on
-            `calibration_dataset` or on the parts that `num_folds` leaves out. `eval_dataset` never chooses the round. If
-            `False`, the last round is kept. If `None`, it is `True` where one of the two is there.
+            Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
+            `calibration_dataset`. `eval_dataset` never chooses the round. If `False`, the last round is kept. If `None`, it
+            is `True` with `calibration_dataset`.
         num_folds (`int`, *optional*):
-            Number of parts into which the labeled pairs are split, by prompt. For each part one more model goes through
-            the rounds without it. The predictions of these models on the parts that they have not seen calibrate the
-            confidence, choose the best round, and find the threshold for `target_precision`. They also label the pool:
-            the probability of a pseudo-label is the mean of all models, and a pair is kept only if all prefer the same
-            completion. Training and scoring cost `1 + num_folds` times as much. `0`, or at least 2. If `None`, it is 5
+            Number of parts into which the labeled pairs are split, by prompt. For each part one more model is trained on
+            the labels without it, before round 0; the pool is not read. The predictions of these models on the parts that
+            they have not seen calibrate the confidence of round 0, and find the threshold for `target_precision`. Round 0
+            costs `1 + num_folds` times as much, later rounds cost the same. `0`, or at least 2. If `None`, it is 3
             (or the number of prompts, if lower), and 0 with `calibration_dataset`, `load_best_model_at_end`, a teacher,
             or a callback with a `score` of its own.
 
@@ -74,8 +78,8 @@ class SSRMConfig(RewardConfig):
             flash attention batches are packed instead. Rewards and losses differ by rounding only. If `None`, scoring
             does it, and training does with a pool.
 
-        > Parameters that control the selection. At most one of the three thresholds can be set. If none is set, it is
-        `target_precision=0.9` where at least 25 held-out labels are there, and `confidence_threshold=0.8` elsewhere.
+        > Parameters that control the selection. At most one of the three thresholds can be set. If none is set, all pairs
+        but ties are kept with soft labels, and pairs with a confidence above 0.8 with hard ones.
 
         confidence_threshold (`float`, *optional*):
             A pair is kept if the confidence in its pseudo-label, `sigmoid(|z| / temperature)`, is strictly greater. `z`
@@ -90,7 +94,7 @@ class SSRMConfig(RewardConfig):
 
         > Parameters that control the pseudo-labels
 
-        pseudo_label_type (`str`, *optional*, defaults to `"hard"`):
+        pseudo_label_type (`str`, *optional*, defaults to `"soft"`):
             Target of a kept pair in training. `"hard"` is 1 for the preferred completion. `"soft"` is the confidence.
         pseudo_label_weight (`float`, *optional*, defaults to `1.0`):
             Weight of a kept pair in the loss; a labeled pair weighs 1. At least 0.
@@ -101,11 +105,11 @@ class SSRMConfig(RewardConfig):
 
     # Parameters that control the rounds
     num_rounds: int = field(
-        default=3,
+        default=1,
         metadata={"help": "Number of rounds after round 0, which trains on the labeled pairs alone."},
     )
     round_init: str = field(
-        default="continue",
+        default="base",
         metadata={
             "help": "Weights that a round starts from: those of the round before, or the initial ones.",
             "choices": ["continue", "base"],
@@ -114,22 +118,26 @@ class SSRMConfig(RewardConfig):
     round_num_train_epochs: float | None = field(
         default=None,
         metadata={
-            "help": "Number of epochs of each round after round 0, over labeled and kept pairs together. If `None`, as "
-            "long as round 0."
+            "help": "Number of epochs of each round after round 0, over labeled and kept pairs together. If `None`, 2, or "
+            "`num_train_epochs` if that is less."
         },
+    )
+    round_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of each round after round 0. If `None`, `learning_rate`."},
     )
     keep_best_round: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to end with the round that has the lowest held-out log-loss. If `None`, where "
-            "`calibration_dataset` or `num_folds` is there to choose by."
+            "help": "Whether to end with the round that has the lowest log-loss on `calibration_dataset`. If `None`, where "
+            "that is given."
         },
     )
     num_folds: int | None = field(
         default=None,
         metadata={
-            "help": "Number of parts of the labeled pairs. One more model for each part goes through the rounds without "
-            "it; these models calibrate the confidence. If `None`, 5 where there is no `calibration_dataset`."
+            "help": "Number of parts of the labeled pairs. One more model for each part is trained on the labels without "
+            "it; these models calibrate the confidence. If `None`, 3 where there is no `calibration_dataset`."
         },
     )
 
@@ -195,8 +203,7 @@ class SSRMConfig(RewardConfig):
     target_precision: float | None = field(
         default=None,
         metadata={
-            "help": "Share of pseudo-labels that should be right; held-out labels find the threshold. In (0.5, 1). The "
-            "default is 0.9 where at least 25 labels are held out, otherwise `confidence_threshold` 0.8."
+            "help": "Share of pseudo-labels that should be right; held-out labels find the threshold. In (0.5, 1)."
         },
     )
     selected_fraction: float | None = field(
@@ -206,7 +213,7 @@ class SSRMConfig(RewardConfig):
 
     # Parameters that control the pseudo-labels
     pseudo_label_type: str = field(
-        default="hard",
+        default="soft",
         metadata={
             "help": "Target of a kept pair: 1 for the preferred completion, or the confidence.",
             "choices": ["hard", "soft"],
@@ -282,6 +289,7 @@ class SSRMConfig(RewardConfig):
 _RANGES: dict[str, Any] = {
     "num_rounds": (lambda value: value >= 0, "at least 0"),
     "round_num_train_epochs": (lambda value: value > 0, "positive"),
+    "round_learning_rate": (lambda value: 0 < value < float("inf"), "positive and finite"),
     "max_unlabeled_samples": (lambda value: value > 0, "positive"),
     "score_batch_tokens": (lambda value: value > 0, "positive"),
     "num_folds": (lambda value: value == 0 or value >= 2, "0 or at least 2"),
@@ -294,6 +302,8 @@ _RANGES: dict[str, Any] = {
 _PAPER: dict[str, Any] = {
     "num_rounds": 3,
     "round_init": "continue",
+    "num_train_epochs": 1,
+    "round_num_train_epochs": 1,
     "keep_best_round": False,
     "num_folds": 0,
     "pool_per_round": "full",

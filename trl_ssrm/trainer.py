@@ -246,10 +246,8 @@ class SSRMTrainer(RoundSteps):
         self.recorder = RunRecorder(self)
         self.add_callback(self.recorder)
         self.add_callback(RoundProgress(self.accelerator, bool(self.args.disable_tqdm)))
-        self.settings = resolve_settings(
-            self.args, self.data, callback.labels_by_itself, callback.has_own_policy, callback.has_own_score
-        )
-        self.folds = Folds(self, self.settings.num_folds, callback)
+        self.settings = resolve_settings(self.args, self.data, callback.labels_by_itself)
+        self.folds = Folds(self, self.settings.num_folds)
         self.callback_handler = RoundCallbackHandler(self.callback_handler, self.args.report_to)
         self.round, self.round_history, self.labeling_facts, self.termination_reason = 0, [], {}, None
 

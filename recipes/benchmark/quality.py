@@ -38,7 +38,7 @@ METRICS = (
 # Settings of each arm beside the ones that all arms share. With folds, the confidence comes from the mean probability of
 # the round's model and the fold models, a pair is kept only if all of them agree, and the run ends with its best round.
 PAPER = {"confidence_threshold": 0.8, "pseudo_label_type": "hard", "round_init": "continue", "num_folds": 0}
-FOLDS = {**PAPER, "num_folds": 5, "confidence_threshold": 0.5}
+FOLDS = {**PAPER, "num_folds": 5}
 ARMS = {
     "paper": PAPER,
     "restart": {**PAPER, "round_init": "base"},
@@ -50,11 +50,9 @@ ARMS = {
     "top half": {**PAPER, "confidence_threshold": None, "selected_fraction": 0.5},
     "calibrated": {**PAPER, "num_folds": 5},
     "precision .9": {**PAPER, "num_folds": 5, "confidence_threshold": None, "target_precision": 0.9},
-    "folds agree": FOLDS,
-    "folds agree, soft": {**FOLDS, "pseudo_label_type": "soft"},
-    "folds agree, restart": {**FOLDS, "round_init": "base"},
-    "folds agree, soft, restart": {**FOLDS, "pseudo_label_type": "soft", "round_init": "base"},
-    "default": {},
+    # `max_steps` is the length of round 0 here, so the length of the round on the pool is said.
+    "default": {"num_rounds": 1, "round_num_train_epochs": 2},
+    "default, hard": {"num_rounds": 1, "round_num_train_epochs": 2, "pseudo_label_type": "hard"},
 }
 
 

@@ -41,7 +41,7 @@ SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 SETUPS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora": True, "stream": True},
-    "folds": {"num_folds": 2, "keep_best_round": False},
+    "folds": {"num_folds": 2, "pseudo_label_type": "soft"},
 }
 COMPARED = ("weights", "kept", "confidence", "facts", "losses", "num_logs")
 

@@ -19,7 +19,7 @@ from trl_ssrm.rounds.callback import RoundCallback
 from trl_ssrm.rounds.select import fraction_threshold, precision_threshold
 from trl_ssrm.scoring.metrics import preference_metrics, reliability_curve
 from trl_ssrm.scoring.pair_scores import PairScores
-from trl_ssrm.scoring.preference import mean_logits, mean_win_probability, pairwise_logits
+from trl_ssrm.scoring.preference import mean_win_probability, pairwise_logits
 from trl_ssrm.scoring.score import NonFiniteWeightError
 
 
@@ -272,8 +272,6 @@ def test_no_size_of_a_logit_makes_a_metric_that_is_no_number(size):
         threshold = precision_threshold(logits, temperature, 0.9)
         assert threshold is None or 0.5 <= threshold <= 1
         other = draw.choice(EXTREME, size) * draw.choice([-1, 1], size)
-        both = mean_logits([logits, other], temperature)
-        assert np.isfinite(both).all() and np.array_equal(both, -mean_logits([-logits, -other], temperature))
         one = pairwise_logits(np.stack([logits, other], axis=1))
         assert np.isfinite(one).all() and np.array_equal(one, -pairwise_logits(np.stack([other, logits], axis=1)))
     wins = mean_win_probability(logits[:1, None] - logits[None, :1])

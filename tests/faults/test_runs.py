@@ -19,6 +19,9 @@ from trl_ssrm.io.files import WriteError
 from trl_ssrm.rounds.interruption import leaving_with_advice
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parents[2]
 
 

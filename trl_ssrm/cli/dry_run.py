@@ -85,29 +85,29 @@ def round_costs(trainer: SSRMTrainer) -> list[RoundCost]:
     shares = {round: data.pool.pairs.take(trainer.share_of_pool(round)) for round in range(1, args.num_rounds + 1)}
     costs = []
     for round in range(args.num_rounds + 1):
-        training = sum(own_labels, Work())
+        # Fold models are trained before round 0, on labels alone.
+        num_models = 1 + num_folds if round == 0 else 1
+        training = sum(own_labels, Work()) if round == 0 else labeled
         if round > 0:
-            kept = _reading_to_train(trainer, shares[round], args.selected_fraction)
-            training += kept.times(1 + num_folds)
-        num_epochs: float | None = args.num_train_epochs
-        if round > 0 and args.round_num_train_epochs is not None:
-            num_epochs = args.round_num_train_epochs
-        elif args.max_steps > 0:
-            num_epochs = None
+            training += _reading_to_train(trainer, shares[round], args.selected_fraction)
+        num_epochs = trainer.settings.num_train_epochs
+        if round == 0:
+            num_epochs = None if args.max_steps > 0 else args.num_train_epochs
         if num_epochs is None:
             batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             longest = max(_pair_tokens(trainer, pairs).max() for pairs in [data.labeled_pairs, *shares.values()])
-            tokens = args.max_steps * batch * int(longest) * (1 + num_folds)
+            tokens = args.max_steps * batch * int(longest) * num_models
         else:
             tokens = ceil(num_epochs * training.tokens)
         scoring = sum(map(_reading_to_score, data.held_out.values()), Work())
-        scoring += sum((_reading_to_score(data.labeled_pairs.take(part)) for part in parts), Work())
+        if round == 0:
+            scoring += sum((_reading_to_score(data.labeled_pairs.take(part)) for part in parts), Work())
         if round < args.num_rounds:
-            scoring += _reading_to_score(shares[round + 1]).times(1 + num_folds)
+            scoring += _reading_to_score(shares[round + 1])
         # Which order of a comparison is read, and how long the pairs of a batch are, is not counted out.
         reads_one_order = trainer.comparison is not None and args.comparison_orders == "random"
         is_exact = round == 0 and num_epochs is not None and not reads_one_order
-        costs.append(RoundCost(round, 1 + num_folds, num_epochs, training, tokens, is_exact, scoring))
+        costs.append(RoundCost(round, num_models, num_epochs, training, tokens, is_exact, scoring))
     return costs
 
 

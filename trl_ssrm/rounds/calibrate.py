@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 TEMPERATURE_RANGE = (0.1, 100.0)
 
 
-def measure(logits_of: dict[str, np.ndarray], settings: RoundSettings) -> dict[str, Any]:
+def measure(
+    logits_of: dict[str, np.ndarray], settings: RoundSettings, round_history: list[dict[str, Any]]
+) -> dict[str, Any]:
     """
     Facts about the model of a round from its predictions on held-out pairs.
 
@@ -25,26 +27,45 @@ def measure(logits_of: dict[str, np.ndarray], settings: RoundSettings) -> dict[s
             Pair logits `z = r(chosen) - r(rejected)` of each held-out dataset by its name.
         settings ([`~trl_ssrm.rounds.settings.RoundSettings`]):
             Settings of the run.
+        round_history (`list[dict[str, Any]]`):
+            Facts of the rounds before.
 
     Returns:
-        `dict[str, Any]`: the fitted `temperature` (1 if nothing calibrates), the `precision_threshold` for a target
+        `dict[str, Any]`: the `temperature`, fitted where there are held-out predictions of this model (see
+        [`_temperature`]), the `precision_threshold` for a target
         precision (1, which nothing exceeds, if it can't be reached), and the metrics of [`preference_metrics`] and
         [`calibrated_metrics`] with the name of each dataset before them.
     """
-    facts: dict[str, Any] = {"temperature": 1.0}
     calibrated_by = settings.calibrated_by
-    if calibrated_by is not None:
-        facts["temperature"] = fit_temperature(logits_of[calibrated_by])
+    is_fitted = calibrated_by in logits_of
+    facts: dict[str, Any] = {"temperature": _temperature(logits_of, settings, round_history)}
     for name, logits in logits_of.items():
         metrics = preference_metrics(logits)
-        if calibrated_by is not None:
+        if is_fitted or facts["temperature"] != 1:
             metrics |= calibrated_metrics(logits, facts["temperature"])
         facts |= {f"{name}_{metric}": value for metric, value in metrics.items()}
     if settings.target_precision is not None:
-        assert calibrated_by is not None
-        threshold = precision_threshold(logits_of[calibrated_by], facts["temperature"], settings.target_precision)
-        facts["precision_threshold"] = 1.0 if threshold is None else threshold
+        if is_fitted:
+            assert calibrated_by is not None
+            threshold = precision_threshold(logits_of[calibrated_by], facts["temperature"], settings.target_precision)
+            facts["precision_threshold"] = 1.0 if threshold is None else threshold
+        else:
+            facts["precision_threshold"] = round_history[0]["precision_threshold"]
     return facts
+
+
+def _temperature(
+    logits_of: dict[str, np.ndarray], settings: RoundSettings, round_history: list[dict[str, Any]]
+) -> float:
+    """
+    Temperature of a round. Fold models are there for round 0 alone. A model that later rounds train on soft labels learns
+    calibrated probabilities, so its temperature is 1; with hard labels, the temperature of round 0 is the best guess.
+    """
+    if settings.calibrated_by is None:
+        return 1.0
+    if settings.calibrated_by in logits_of:
+        return fit_temperature(logits_of[settings.calibrated_by])
+    return 1.0 if settings.has_soft_labels else round_history[0]["temperature"]
 
 
 def reliability(logits_of: dict[str, np.ndarray], temperature: float) -> dict[str, Any]:

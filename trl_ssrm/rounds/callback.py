@@ -206,8 +206,7 @@ class PseudoLabelingCallback(RoundCallback):
                 Scores of the pairs.
 
         Returns:
-            `np.ndarray` of shape `(num_pairs,)`, bool: the kept pairs. Ties, and pairs on which several models disagree,
-            are left out afterwards in any case.
+            `np.ndarray` of shape `(num_pairs,)`, bool: the kept pairs. Ties are left out afterwards in any case.
         """
         if self.selection_policy is not None:
             return self.selection_policy(scores)

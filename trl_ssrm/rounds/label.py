@@ -79,8 +79,6 @@ def labeling_facts(scores: PairScores, kept: np.ndarray, pool: Pool, threshold: 
         facts["chosen_longer_in_pool"] = float(is_longer.mean())
     if scores.orders_agree is not None:
         facts["order_disagreement"] = float(1 - scores.orders_agree.mean())
-    if scores.models_agree is not None:
-        facts["model_disagreement"] = float(1 - scores.models_agree.mean())
     if pool.gold is not None and any_kept:
         facts["pseudo_label_accuracy"] = float((first_is_chosen == pool.gold)[kept].mean())
     return {name: value for name, value in facts.items() if value is not None}

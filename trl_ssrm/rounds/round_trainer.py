@@ -23,6 +23,7 @@ from .label import PseudoLabels, training_rows
 from .pair_trainer import PairTrainer
 from .run_data import RunData
 from .run_directory import RunDirectory
+from .settings import RoundSettings
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class RoundTrainer(PairTrainer):
     run: RunDirectory
     round: int
     round_history: list[dict[str, Any]]
+    settings: RoundSettings
     is_training_fold = False
 
     def train_once(self, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> None:
@@ -89,7 +91,7 @@ class RoundTrainer(PairTrainer):
         self._num_overflows: Any = 0
         self._leave_engine()
         spread(self.unwrapped_model)
-        with self._round_length():
+        with self._round_arguments():
             try:
                 super().train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
             except RuntimeError as error:
@@ -108,16 +110,18 @@ class RoundTrainer(PairTrainer):
             )
 
     @contextlib.contextmanager
-    def _round_length(self) -> Iterator[None]:
-        """Make the arguments say how long the current round is."""
+    def _round_arguments(self) -> Iterator[None]:
+        """Give the arguments the length and the learning rate of the current round."""
         args = self.args
-        first_round = args.num_train_epochs, args.max_steps
-        if self.round > 0 and args.round_num_train_epochs is not None:
-            args.num_train_epochs, args.max_steps = args.round_num_train_epochs, -1
+        first_round = args.num_train_epochs, args.max_steps, args.learning_rate
+        if self.round > 0 and self.settings.num_train_epochs is not None:
+            args.num_train_epochs, args.max_steps = self.settings.num_train_epochs, -1
+        if self.round > 0 and args.round_learning_rate is not None:
+            args.learning_rate = args.round_learning_rate
         try:
             yield
         finally:
-            args.num_train_epochs, args.max_steps = first_round
+            args.num_train_epochs, args.max_steps, args.learning_rate = first_round
 
     def write_weights(self, path: Path) -> None:
         """

@@ -5,12 +5,12 @@ What a run leaves on disk, and how it is resumed from it.
 output_dir/_rounds/
     run.json                   settings and data that the run was started with
     initial.safetensors        trainable weights before round 0
+    round_0/fold_0/            predictions of the fold model without the first part of the labels
     pool/                      rows of a pool that is a stream, and the cache of what was made of them
     round_1/
         scores/                rewards of the pool under the weights of round 0
         pseudo_labels.parquet  kept pairs: what round 1 trains on beside the labeled pairs
         labeling.json          histograms of how the pool was labeled and a few pairs, for the report
-        fold_0/                what the model without the first part of the labels says, and its weights
         checkpoint-*/          as of any trainer
         weights.safetensors    trainable weights after round 1
         trainer_state.json     written after the weights: the round is trained
@@ -349,34 +349,33 @@ class RunDirectory:
         """`Path`: file with the trainable weights after a round; round -1 stands for the initial weights."""
         return self.root / "initial.safetensors" if round < 0 else self.round_dir(round) / "weights.safetensors"
 
-    def fold_weights_path(self, round: int, fold: int) -> Path:
-        """`Path`: file with the trainable weights of a fold model after a round."""
-        return self.round_dir(round) / f"fold_{fold}" / "weights.safetensors"
+    def fold_weights_path(self, fold: int) -> Path:
+        """`Path`: file with the trainable weights of a fold model."""
+        return self.round_dir(0) / f"fold_{fold}" / "weights.safetensors"
 
-    def write_fold(self, round: int, fold: int, logits: dict[str, np.ndarray]) -> None:
-        """Keep the pair logits of a fold model, by the name of the pairs."""
-        tensors = {name: torch.from_numpy(values) for name, values in logits.items()}
-        path = self._fold_logits_path(round, fold)
-        write_tensors(path, tensors, self.key(path))
+    def write_fold(self, fold: int, logits: np.ndarray) -> None:
+        """Keep the pair logits of a fold model on the part that it has not seen."""
+        path = self._fold_logits_path(fold)
+        write_tensors(path, {"logits": torch.from_numpy(logits)}, self.key(path))
 
-    def read_fold(self, round: int, fold: int) -> dict[str, np.ndarray] | None:
-        """`dict[str, np.ndarray]` or `None`: these pair logits; `None` if there are none yet, or if they are damaged."""
-        path = self._fold_logits_path(round, fold)
+    def read_fold(self, fold: int) -> np.ndarray | None:
+        """`np.ndarray` or `None`: these pair logits; `None` if there are none yet, or if they are damaged."""
+        path = self._fold_logits_path(fold)
         tensors = read_tensors(path, self.key(path))
-        return None if tensors is None else {name: tensor.numpy() for name, tensor in tensors.items()}
+        return None if tensors is None else tensors["logits"].numpy()
 
-    def has_fold(self, round: int, fold: int) -> bool:
+    def has_fold(self, fold: int) -> bool:
         """`bool`: whether the predictions of a fold model are there and whole."""
-        return self.read_fold(round, fold) is not None
+        return self.read_fold(fold) is not None
 
-    def _fold_logits_path(self, round: int, fold: int) -> Path:
-        return self.round_dir(round) / f"fold_{fold}" / "logits.safetensors"
+    def _fold_logits_path(self, fold: int) -> Path:
+        return self.round_dir(0) / f"fold_{fold}" / "logits.safetensors"
 
     def prune_weights(self, needed: set[int]) -> None:
         """Delete the weights of all rounds that are over, except the needed ones."""
         with telling_where(self.root):
             for round in set(range(-1, self.num_finished)) - needed:
                 self.weights_path(round).unlink(missing_ok=True)
-                for weights in self.round_dir(round).glob("fold_*/weights.safetensors"):
-                    if round < self.num_finished - 1:
-                        weights.unlink()
+            # Their predictions are kept.
+            for weights in self.round_dir(0).glob("fold_*/weights.safetensors"):
+                weights.unlink()

@@ -11,20 +11,9 @@ SelectionPolicy = Callable[[PairScores], np.ndarray]
 
 
 def candidates(scores: PairScores) -> np.ndarray:
-    """
-    Pairs that can have a pseudo-label at all.
-
-    Args:
-        scores ([`PairScores`]):
-            Scores of the pairs.
-
-    Returns:
-        `np.ndarray` of shape `(num_pairs,)`, bool: pairs that are no ties and, where several models were asked, on which
-        all of them agree.
-    """
+    """`np.ndarray` of shape `(num_pairs,)`, bool: pairs that can have a pseudo-label, which ties can't."""
     # Rewards so close that the confidence rounds to one half are a tie too: the collator trains on none of them.
-    is_candidate = scores.confidence > 0.5
-    return is_candidate if scores.models_agree is None else is_candidate & scores.models_agree
+    return scores.confidence > 0.5
 
 
 def above_threshold(scores: PairScores, threshold: float) -> np.ndarray:

@@ -19,11 +19,11 @@ from .select import wilson_lower_bound
 
 logger = logging.getLogger(__name__)
 
-# The threshold of the paper's released code.
+# The threshold of the paper's released code, for hard labels.
 DEFAULT_CONFIDENCE_THRESHOLD = 0.8
-# Used where enough labels are held out; recipes/benchmark/quality.py compares it with the fixed threshold.
-DEFAULT_TARGET_PRECISION = 0.9
-NUM_FOLDS = 5
+NUM_FOLDS = 3
+# Passes over the pool in a round, if nothing else is set: more than two taught nothing more.
+MOST_EPOCHS = 2
 
 
 # Settings of `Trainer` without effect on reward models, here and in `RewardTrainer`, and why.
@@ -50,7 +50,11 @@ class RoundSettings:
             Held-out pairs that fit the temperature, choose the best round and find the threshold for a precision:
             `"calibration"`, `"cross_fit"` (the parts left out by the folds), or `None`.
         keeps_best_round (`bool`):
-            Whether the run ends with the weights of the round with the lowest log-loss on these pairs.
+            Whether the run ends with the weights of the round with the lowest log-loss on `calibration_dataset`.
+        has_soft_labels (`bool`):
+            Whether kept pairs are trained on their probability.
+        num_train_epochs (`float`, *optional*):
+            Number of epochs of a round after round 0; `None` if `max_steps` decides.
         confidence_threshold (`float`, *optional*):
             Confidence that a pair has to exceed, if the threshold is fixed.
         target_precision (`float`, *optional*):
@@ -62,6 +66,8 @@ class RoundSettings:
     num_folds: int
     calibrated_by: str | None
     keeps_best_round: bool
+    has_soft_labels: bool
+    num_train_epochs: float | None
     confidence_threshold: float | None = None
     target_precision: float | None = None
     selected_fraction: float | None = None
@@ -102,9 +108,10 @@ def check_arguments(
             "in the config."
         )
     check_inherited(args, eval_dataset, has_own_metrics)
-    for name in ("keep_best_round", "target_precision"):
-        if getattr(args, name) and not has_calibration and args.num_folds == 0:
-            raise ValueError(f"`{name}` needs held-out labels; give `calibration_dataset`, or set `num_folds=5`.")
+    if args.keep_best_round and not has_calibration:
+        raise ValueError("`keep_best_round` compares the rounds on held-out labels; give `calibration_dataset`.")
+    if args.target_precision is not None and not has_calibration and args.num_folds == 0:
+        raise ValueError("`target_precision` needs held-out labels; give `calibration_dataset`, or set `num_folds=3`.")
     try:
         os.makedirs(str(args.output_dir), exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output_dir):
@@ -173,9 +180,7 @@ def _check_collator(args: SSRMConfig, data_collator: Any) -> None:
         )
 
 
-def resolve_settings(
-    args: SSRMConfig, data: RunData, labels_by_itself: bool, has_own_policy: bool, has_own_score: bool
-) -> RoundSettings:
+def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) -> RoundSettings:
     """
     Replace every `None` among the settings of the rounds by what it means for this run.
 
@@ -186,10 +191,6 @@ def resolve_settings(
             Data of the run.
         labels_by_itself (`bool`):
             Whether the model of the round labels the pool, and not a teacher or a callback with a `score` of its own.
-        has_own_policy (`bool`):
-            Whether a policy selects the pairs, and not a threshold.
-        has_own_score (`bool`):
-            Whether a callback scores the pool with a `score` of its own.
 
     Returns:
         [`RoundSettings`]
@@ -197,22 +198,16 @@ def resolve_settings(
     Raises:
         ValueError: If the data can't meet a setting.
     """
-    if has_own_score and args.num_folds:
-        raise ValueError(
-            "`num_folds` makes fold models that label the pool, but a callback with a `score` of its own labels it here; "
-            "set `num_folds=0`."
-        )
     num_calibration = len(data.held_out["calibration"].first) if "calibration" in data.held_out else 0
     num_folds = _resolve_num_folds(args, data, labels_by_itself, num_calibration > 0)
     _check_drop_last(args, data, num_folds)
     num_held_out = num_calibration or (len(data.labeled) if num_folds else 0)
     calibrated_by = "calibration" if num_calibration else "cross_fit" if num_folds else None
-    for name in ("keep_best_round", "target_precision"):
-        if getattr(args, name) and calibrated_by is None:
-            raise ValueError(
-                f"`{name}` needs `calibration_dataset`: there are no fold models here, since a teacher or a callback labels "
-                "the pool, `load_best_model_at_end` is set, or the labeled pairs have one prompt only."
-            )
+    if args.target_precision is not None and calibrated_by is None:
+        raise ValueError(
+            "`target_precision` needs `calibration_dataset`: there are no fold models here, since a teacher or a callback "
+            "labels the pool, `load_best_model_at_end` is set, or the labeled pairs have one prompt only."
+        )
     if args.target_precision is not None and not labels_by_itself:
         raise ValueError(
             "`target_precision` finds a threshold for the confidence of the trained model, but a teacher or a callback with "
@@ -228,12 +223,15 @@ def resolve_settings(
     threshold: dict[str, Any] = {
         name: getattr(args, name) for name in ("confidence_threshold", "target_precision", "selected_fraction")
     }
+    has_soft_labels = args.pseudo_label_type == "soft"
     if all(value is None for value in threshold.values()):
-        is_possible = labels_by_itself and not has_own_policy and highest >= DEFAULT_TARGET_PRECISION
-        name = "target_precision" if is_possible else "confidence_threshold"
-        threshold[name] = DEFAULT_TARGET_PRECISION if is_possible else DEFAULT_CONFIDENCE_THRESHOLD
-    keeps_best_round = calibrated_by is not None if args.keep_best_round is None else args.keep_best_round
-    return RoundSettings(num_folds, calibrated_by, keeps_best_round, **threshold)
+        # A soft label says how sure it is, so unsure pairs are kept too: they teach more than sure ones.
+        threshold["confidence_threshold"] = 0.5 if has_soft_labels else DEFAULT_CONFIDENCE_THRESHOLD
+    keeps_best_round = num_calibration > 0 if args.keep_best_round is None else args.keep_best_round
+    num_train_epochs: float | None = args.round_num_train_epochs
+    if num_train_epochs is None and args.max_steps <= 0:
+        num_train_epochs = min(args.num_train_epochs, MOST_EPOCHS)
+    return RoundSettings(num_folds, calibrated_by, keeps_best_round, has_soft_labels, num_train_epochs, **threshold)
 
 
 def fold_of_pairs(prompts: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
@@ -277,9 +275,8 @@ def _resolve_num_folds(args: SSRMConfig, data: RunData, labels_by_itself: bool, 
             return 0
         num_folds = min(NUM_FOLDS, num_prompts)
         logger.warning(
-            f"No `calibration_dataset` is given, so {num_folds} more models are trained, each without one part of the labels. "
-            "Their predictions on that part calibrate the confidence and choose the threshold and the round. The run takes "
-            f"{num_folds + 1} times as long; set `num_folds=0` to go without."
+            f"No `calibration_dataset` is given, so {num_folds} more models are trained on the labels alone, each without one "
+            "part of them. Their predictions on that part calibrate the confidence. Set `num_folds=0` to go without."
         )
         return num_folds
     if num_prompts < args.num_folds:

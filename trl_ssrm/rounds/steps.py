@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..scoring.pair_scores import PairScores
 from ..scoring.score import NonFiniteScoreError
 from .calibrate import best_round, measure, reliability
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
-from .folds import Folds, with_second_opinions
+from .folds import Folds
 from .label import (
     PseudoLabels,
     are_the_same,
@@ -26,7 +26,6 @@ from .label import (
 from .labeling_summary import summarize_labeling
 from .round_trainer import RoundTrainer, RunRecorder
 from .run_identity import run_identity
-from .settings import RoundSettings
 
 
 logger = logging.getLogger(__name__)
@@ -41,18 +40,18 @@ class RoundSteps(RoundTrainer):
     callback_handler: RoundCallbackHandler
     pseudo_labeling_callback: PseudoLabelingCallback
     recorder: RunRecorder
-    settings: RoundSettings
     folds: Folds
     labeling_facts: dict[str, Any]
     termination_reason: str | None
 
     def train_round(self, ignore_keys_for_eval: list[str] | None) -> None:
-        """Train the weights of the round, and its fold models, from the weights of the round before."""
+        """Train the weights of the round. Before round 0, train the fold models."""
         run, round = self.run, self.round
         if self._is_over:
             return
         self._tell("on_round_begin", round=round)
-        self.folds.train(round, ignore_keys_for_eval)
+        if round == 0:
+            self.folds.train(ignore_keys_for_eval)
         if self.on_main_process(lambda: run.is_trained(round)):
             # The run was interrupted between training and measuring.
             run.read_weights(run.weights_path(round), self.unwrapped_model)
@@ -77,9 +76,9 @@ class RoundSteps(RoundTrainer):
             logits_of[name] = scores.logits
             if scores.orders_agree is not None:
                 facts[f"{name}_order_disagreement"] = float(1 - scores.orders_agree.mean())
-        if self.folds.num_folds:
-            logits_of["cross_fit"] = self.folds.held_out_logits(self.round)
-        facts |= measure(logits_of, self.settings)
+        if self.folds.num_folds and self.round == 0:
+            logits_of["cross_fit"] = self.folds.held_out_logits()
+        facts |= measure(logits_of, self.settings, self.round_history)
         self.log(dict(facts))
         self.recorder.log_history = self.state.log_history
         steps = self._steps_before_round + self.state.global_step
@@ -115,7 +114,7 @@ class RoundSteps(RoundTrainer):
 
     def score_pool(self, pool: Pool, round: int) -> PairScores:
         """
-        Score pairs of the pool with the weights of a round and, with `num_folds`, with its fold models.
+        Score pairs of the pool with the weights of a round.
 
         Args:
             pool ([`Pool`]):
@@ -124,14 +123,13 @@ class RoundSteps(RoundTrainer):
                 The round that has ended, whose weights are in the model.
 
         Returns:
-            [`PairScores`]: the mean probability of all models, at the temperature of the round; the same in every process.
+            [`PairScores`]: the scores at the temperature of the round, the same in every process.
 
         Raises:
             NonFiniteScoreError: If a reward is NaN or infinite.
         """
         scores = self.score_with(self.run.weights_path(round), pool, self.run.round_dir(round + 1) / "scores")
-        others = self.folds.pool_logits(round) if self.folds.num_folds else []
-        return with_second_opinions(scores, others, self.round_history[round]["temperature"])
+        return replace(scores, temperature=self.round_history[round]["temperature"])
 
     def keep(self, share: np.ndarray, scores: PairScores, kept: np.ndarray) -> None:
         """Store the pseudo-labels of the kept pairs, and facts about them, for the next round."""

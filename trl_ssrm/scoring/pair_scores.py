@@ -17,8 +17,6 @@ class PairScores:
             Divisor of the logits that calibrates the confidence. Positive.
         orders_agree (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
             Whether a pairwise model prefers the same completion in both orders. `None` for a scalar model.
-        models_agree (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
-            Whether all models that scored a pair prefer the same completion. `None` if only one model scored the
             pairs.
         rows (`np.ndarray` of shape `(num_pairs,)`, integer, *optional*):
             Row of `unlabeled_dataset` that each pair comes from.
@@ -30,7 +28,6 @@ class PairScores:
     logits: np.ndarray
     temperature: float = 1.0
     orders_agree: np.ndarray | None = None
-    models_agree: np.ndarray | None = None
     rows: np.ndarray | None = None
     lengths: np.ndarray | None = None
 
@@ -45,7 +42,7 @@ class PairScores:
         Returns:
             [`PairScores`]
         """
-        optional = (self.orders_agree, self.models_agree, self.rows, self.lengths)
+        optional = (self.orders_agree, self.rows, self.lengths)
         taken = [None if each is None else each[pairs] for each in optional]
         return PairScores(self.logits[pairs], self.temperature, *taken)
 

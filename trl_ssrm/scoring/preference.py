@@ -48,26 +48,6 @@ def orders_agree(scores: np.ndarray) -> np.ndarray:
     return np.sign(scores[:, 0]) == -np.sign(scores[:, 1])
 
 
-def mean_logits(logits: list[np.ndarray], temperature: float) -> np.ndarray:
-    """
-    Pair logits of several models together: their probabilities are averaged.
-
-    Args:
-        logits (`list[np.ndarray]` of shape `(num_pairs,)` each):
-            Pair logits of each model.
-        temperature (`float`):
-            Divisor of the logits for the probabilities.
-
-    Returns:
-        `np.ndarray` of shape `(num_pairs,)`, float64: `z`, where `sigmoid(z / temperature)` is the mean probability.
-    """
-    scaled = np.stack(logits) / temperature
-    # log(sigmoid(x)) is -log(1 + exp(-x)); the number of models cancels.
-    log_first = np.logaddexp.reduce(-np.logaddexp(0.0, -scaled), axis=0)
-    log_second = np.logaddexp.reduce(-np.logaddexp(0.0, scaled), axis=0)
-    return temperature * (log_first - log_second)
-
-
 def mean_win_probability(logits: np.ndarray) -> np.ndarray:
     """
     Mean probability of each completion to be preferred to the others.
