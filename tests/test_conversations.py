@@ -75,9 +75,11 @@ def with_template(tokenizer, template: str):
 def make(llama, config, tokenizer):
     """Makes trainers of rows with a chat template."""
 
-    def make(template, train=None, pool=None, **held_out):
+    def make(template, train=None, pool=None, is_stream=False, **held_out):
         rows = {"train_dataset": train or conversations(4, 1), "unlabeled_dataset": pool or conversations(4, 2)}
         data = {name: Dataset.from_list(each) for name, each in {**rows, **held_out}.items()}
+        if is_stream:
+            data["eval_dataset"] = data["eval_dataset"].to_iterable_dataset()
         return SSRMTrainer(llama, config(), processing_class=with_template(tokenizer, template), **data)
 
     return make
@@ -136,6 +138,9 @@ def test_text_that_the_template_leaves_out_is_refused_with_its_row(make, llama, 
         make(WITHOUT_SYSTEM, pool=pool)
     with pytest.raises(ValueError, match=re.escape(words % "calibration_dataset")):
         make(WITHOUT_SYSTEM, calibration_dataset=rows)
+    stream = make(WITHOUT_SYSTEM, eval_dataset=rows, is_stream=True).eval_dataset
+    with pytest.raises(ValueError, match=re.escape(words % "eval_dataset")):
+        list(stream)
     own = with_template(tokenizer, WITHOUT_SYSTEM)
     reward_function, dataset = SSRMRewardFunction(llama, own), Dataset.from_list(rows)
     for read in (

@@ -68,14 +68,16 @@ def with_literal_messages(
     special_tokens = special_tokens_of(tokenizer)
     as_parts = tokenizer.chat_template is not None and takes_parts_alone(tokenizer)
     make_readable = functools.partial(_readable, special_tokens=special_tokens, as_parts=as_parts)
+    reader = None if tokenizer.chat_template is None else ConversationReader(tokenizer)
     if not isinstance(dataset, Dataset):
-        return dataset.map(make_readable)
+        read = functools.partial(_read_row, make_readable=make_readable, reader=reader, name=name)
+        return dataset.map(read, with_indices=True)
     columns = [column for column in _COLUMNS if column in dataset.column_names]
     if "chosen" not in columns or "chosen_ids" in dataset.column_names:
         return dataset
     if special_tokens.search(str({column: dataset.features[column] for column in columns if column in _TEXT})):
         raise ValueError(f"A field in `{name}` is named like a special token of the tokenizer; rename it.")
-    is_changed, forged = _read_once(dataset, columns, make_readable, tokenizer, name)
+    is_changed, forged = _read_once(dataset, columns, make_readable, reader, special_tokens, name)
     if forged:
         logger.warning(
             f"Messages in {len(forged)} rows of `{name}`, row {forged[0]} being the first, contain special tokens of "
@@ -148,24 +150,38 @@ def _read_once(
     dataset: Dataset,
     columns: list[str],
     make_readable: Callable[[dict[str, Any]], dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    reader: ConversationReader | None,
+    special_tokens: re.Pattern[str],
     name: str,
 ) -> tuple[bool, list[int]]:
     """Whether any row has to change, and the rows with special tokens; refuse rows that can't be read."""
-    reader = ConversationReader(tokenizer) if tokenizer.chat_template is not None else None
-    special_tokens = special_tokens_of(tokenizer)
     is_changed, forged = False, []
     for place, row in enumerate(iterate_rows(dataset, columns)):
         try:
-            changes = make_readable(row)
-            if reader is not None and isinstance(row["chosen"], list):
-                _check_is_read(reader, {**row, **changes})
-        except ValueError as error:
-            raise NotTokenizedError(f"Row {row_number(dataset, place)} of `{name}`", error) from error
+            changes = _read_row(row, place, make_readable, reader, name)
+        except NotTokenizedError as error:
+            raise NotTokenizedError(f"Row {row_number(dataset, place)} of `{name}`", error.reason) from error
         is_changed = is_changed or bool(changes)
         if isinstance(row["chosen"], list) and _holds_special_tokens(row, special_tokens):
             forged.append(row_number(dataset, place))
     return is_changed, forged
+
+
+def _read_row(
+    row: dict[str, Any],
+    number: int,
+    make_readable: Callable[[dict[str, Any]], dict[str, Any]],
+    reader: ConversationReader | None,
+    name: str,
+) -> dict[str, Any]:
+    """Those columns of a row that have to change; refuse a row that can't be read."""
+    try:
+        changes = make_readable(row)
+        if reader is not None and isinstance(row.get("chosen"), list):
+            _check_is_read(reader, {**row, **changes})
+    except ValueError as error:
+        raise NotTokenizedError(f"Row {number} of `{name}`", error) from error
+    return changes
 
 
 def _check_is_read(reader: ConversationReader, row: dict[str, Any]) -> None:
