@@ -46,14 +46,14 @@ def test_benchmark_of_quality_makes_its_table_and_its_plot(bert, tmp_path):
         "output_dir": tmp_path / "run",
         "num_seeds": 2,
         "label_fractions": [0.25],
-        "arms": ["paper", "folds agree", "paper, true labels", "default"],
+        "arms": ["paper", "calibrated", "paper, true labels", "default"],
         "steps": [2, 4],
         "num_rounds": 1,
         "eos_token": "<|eos|>",
     }
     first = run_recipe("benchmark/quality", **settings)
     table = first[first.index("| Arm") :].splitlines()
-    names = ["labels", "labels, all steps", "paper", "folds agree", "paper, true labels", "default", "all labels"]
+    names = ["labels", "labels, all steps", "paper", "calibrated", "paper, true labels", "default", "all labels"]
     assert [line.split(" | ")[0] for line in table[2:9]] == [f"| {name}" for name in names]
     # Against themselves the labels gain nothing, and all labels close the whole gap, if there is one.
     assert table[2].split(" | ")[2:4] in (["0.000 ± 0.000", "0.00"], ["0.000 ± 0.000", "–"])

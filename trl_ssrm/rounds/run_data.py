@@ -14,6 +14,7 @@ from ..config import SSRMConfig
 from ..data.build_pool import build_pool
 from ..data.formats import report_dropped
 from ..data.pool import Pool
+from ..data.prompt_columns import check_same_form
 from ..data.prompts import prompt_groups
 from ..data.sequences import PairedSequences, select_rows
 from ..io.storage import BATCH_ROWS, content_hash
@@ -114,6 +115,9 @@ def prepare_run_data(
         ValueError: If every row of a dataset is too long, `calibration_dataset` shares pairs with `train_dataset`, or
             token IDs are beyond the vocabulary of the model, or sequences beyond its positions.
     """
+    check_same_form(
+        {**{f"{name}_dataset": data for name, data in given.items()}, "unlabeled_dataset": unlabeled_dataset}
+    )
     prepared = dict(prepared)
     if "calibration" in given:
         prepared["calibration"] = tokenize(given["calibration"], "calibration", args.max_length)
