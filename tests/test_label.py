@@ -13,12 +13,14 @@ def test_kept_pairs_are_labeled_by_the_sign_at_their_place_in_the_pool():
     assert labels["confidence"].tolist() == scores.confidence[:2].tolist()
 
 
-def test_labels_are_the_same_if_pairs_and_signs_are():
+def test_labels_are_the_same_if_pairs_and_signs_are_and_if_soft_probabilities_too():
     share, kept = np.arange(2), np.ones(2, dtype=bool)
     one = label(PairScores(np.array([2.0, -1.0])), share, kept)
-    assert are_the_same(one, label(PairScores(np.array([5.0, -0.1])), share, kept))
-    assert not are_the_same(one, label(PairScores(np.array([2.0, 1.0])), share, kept))
-    assert not are_the_same(one, label(PairScores(np.array([2.0, -1.0])), share, np.array([True, False])))
+    surer = label(PairScores(np.array([5.0, -0.1])), share, kept)
+    assert are_the_same(one, surer, are_soft=False) and not are_the_same(one, surer, are_soft=True)
+    assert are_the_same(one, label(PairScores(np.array([2.0, -1.0])), share, kept), are_soft=True)
+    for other, mask in (([2.0, 1.0], kept), ([2.0, -1.0], np.array([True, False]))):
+        assert not are_the_same(one, label(PairScores(np.array(other)), share, mask), are_soft=False)
 
 
 @pytest.mark.parametrize("with_margin", [False, True])

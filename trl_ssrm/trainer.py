@@ -52,7 +52,8 @@ class SSRMTrainer(RoundSteps):
     Self-Training](https://huggingface.co/papers/2409.06903).
 
     Round 0 trains on the labeled pairs as [`~trl.RewardTrainer`] does. Each further round labels the unlabeled pairs
-    with the model so far, keeps those it is confident about, and trains on the labeled and the kept pairs. Without
+    with the model so far, and trains on labeled and pseudo-labeled pairs. By default one round trains from the initial
+    weights on soft labels of the whole pool; [`SSRMConfig.paper`] keeps the confident pairs, round after round. Without
     `unlabeled_dataset` it is [`~trl.RewardTrainer`].
 
     Example:
@@ -65,7 +66,7 @@ class SSRMTrainer(RoundSteps):
 
     >>> trainer = SSRMTrainer(
     ...     model="Qwen/Qwen3-0.6B",
-    ...     args=SSRMConfig(output_dir="Qwen3-0.6B-SSRM", num_rounds=3),
+    ...     args=SSRMConfig(output_dir="Qwen3-0.6B-SSRM"),
     ...     train_dataset=dataset.select(range(2_000)),
     ...     unlabeled_dataset=dataset.select(range(2_000, 32_000)),
     ... )

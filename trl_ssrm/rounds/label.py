@@ -40,9 +40,10 @@ def label(scores: PairScores, share: np.ndarray, kept: np.ndarray) -> PseudoLabe
     }
 
 
-def are_the_same(before: PseudoLabels, now: PseudoLabels) -> bool:
-    """`bool`: whether the same pairs are kept with the same labels."""
-    return all(np.array_equal(before[name], now[name]) for name in ("pair", "first_is_chosen"))
+def are_the_same(before: PseudoLabels, now: PseudoLabels, are_soft: bool) -> bool:
+    """`bool`: whether the same pairs are kept with the same labels, which are the probabilities if they are soft."""
+    names = ("pair", "first_is_chosen", *(("confidence",) if are_soft else ()))
+    return all(np.array_equal(before[name], now[name]) for name in names)
 
 
 def labeling_facts(scores: PairScores, kept: np.ndarray, pool: Pool, threshold: float | None) -> dict[str, Any]:

@@ -169,7 +169,8 @@ class RoundSteps(RoundTrainer):
             return "callback"
         if self.round == 0 or self.args.pool_per_round == "shard":
             return None
-        return "no_change" if are_the_same(self.run.read_labels(self.round)[0], labels) else None
+        before, _ = self.run.read_labels(self.round)
+        return "no_change" if are_the_same(before, labels, self.settings.has_soft_labels) else None
 
     @property
     def kept_round(self) -> int:
