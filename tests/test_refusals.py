@@ -38,7 +38,7 @@ from trl_ssrm import PseudoLabelingCallback, SSRMTrainer
         ),
         ({"unlabeled_dataset": preference_rows(16, seed=1)}, "16 (overlap with the labeled pairs)"),
         ({"args": {"max_length": 5}}, "Every row of `train_dataset` is longer than max_length=5"),
-        ({"args": {"keep_best_round": True}}, "`keep_best_round` needs"),
+        ({"args": {"keep_best_round": True}}, "`keep_best_round` compares the rounds on held-out labels"),
         (
             {
                 "args": {"track_pseudo_label_accuracy": True},

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def make_run(output_dir, seed: int = 1) -> RunDirectory:
     for round in (0, 1):
         weights = {"weight": torch.full((1, 64), float(10 * seed + round))}
         run.write_weights(run.weights_path(round), weights)
-        run.write_fold(round, 0, {"labeled": np.full(8, 10.0 * seed + round)})
+        run.write_fold(round, np.full(8, 10.0 * seed + round))
         run.write_state(round, TrainerState(global_step=10 * seed + round))
         run.write_round(round, {"round": round, "temperature": 1.0 * seed}, [], {})
         run.write_labeling(round, {"examples": []})
@@ -74,14 +75,14 @@ def read_all(run: RunDirectory, round: int) -> dict:
         return model.weight[0, 0].item()
 
     def logits() -> float | None:
-        return None if (found := run.read_fold(round, 0)) is None else found["labeled"][0].item()
+        return None if (found := run.read_fold(round)) is None else found[0].item()
 
     def pairs() -> list | None:
         return None if (found := run.read_pseudo_labels(round)) is None else found[0]["pair"][:]
 
     readers = {
         "weights.safetensors": weights,
-        "fold_0/logits.safetensors": logits,
+        "fold_1/logits.safetensors": logits,
         "trainer_state.json": lambda: run.read_state(round).global_step,
         "round.json": lambda: run.read_round(round)["facts"],
         "pseudo_labels.parquet": pairs,
@@ -101,14 +102,19 @@ def read_all(run: RunDirectory, round: int) -> dict:
 FILES = list(read_all(RunDirectory("nowhere"), 1))
 
 
+def place_of(run: RunDirectory, name: str) -> Path:
+    """Where a file is: fold models are trained before round 0."""
+    return run.round_dir(0 if name.startswith("fold_") else 1) / name
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_file_is_never_taken_for_what_was_written(tmp_path, caplog, name, damage):
     run = make_run(tmp_path)
     expected = read_all(run, 1)
-    damage(run.round_dir(1) / name)
+    damage(place_of(run, name))
     found = read_all(run, 1)
-    path = str(run.round_dir(1) / name.partition("/")[0])
+    path = str(place_of(run, name.partition("/")[0]))
     assert found[name] is None or (
         isinstance(found[name], str) and path in found[name] and "copy in its" in found[name]
     )
@@ -126,7 +132,7 @@ def test_damaged_file_is_never_taken_for_what_was_written(tmp_path, caplog, name
 def test_bit_may_be_flipped_anywhere(tmp_path, name, place):
     run = make_run(tmp_path)
     expected = read_all(run, 1)[name]
-    flip(run.round_dir(1) / name, place)
+    flip(place_of(run, name), place)
     found = read_all(run, 1)[name]
     # Space between values says nothing.
     assert found == expected or found is None or "copy in its" in found
@@ -143,7 +149,10 @@ def test_file_of_another_run_or_round_is_not_used(tmp_path, name, source):
         shutil.copytree(next(directory.glob("checkpoint-*")), run.round_dir(1) / "checkpoint-4")
     else:
         for each in {name, name.replace("pseudo_labels.parquet", "pseudo_labels.json")}:
-            shutil.copyfile(directory / each, run.round_dir(1) / each)
+            source_file = (
+                place_of(other, each) if source == "run" else run.round_dir(0) / each.replace("fold_1", "fold_0")
+            )
+            shutil.copyfile(source_file, place_of(run, each))
     found = read_all(run, 1)[name]
     assert found is None or "another run" in found
 
@@ -166,9 +175,9 @@ def test_damaged_checkpoint_leads_to_the_one_before(tmp_path, caplog):
 def test_round_whose_end_is_damaged_is_trained_again(tmp_path, caplog, name):
     run = make_run(tmp_path)
     assert run.is_trained(1) and not run.is_trained(2)
-    flip(run.round_dir(1) / name)
+    flip(place_of(run, name))
     assert not run.is_trained(1)
-    assert "ound 1 is trained again" in caplog.text and str(run.round_dir(1) / name) in caplog.text
+    assert "ound 1 is trained again" in caplog.text and str(place_of(run, name)) in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
