@@ -37,64 +37,19 @@ SIZES = {
     # Rewards that differ by about 1 before training.
     **{"initializer_range": 0.3, "init_std": 0.3},
 }
-# Decoders, encoders, and encoders with a decoder.
-FAMILIES = (
-    *(
-        "arcee",
-        "bloom",
-        "diffllama",
-        "doge",
-        "exaone4",
-        "falcon",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt2",
-    ),
-    *("gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "helium", "llama", "ministral", "mistral", "mixtral"),
-    *(
-        "modernbert-decoder",
-        "mpt",
-        "nemotron",
-        "olmo2",
-        "opt",
-        "persimmon",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-    ),
-    *("seed_oss", "smollm3", "stablelm", "starcoder2"),
-    *(
-        "albert",
-        "bert",
-        "big_bird",
-        "camembert",
-        "data2vec-text",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "ernie",
-    ),
-    *(
-        "esm",
-        "eurobert",
-        "ibert",
-        "longformer",
-        "megatron-bert",
-        "modernbert",
-        "mpnet",
-        "rembert",
-        "roberta",
-    ),
-    *("roberta-prelayernorm", "roformer", "squeezebert", "xlm", "xlm-roberta", "xlm-roberta-xl"),
-    *("bart", "mbart", "mt5", "t5"),
+DECODERS = (
+    "arcee bloom diffllama doge exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj "
+    "helium llama ministral mistral mixtral modernbert-decoder mpt nemotron olmo2 opt persimmon phi phi3 qwen2 qwen3 "
+    "qwen3_moe seed_oss smollm3 stablelm starcoder2"
 )
-SEE_PADDING = ("canine", "convbert", "fnet", "funnel", "nystromformer", "xlnet")
+ENCODERS = (
+    "albert bert big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie esm eurobert ibert longformer "
+    "megatron-bert modernbert mpnet rembert roberta roberta-prelayernorm roformer squeezebert xlm xlm-roberta xlm-roberta-xl"
+)
+WITH_BOTH = "bart mbart mt5 t5"
+FAMILIES = f"{DECODERS} {ENCODERS} {WITH_BOTH}".split()
+# MobileBERT mixes neighbors too. After the end it reads zeros, as its own padding token is, but no other token.
+SEE_PADDING = ("canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "xlnet")
 OWN_SIZES = {
     "gpt_neo": {"attention_types": [[["global"], 2]]},
     "gptj": {"rotary_dim": 4},
@@ -104,9 +59,9 @@ OWN_SIZES = {
     "canine": {"num_hash_buckets": 64},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
-# Sizes that a family computes.
 # Where `all-linear` includes a part of the head.
 TARGETS = {"distilbert": ["q_lin", "v_lin"]}
+# Sizes that a family computes.
 WITHOUT = {"falcon": ("head_dim",), "funnel": ("num_hidden_layers",), "xlnet": ("max_position_embeddings",)}
 TEXTS = ("Say 1: kind", "Say 3: x", "Say 2: rude, and then a much longer text", "Say it soon")
 

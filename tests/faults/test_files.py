@@ -309,7 +309,10 @@ def test_pairs_that_are_damaged_are_made_again_before_their_round_and_refused_wh
     cut(path)
     with pytest.raises(ValueError, match="pseudo_labels.parquet is damaged; put a copy in its place"):
         run.read_pseudo_labels(1)
-    assert run.read_numbers_of_pseudo_labels(1, ["pair"]) is None
+    with pytest.raises(
+        ValueError, match="The pseudo-labels of round 1 in .* are missing or damaged; put copies in their place"
+    ):
+        run.read_labels(1)
     assert f"{path} is damaged." in caplog.text and "made again" not in caplog.text
     assert not run.has_pseudo_labels(1)
     assert f"{path} is damaged and is made again." in caplog.text
