@@ -1,11 +1,26 @@
 import pytest
 import torch
 from conftest import assert_same_weights, weights_of
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
-from trl_ssrm import SSRMTrainer
+from trl_ssrm import SSRMRewardFunction, SSRMTrainer, load_reward_model
 
 
 TEXTS = ["Say 1: kind", "Say 2: rude words", "x"]
@@ -146,3 +161,130 @@ def test_four_bit_base_is_merged_in_full_precision(trained, llama, tmp_path):
 def test_model_without_an_adapter_has_nothing_to_merge(trained, tmp_path):
     with pytest.raises(ValueError, match="has no adapter to merge; use `save_model`"):
         trained().merge_and_save(str(tmp_path))
+
+
+def assert_trains_on(trainer: SSRMTrainer, adapter: str, tmp_path) -> None:
+    """The trainer starts from the rewards of the adapter, trains all of it and its head, and saves what it trained."""
+    tokenizer = trainer.processing_class
+    start = rewards(load_adapter(adapter), tokenizer)
+    torch.testing.assert_close(rewards(trainer.model, tokenizer), start, rtol=0, atol=1e-6)
+    before = weights_of(trainer.model)
+    trainer.train()
+    changed = {name for name, weight in weights_of(trainer.model).items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert any("score" in name for name in changed) and sum("lora" in name for name in changed) == 8
+    trainer.save_model(str(tmp_path / "further"))
+    torch.testing.assert_close(
+        rewards(load_adapter(tmp_path / "further"), tokenizer), rewards(trainer.model, tokenizer), rtol=0, atol=1e-6
+    )
+
+
+def load_adapter(directory):
+    return AutoPeftModelForSequenceClassification.from_pretrained(directory, num_labels=1)
+
+
+@pytest.mark.parametrize("has_pool", [True, False])
+def test_saved_adapter_is_trained_further(trained, config, labeled, unlabeled, has_pool, tmp_path):
+    adapter = str(tmp_path / "adapter")
+    trained(peft_config=lora()).save_model(adapter)
+    args = config(num_rounds=0, output_dir=str(tmp_path / "second"))
+    pool = unlabeled if has_pool else None
+    trainer = SSRMTrainer(adapter, args, train_dataset=labeled, unlabeled_dataset=pool)
+    assert_trains_on(trainer, adapter, tmp_path)
+
+
+def test_saved_adapter_of_a_pairwise_model_is_trained_further(causal, pairwise_config, labeled, tmp_path):
+    adapter = str(tmp_path / "adapter")
+    first = SSRMTrainer(causal(), pairwise_config(max_steps=2), train_dataset=labeled, peft_config=lora())
+    first.train()
+    first.save_model(adapter)
+    args = pairwise_config(max_steps=2, output_dir=str(tmp_path / "second"))
+    assert_trains_on(SSRMTrainer(adapter, args, train_dataset=labeled), adapter, tmp_path)
+
+
+def test_saved_adapter_on_a_four_bit_base_is_trained_further(trained, config, labeled, unlabeled, tmp_path):
+    adapter = str(tmp_path / "adapter")
+    trained(peft_config=lora(), quantization_config=four_bit()).save_model(adapter)
+    trainer = SSRMTrainer(
+        adapter,
+        config(num_rounds=0, use_cpu=True, output_dir=str(tmp_path / "second")),
+        train_dataset=labeled,
+        unlabeled_dataset=unlabeled,
+        quantization_config=four_bit(),
+    )
+    assert trainer.model.is_loaded_in_4bit
+    before = weights_of(trainer.model)
+    trainer.train()
+    after = weights_of(trainer.model)
+    assert all(not torch.equal(after[name], before[name]) for name in after if "lora" in name or "modules_to_" in name)
+
+
+def test_adapter_beside_another_and_adapter_without_a_head_are_refused(trained, causal, make_trainer, tmp_path):
+    adapter, headless = str(tmp_path / "adapter"), str(tmp_path / "headless")
+    trained(peft_config=lora()).save_model(adapter)
+    with pytest.raises(ValueError, match="is an adapter, which is trained further; leave `peft_config` out"):
+        trained(model=adapter, peft_config=lora())
+    base = AutoModelForCausalLM.from_pretrained(causal())
+    get_peft_model(base, lora(task_type="CAUSAL_LM")).save_pretrained(headless)
+    AutoTokenizer.from_pretrained(causal()).save_pretrained(headless)
+    with pytest.raises(ValueError, match="is an adapter without a score head, so it is no reward model"):
+        make_trainer(headless)
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
+        PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
+        PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
+        AdaptionPromptConfig(adapter_len=4, adapter_layers=1),
+        TrainableTokensConfig(task_type="SEQ_CLS", token_indices=[1, 2]),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_adapter_that_makes_no_reward_model_is_refused_before_any_work(llama, config, labeled, unlabeled, peft_config):
+    data = {"train_dataset": labeled, "unlabeled_dataset": unlabeled}
+    args = config()
+    with pytest.raises(
+        ValueError, match="^An adapter of type .* does not work here: the score head has to be trained"
+    ):
+        SSRMTrainer(llama, args, peft_config=peft_config, **data)
+    if peft_config.is_prompt_learning:
+        model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1), peft_config)
+        with pytest.raises(ValueError, match="^An adapter of type .* does not work here"):
+            SSRMTrainer(model, args, **data)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": [262]},
+    ],
+    ids=["frozen", "adapter", "trained", "one_token"],
+)
+def test_adapter_on_an_embedding_with_a_new_padding_token_is_read(
+    llama, config, labeled, unlabeled, settings, tmp_path
+):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    assert len(tokenizer) == 262
+    tokenizer.add_special_tokens({"pad_token": "<|new|>"})
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
+    model.resize_token_embeddings(len(tokenizer))
+    saved, further = str(tmp_path / "saved"), str(tmp_path / "further")
+    data = {"train_dataset": labeled, "unlabeled_dataset": unlabeled}
+    args = config(num_rounds=0)
+    trainer = SSRMTrainer(model, args, processing_class=tokenizer, peft_config=lora(**settings), **data)
+    trainer.train()
+    trainer.save_model(saved)
+    expected = rewards(trainer.model, tokenizer)
+    torch.testing.assert_close(rewards(load_reward_model(saved), tokenizer), expected, rtol=0, atol=1e-6)
+    texts = [f"{text}{tokenizer.eos_token}" for text in TEXTS]
+    own = torch.tensor(SSRMRewardFunction(saved).score([""] * len(texts), texts)).float()
+    with torch.no_grad():
+        alone = [trainer.model(**tokenizer(text, return_tensors="pt")).logits.squeeze() for text in texts]
+    torch.testing.assert_close(own, torch.stack(alone), rtol=0, atol=1e-6)
+    trainer = SSRMTrainer(saved, config(num_rounds=0, output_dir=further), **data)
+    torch.testing.assert_close(rewards(trainer.model, tokenizer), expected, rtol=0, atol=1e-6)

@@ -39,7 +39,7 @@ from .rounds.run_data import by_name, prepare_run_data, report_too_long
 from .rounds.run_directory import RunDirectory
 from .rounds.settings import resolve_settings
 from .rounds.steps import RoundSteps
-from .scoring.inputs import check_data, check_padding
+from .scoring.inputs import check_padding
 
 
 if TYPE_CHECKING:
@@ -236,7 +236,6 @@ class SSRMTrainer(RoundSteps):
                 is_conversational,
                 by_pair=self.comparison is not None,
             )
-        check_data(self.data.all_pairs, self.model)
         self.check_shares()
         own = [each for each in self.callback_handler.callbacks if isinstance(each, PseudoLabelingCallback)]
         if len(own) > 1:

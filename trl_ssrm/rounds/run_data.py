@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..config import SSRMConfig
@@ -17,8 +16,9 @@ from ..data.pool import Pool
 from ..data.prompt_columns import check_same_form
 from ..data.prompts import prompt_groups
 from ..data.sequences import PairedSequences, select_rows
-from ..io.storage import BATCH_ROWS, content_hash
+from ..io.storage import content_hash
 from ..models.classifier import num_positions
+from ..scoring.inputs import check_vocabulary
 from .run_directory import RunDirectory
 
 
@@ -127,8 +127,8 @@ def prepare_run_data(
             logger.warning(f"`{name}_dataset` is a stream, so the metrics of a round leave it out.")
             continue
         report_too_long(f"{name}_dataset", len(given[name]), len(dataset), args.max_length)
-        check_vocabulary(dataset, f"{name}_dataset", model)
         pairs_of[name] = PairedSequences.from_tokenized(dataset)
+        check_vocabulary(pairs_of[name], f"{name}_dataset", model)
         check_positions(pairs_of[name], f"{name}_dataset", model)
         told_apart = two_completions(pairs_of[name], f"{name}_dataset")
         prepared[name], pairs_of[name] = select_rows(dataset, told_apart), pairs_of[name].take(told_apart)
@@ -147,6 +147,7 @@ def prepare_run_data(
         by_pair=by_pair,
         stream_dir=RunDirectory(str(args.output_dir)).root / "pool",
     )
+    check_vocabulary(pool.pairs, "unlabeled_dataset", model)
     check_positions(pool.pairs, "unlabeled_dataset", model)
     labeled, labeled_pairs = prepared["train"], pairs_of.pop("train")
     margins = list(labeled["margin"]) if "margin" in labeled.column_names else None
@@ -210,18 +211,6 @@ def check_overlap(pair_keys: dict[str, set]) -> None:
             logger.warning(
                 f"`{name}_dataset` shares {count} of its {len(pair_keys[name])} pairs with `train_dataset`, so its metrics are "
                 "too good; leave these pairs out of one of the two."
-            )
-
-
-def check_vocabulary(dataset: Dataset, name: str, model: Any) -> None:
-    """Refuse token IDs that the model has no embedding for, such as those of another tokenizer."""
-    vocab_size = model.config.get_text_config().vocab_size
-    for batch in dataset.select_columns(["chosen_ids", "rejected_ids"]).with_format("arrow").iter(BATCH_ROWS):
-        largest = max(pc.max(pc.list_flatten(column)).as_py() for column in batch.columns)
-        if largest >= vocab_size:
-            raise ValueError(
-                f"`{name}` has the token ID {largest}, but the model has {vocab_size} tokens; tokenize it with the "
-                "tokenizer of the model."
             )
 
 

@@ -46,24 +46,24 @@ def check_padding(model: Any, pad_token_id: int, accelerator: Accelerator) -> No
         )
 
 
-def check_data(pairs_of: dict[str, PairedSequences], model: Any) -> None:
+def check_vocabulary(pairs: PairedSequences, name: str, model: Any) -> None:
     """
-    Refuse datasets with token IDs that a model has no embedding for.
+    Refuse token IDs that a model has no embedding for, such as those of another tokenizer.
 
     Args:
-        pairs_of (`dict[str, PairedSequences]`):
-            Pairs by the name of their dataset.
+        pairs ([`PairedSequences`]):
+            Pairs of the dataset.
+        name (`str`):
+            Argument that it was given as.
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Sequence classifier.
 
     Raises:
         ValueError: If there is such a token ID.
     """
-    limit = num_embeddings(model)
-    for name, pairs in pairs_of.items():
-        batches = pairs.sequences.with_format("arrow").iter(batch_size=BATCH_ROWS)
-        highest = [pc.max(pc.list_flatten(batch.column("input_ids"))).as_py() for batch in batches]
-        check_token_ids(max((each for each in highest if each is not None), default=0), limit, f"`{name}`")
+    batches = pairs.sequences.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    highest = [pc.max(pc.list_flatten(batch.column("input_ids"))).as_py() for batch in batches]
+    check_token_ids(max((each for each in highest if each is not None), default=0), num_embeddings(model), f"`{name}`")
 
 
 def check_padding_token(model: Any, pad_token_id: int | None) -> None:
