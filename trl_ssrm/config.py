@@ -27,7 +27,7 @@ class SSRMConfig(RewardConfig):
         round_learning_rate (`float`, *optional*):
             Learning rate of each round after round 0. A round that restarts from the initial weights on soft labels of the
             whole pool can be trained faster than a hundred labels: five times the learning rate for one epoch was best in
-            the benchmark. If `None`, it is `learning_rate`.
+            first experiments, which no benchmark repeats yet. If `None`, it is `learning_rate`.
         keep_best_round (`bool`, *optional*):
             Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
             `calibration_dataset`. `eval_dataset` never chooses the round. If `False`, the last round is kept. If `None`, it

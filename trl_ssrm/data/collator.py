@@ -7,10 +7,6 @@ import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 
-# Columns that a training row has for the collator, the last two being optional.
-TRAINING_COLUMNS = ("chosen_ids", "rejected_ids", "probability", "margin")
-
-
 @dataclass
 class ConfidenceFilteredDataCollator(DataCollatorForPreference):
     """

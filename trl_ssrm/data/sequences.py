@@ -179,11 +179,6 @@ def in_memory(columns: dict[str, np.ndarray]) -> Dataset:
     return Dataset(InMemoryTable.from_pydict(columns), fingerprint=content.hexdigest())
 
 
-def column_of(dataset: Dataset, name: str) -> np.ndarray:
-    """`np.ndarray` of shape `(num_rows,)`: a numeric column, read without Python objects."""
-    return dataset.select_columns(name).with_format("arrow")[:].column(name).to_numpy()
-
-
 def iterate_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a dataset with some of its columns, read in batches of 1,000."""
     for batch in dataset.select_columns(columns).iter(batch_size=BATCH_ROWS):

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 # The threshold of the paper's released code, for hard labels.
 DEFAULT_CONFIDENCE_THRESHOLD = 0.8
 NUM_FOLDS = 3
-# Passes over the pool in a round, if nothing else is set: more than two taught nothing more.
+# Passes over the pool in a round, if nothing else is set. In first experiments, four taught no more than two; quality.py
+# has not measured it yet.
 MOST_EPOCHS = 2
 
 
