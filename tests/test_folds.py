@@ -32,7 +32,7 @@ def test_a_part_is_judged_by_a_model_that_has_not_seen_it(make_trainer, labeled)
     ]
     trainer = make_trainer(train_dataset=rows, **args)
     trainer.train()
-    logits = trainer.folds.held_out_logits()
+    logits = trainer.folds.held_out_logits(-2)
     assert (logits[wrong] < 0).mean() >= 0.75
     learned = trainer.score_pairs(trainer.data.labeled_pairs, "labeled").logits
     assert (learned[wrong] > 0).mean() >= 0.75
@@ -67,10 +67,10 @@ def test_run_with_folds_is_resumed_to_the_same_result(make_trainer, tmp_path):
     trainer = make_trainer(**args)
     write_fold = trainer.run.write_fold
 
-    def interrupt(fold: int, logits: np.ndarray) -> None:
+    def interrupt(fold: int, start: int, logits: np.ndarray) -> None:
         if fold == 1:
             raise KeyboardInterrupt
-        write_fold(fold, logits)
+        write_fold(fold, start, logits)
 
     trainer.run.write_fold = interrupt
     with pytest.raises(KeyboardInterrupt):

@@ -28,6 +28,12 @@ class SSRMConfig(RewardConfig):
             Learning rate of each round after round 0. A round that restarts from the initial weights on soft labels of the
             whole pool can be trained faster than a hundred labels: five times the learning rate for one epoch was best in
             first experiments, which no benchmark repeats yet. If `None`, it is `learning_rate`.
+        pretrain_on_pool (`bool`, *optional*):
+            Whether the weights that all rounds start from are first trained on the texts of the pool, for one epoch: to
+            prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No label is read. If `None`, the
+            fold models decide: it is done, and its weights are used if they rank the labeled pairs better than chance and lower
+            the log-loss on labels that a fold model has not seen. Without fold models, or with `freeze_backbone`, `None` is
+            `False`.
         keep_best_round (`bool`, *optional*):
             Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
             `calibration_dataset`. `eval_dataset` never chooses the round. If `False`, the last round is kept. If `None`, it
@@ -125,6 +131,13 @@ class SSRMConfig(RewardConfig):
     round_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Learning rate of each round after round 0. If `None`, `learning_rate`."},
+    )
+    pretrain_on_pool: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the model is first trained, without labels, to prefer a completion of a prompt to one of another "
+            "prompt. If `None`, it is tried, and kept if the labels agree."
+        },
     )
     keep_best_round: bool | None = field(
         default=None,
@@ -253,6 +266,10 @@ class SSRMConfig(RewardConfig):
                 "`num_folds` and `load_best_model_at_end` can't be combined: fold models are not evaluated during "
                 "training. Set one of them."
             )
+        if self.freeze_backbone and self.pretrain_on_pool:
+            raise ValueError(
+                "`pretrain_on_pool` trains the whole model, and `freeze_backbone` its head; leave one out."
+            )
         if self.freeze_backbone and self.neftune_noise_alpha is not None:
             raise ValueError(
                 "`freeze_backbone` computes features once, but `neftune_noise_alpha` adds new noise to them in every "
@@ -304,6 +321,7 @@ _PAPER: dict[str, Any] = {
     "round_init": "continue",
     "num_train_epochs": 1,
     "round_num_train_epochs": 1,
+    "pretrain_on_pool": False,
     "keep_best_round": False,
     "num_folds": 0,
     "pool_per_round": "full",

@@ -34,6 +34,7 @@ from .rounds.callback import PseudoLabelingCallback, RoundCallbackHandler
 from .rounds.folds import Folds
 from .rounds.interruption import leaving_with_advice
 from .rounds.label import join
+from .rounds.pretraining import Pretraining
 from .rounds.round_trainer import RunRecorder
 from .rounds.run_data import by_name, prepare_run_data, report_too_long
 from .rounds.run_directory import RunDirectory
@@ -248,6 +249,7 @@ class SSRMTrainer(RoundSteps):
         self.add_callback(RoundProgress(self.accelerator, bool(self.args.disable_tqdm)))
         self.settings = resolve_settings(self.args, self.data, callback.labels_by_itself)
         self.folds = Folds(self, self.settings.num_folds)
+        self.pretraining = Pretraining(self, self.folds)
         self.callback_handler = RoundCallbackHandler(self.callback_handler, self.args.report_to)
         self.round, self.round_history, self.labeling_facts, self.termination_reason = 0, [], {}, None
 
@@ -289,9 +291,10 @@ class SSRMTrainer(RoundSteps):
             )
         with self._alone(), leaving_with_advice(self._how_to_go_on):
             self.train_dataset = self.data.labeled
+            # Each step takes what it finds of itself in the run directory, so an interrupted run goes on from there.
             self._open_run(resume_from_checkpoint)
+            self.choose_start(ignore_keys_for_eval)
             while True:
-                # Each step takes what it finds of itself in the run directory, so an interrupted run goes on from there.
                 self.train_round(ignore_keys_for_eval)
                 self.measure_round()
                 if self.round == self.args.num_rounds:

@@ -1,18 +1,16 @@
 """
-What each way of choosing and using pseudo-labels gains: accuracy, log-loss and calibration of its arm, over data sets,
-shares of labels and seeds.
+What the pool gains: accuracy, log-loss and calibration of each arm, over tasks, shares of labels and seeds.
 
-    python recipes/benchmark/quality.py --config recipes/benchmark/quality.yaml --dataset_paths one.parquet two.parquet
+    python recipes/benchmark/quality.py --config recipes/benchmark/quality.yaml --tasks documentation pairs.parquet
 
-The pairs are split by prompt into train, dev and test, always in the same way; a seed draws the prompts that keep
-their labels. With `quality.yaml` the backbone is frozen and runs once a sequence, so that a run takes seconds; with
-`quality_whole.yaml` the whole model is trained, in minutes. For each seed, cross-validation on the labels chooses the
-length and the weight decay of round 0, which all arms share. Settings of the arms are chosen by the dev part
-(`--part dev`), and the tables show the test part. Results are kept line by line in `output_dir/results.jsonl`, and are
-not measured again.
+The pairs are split into train, dev and test, always in the same way; a seed draws the groups that keep their labels. Some
+of the lowest layers can be frozen (`--num_frozen_layers`). What they compute of a sequence is kept, so that a run takes a
+third of the time. The number of steps on the labels is chosen for each task and share on the dev part, with a seed of its
+own; all arms use it. The arm with all labels has its own number, chosen in the same way. The table shows the test part,
+which chose nothing. Results are kept line by line in `output_dir/results.jsonl`, and are not measured again.
 """
 
-import gc
+import hashlib
 import json
 import random
 import shutil
@@ -21,275 +19,239 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from common import default_model_path, half_interval, interval, split_by_prompt
+import torch
+from common import default_model_path, half_interval, interval
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from tasks import load_parts
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import TrlParser
 
-from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
-from trl_ssrm.models.backbone import freeze_backbone
+from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm.data.sequences import PairedSequences
+from trl_ssrm.scoring.metrics import preference_metrics
 
 
-METRICS = (
-    *("accuracy", "log_loss", "ece", "ece_floor"),
-    *("calibrated_log_loss", "calibrated_ece", "calibrated_ece_floor"),
-)
-
-# Settings of each arm beside the ones that all arms share. With folds, the confidence comes from the mean probability of
-# the round's model and the fold models, a pair is kept only if all of them agree, and the run ends with its best round.
-PAPER = {"confidence_threshold": 0.8, "pseudo_label_type": "hard", "round_init": "continue", "num_folds": 0}
-FOLDS = {**PAPER, "num_folds": 5}
+METRICS = ("accuracy", "log_loss", "ece")
+PAPER = {
+    **{"num_rounds": 2, "round_init": "continue", "round_num_train_epochs": 1, "num_folds": 0},
+    **{"pseudo_label_type": "hard", "confidence_threshold": 0.8},
+}
+# What an arm changes in the settings. The length of round 0 is `max_steps`, so that of a round on the pool is said.
 ARMS = {
     "paper": PAPER,
-    "restart": {**PAPER, "round_init": "base"},
-    "no threshold": {**PAPER, "confidence_threshold": 0.5},
-    "threshold .65": {**PAPER, "confidence_threshold": 0.65},
-    "soft": {**PAPER, "pseudo_label_type": "soft"},
-    "soft, no threshold": {**PAPER, "pseudo_label_type": "soft", "confidence_threshold": 0.5},
-    "weight .3": {**PAPER, "pseudo_label_weight": 0.3},
-    "top half": {**PAPER, "confidence_threshold": None, "selected_fraction": 0.5},
-    "calibrated": {**PAPER, "num_folds": 5},
-    "precision .9": {**PAPER, "num_folds": 5, "confidence_threshold": None, "target_precision": 0.9},
-    # `max_steps` is the length of round 0 here, so the length of the round on the pool is said.
-    "default": {"num_rounds": 1, "round_num_train_epochs": 2},
-    "default, hard": {"num_rounds": 1, "round_num_train_epochs": 2, "pseudo_label_type": "hard"},
+    "default": {"round_num_train_epochs": 2},
 }
+# The seed that chooses the numbers of steps. No arm is reported with it.
+TUNING_SEED = 1000
 
 
 @dataclass
 class BenchmarkArguments:
     """Arguments of the benchmark, beside the arguments of the trainer."""
 
-    dataset_paths: list[str] = field(
-        metadata={"help": "Parquet files with `prompt`, `chosen`, `rejected`, as messages."}
+    tasks: list[str] = field(
+        metadata={
+            "help": "`documentation`, `parameters`, or Parquet files with `prompt`, `chosen`, `rejected`, as messages."
+        }
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Default: all-MiniLM-L6-v2 of the package."}
     )
-    part: str = field(default="test", metadata={"help": "Part that is shown.", "choices": ["dev", "test"]})
-    num_seeds: int = field(default=5, metadata={"help": "Number of seeds, from `seed` on."})
+    num_frozen_layers: int = field(default=0, metadata={"help": "Lowest layers of a BERT that are not trained."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of the arms."})
     label_fractions: list[float] = field(
-        default_factory=lambda: [1 / 16], metadata={"help": "Shares of the training prompts that are labeled."}
+        default_factory=lambda: [1 / 16], metadata={"help": "Shares of the training groups that are labeled."}
     )
     arms: list[str] | None = field(default=None, metadata={"help": "Names of arms. Default: all of them."})
     steps: list[int] = field(
-        default_factory=lambda: [12, 25, 50, 100], metadata={"help": "Lengths of round 0 to choose from."}
+        default_factory=lambda: [15, 30, 60, 120], metadata={"help": "Numbers of steps on the labels to choose from."}
     )
-    weight_decays: list[float] = field(
-        default_factory=lambda: [0.01], metadata={"help": "Weight decays to choose from."}
+    all_labels_epochs: list[int] = field(
+        default_factory=lambda: [1, 3], metadata={"help": "Epochs of the arm with all labels to choose from."}
     )
-    all_labels_lengths: list[int] = field(
-        default_factory=lambda: [1, 4, 16],
-        metadata={"help": "Lengths of the arm with all labels to choose from, in lengths of round 0."},
-    )
-    max_prompts: int | None = field(default=None, metadata={"help": "Prompts to take, drawn once. Default: all."})
-    max_prompt_tokens: int = field(default=64, metadata={"help": "Tokens kept of a prompt, from its end."})
-    max_answer_tokens: int = field(default=160, metadata={"help": "Tokens kept of an answer, from its start."})
+    max_pairs: int = field(default=1_280, metadata={"help": "Pairs of a task, of which 5/8 are for training."})
+    pairs_per_prompt: int = field(default=4, metadata={"help": "Most pairs of a group."})
+    max_prompt_tokens: int = field(default=32, metadata={"help": "Tokens kept of a prompt, from its end."})
+    max_answer_tokens: int = field(default=64, metadata={"help": "Tokens kept of an answer, from its start."})
 
 
-class Gold(PseudoLabelingCallback):
-    """Keeps the same pairs as the arm, with their true labels, to measure what perfect pseudo-labels would give."""
+class FrozenLayers:
+    """Freezes the lowest layers of a BERT, and computes what they give for a sequence once, in half precision."""
 
-    def score(self, trainer, pool, round):
-        scores = super().score(trainer, pool, round)
-        return replace(scores, logits=np.abs(scores.logits) * np.where(pool.gold, 1, -1))
+    def __init__(self, path: str, num_layers: int):
+        self.num_layers = num_layers
+        self.lower = AutoModel.from_pretrained(path, dtype="float32").eval()
+        self.lower.encoder.layer = self.lower.encoder.layer[:num_layers]
+        self.hidden_of: dict[bytes, torch.Tensor] = {}
 
+    def freeze(self, model) -> None:
+        """Make a model look up what the lowest layers give."""
+        model.base_model.embeddings.requires_grad_(False)
+        model.base_model.embeddings.forward = self._hidden
+        model.base_model.encoder.layer = model.base_model.encoder.layer[self.num_layers :]
 
-def load_parts(path: str, tokenizer, script_args: BenchmarkArguments) -> dict[str, list[list[dict[str, str]]]]:
-    """Rows as text, by part and prompt."""
-
-    def cut(messages: list[dict[str, str]], size: slice) -> str:
-        text = "\n".join(message["content"] for message in messages)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][size]
-        return tokenizer.decode(ids)
-
-    rows_of: dict[str, list[dict[str, str]]] = {}
-    for row in Dataset.from_parquet(path):
-        answers = {name: cut(row[name], slice(script_args.max_answer_tokens)) for name in ("chosen", "rejected")}
-        if answers["chosen"] != answers["rejected"] and all(answers.values()):
-            prompt = cut(row["prompt"], slice(-script_args.max_prompt_tokens, None)) + f" {tokenizer.sep_token} "
-            rows_of.setdefault(str(row["prompt"]), []).append({"prompt": prompt, **answers})
-    return split_by_prompt(rows_of, script_args.max_prompts)
-
-
-class FrozenModel:
-    """A model with a frozen backbone: the features of a sequence are computed once for all runs."""
-
-    def __init__(self, path: str, training_args: SSRMConfig, name: str):
-        self.model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
-        self.backbone = freeze_backbone(self.model)
-        self.features_path = Path(training_args.output_dir) / f"features-{name}.npz"
-        self.num_saved = 0
-        if self.features_path.is_file():
-            kept = np.load(self.features_path)
-            digests = [bytes(row) for row in kept["digests"]]
-            self.backbone.features_of = dict(
-                zip(digests, zip(kept["hidden"], kept["pooled"], strict=True), strict=True)
-            )
-
-    def with_new_head(self):
-        """The model with a new, random score head."""
-        head = self.model.classifier
-        head.weight.data.normal_(std=0.02)
-        head.bias.data.zero_()
-        head.requires_grad_(True)
-        return self.model
-
-    def save_features(self) -> None:
-        """Write the features to disk if there are more than were written last."""
-        if len(self.backbone.features_of) == self.num_saved:
-            return
-        self.num_saved = len(self.backbone.features_of)
-        digests, features = zip(*self.backbone.features_of.items(), strict=True)
-        hidden, pooled = (np.stack(each) for each in zip(*features, strict=True))
-        digests = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(len(digests), -1)
-        np.savez(self.features_path, digests=digests, hidden=hidden, pooled=pooled)
+    @torch.no_grad()
+    def _hidden(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        is_token = input_ids != self.lower.config.pad_token_id
+        keys = [
+            hashlib.blake2b(ids[here].numpy(), digest_size=16).digest()
+            for ids, here in zip(input_ids, is_token, strict=True)
+        ]
+        if new := [row for row, key in enumerate(keys) if key not in self.hidden_of]:
+            hidden = self.lower(input_ids=input_ids[new], attention_mask=is_token[new].long()).last_hidden_state.half()
+            for row, values in zip(new, hidden, strict=True):
+                self.hidden_of[keys[row]] = values[: int(is_token[row].sum())].clone()
+        padded = nn.utils.rnn.pad_sequence([self.hidden_of[key] for key in keys], batch_first=True).float()
+        return nn.functional.pad(padded, (0, 0, 0, input_ids.shape[1] - padded.shape[1]))
 
 
-class Benchmark:
-    """The runs on one data set."""
+class Task:
+    """The runs on one task."""
 
-    def __init__(self, script_args: BenchmarkArguments, training_args: SSRMConfig, path: str, dataset_path: str):
+    def __init__(self, script_args: BenchmarkArguments, training_args: SSRMConfig, path: str, name: str):
         self.script_args, self.training_args, self.path = script_args, training_args, path
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.name = Path(dataset_path).stem
-        self.frozen = FrozenModel(path, training_args, self.name) if training_args.freeze_backbone else None
-        self.parts = load_parts(dataset_path, self.tokenizer, script_args)
-        self.held_out = {
-            part: Dataset.from_list([row for group in self.parts[part] for row in group]) for part in ("dev", "test")
-        }
+        self.parts = load_parts(
+            name,
+            self.tokenizer,
+            script_args.max_pairs,
+            script_args.pairs_per_prompt,
+            (script_args.max_prompt_tokens, script_args.max_answer_tokens),
+        )
+        self.frozen = FrozenLayers(path, script_args.num_frozen_layers) if script_args.num_frozen_layers else None
+        # Tokens that the model has read in training, and in scoring the pool.
+        self.tokens = {"trained": 0, "scored": 0}
 
-    def draw(self, seed: int, fraction: float) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-        """Labeled and unlabeled rows of a seed."""
+    def draw(self, seed: int, fraction: float) -> tuple[Dataset, Dataset]:
+        """Labeled and unlabeled pairs of a seed."""
         groups = list(self.parts["train"])
         random.Random(seed).shuffle(groups)
-        num_labeled = max(5, round(len(groups) * fraction))
-        labeled, pool = groups[:num_labeled], groups[num_labeled:]
-        return [row for group in labeled for row in group], [row for group in pool for row in group]
+        rows = [row for group in groups for row in group]
+        num_labeled, wanted = 0, max(8, round(len(rows) * fraction))
+        for group in groups:
+            num_labeled += len(group) if num_labeled < wanted else 0
+        return Dataset.from_list(rows[:num_labeled]), Dataset.from_list(rows[num_labeled:])
 
     def make_model(self, seed: int):
         """The pretrained model with a new head."""
         set_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=1, dtype="float32")
         if self.frozen is not None:
-            return self.frozen.with_new_head()
-        return AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=1, dtype="float32")
+            self.frozen.freeze(model)
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+        return model
 
-    def train(self, seed: int, labeled, pool, callbacks=None, **settings) -> tuple[list[dict], int]:
-        """Facts of the rounds of a run, and the round that the final model is from."""
+    def _count(self, model, args, kwargs) -> None:
+        kind = "trained" if model.training and torch.is_grad_enabled() else "scored"
+        self.tokens[kind] += int(kwargs["attention_mask"].sum())
+
+    def train(self, seed: int, part: str, labeled: Dataset, pool: Dataset | None = None, **settings) -> dict:
+        """Metrics of the final model of a run on a part, what it cost, and facts about its rounds."""
         output_dir = f"{self.training_args.output_dir}/run"
         shutil.rmtree(output_dir, ignore_errors=True)
-        args = replace(self.training_args, seed=seed, output_dir=output_dir, **settings)
+        self.tokens = {"trained": 0, "scored": 0}
         trainer = SSRMTrainer(
             model=self.make_model(seed),
-            args=args,
-            train_dataset=Dataset.from_list(labeled),
-            eval_dataset=self.held_out,
+            args=replace(self.training_args, seed=seed, output_dir=output_dir, **settings),
+            train_dataset=labeled,
+            eval_dataset=Dataset.from_list([row for group in self.parts[part] for row in group]),
             processing_class=self.tokenizer,
-            unlabeled_dataset=Dataset.from_list(pool),
-            callbacks=callbacks,
+            unlabeled_dataset=pool,
         )
-        # Every training ends with a garbage collection, which would go through tens of thousands of features.
-        gc.freeze()
-        kept_round = trainer.train().metrics["kept_round"]
-        return trainer.round_history, kept_round
+        held_out = PairedSequences.from_tokenized(trainer.eval_dataset)
+        start = time.time()
+        trainer.train()
+        rounds = trainer.round_history if pool is not None else []
+        # The evaluation at the end of each round is no cost of the arm.
+        self.tokens["scored"] -= len(rounds) * int(held_out.lengths.sum())
+        cost = {"seconds": time.time() - start, "steps": int(self._steps(trainer)), **self.tokens}
+        logits = trainer.score_pairs(held_out, "held-out pairs").logits
+        metrics = {name: value for name, value in preference_metrics(logits).items() if name in METRICS}
+        return {**metrics, "labels": len(labeled), "cost": cost, "rounds": rounds, "logits": logits.round(4).tolist()}
 
-    def measure(self, rounds: list[dict], kept_round: int) -> dict[str, dict[str, float]]:
-        """Metrics of the final model of a run, by part."""
-        last, facts = rounds[-1], rounds[kept_round]
-        metrics = {}
-        for part in ("dev", "test"):
-            # Without folds no temperature is fitted.
-            found = {
-                name: facts.get(f"eval_{part}_{name}", facts[f"eval_{part}_{name.removeprefix('calibrated_')}"])
-                for name in METRICS
-            }
-            metrics[part] = {
-                **found,
-                "kept_round": kept_round,
-                "temperature": facts["temperature"],
-                "kept": last.get("kept", 0),
-                "pseudo_label_accuracy": last.get("pseudo_label_accuracy"),
-            }
-        return metrics
+    @staticmethod
+    def _steps(trainer: SSRMTrainer) -> int:
+        return trainer.round_history[-1]["global_step"] if trainer.has_pool else trainer.state.global_step
 
-    def tune(self, seed: int, labeled, pool) -> dict[str, float]:
-        """Length and weight decay of round 0 with the lowest cross-validated log-loss on the labels."""
+    def tune(self, fraction: float) -> dict[str, float]:
+        """The number of steps on the labels, or epochs on all of them, with the lowest log-loss on the dev part."""
         script_args = self.script_args
-        if len(script_args.steps) * len(script_args.weight_decays) == 1:
-            return {"max_steps": script_args.steps[0], "weight_decay": script_args.weight_decays[0]}
-        losses = {}
-        for steps in script_args.steps:
-            for weight_decay in script_args.weight_decays:
-                settings = {"max_steps": steps, "weight_decay": weight_decay}
-                (facts,), _ = self.train(seed, labeled, pool[:2], num_rounds=0, **FOLDS, **settings)
-                losses[steps, weight_decay] = facts["cross_fit_log_loss"]
-        steps, weight_decay = min(losses, key=lambda key: losses[key])
-        return {"max_steps": steps, "weight_decay": weight_decay}
+        labeled, _ = self.draw(TUNING_SEED, fraction)
+        if fraction == 1:
+            choices = [{"num_train_epochs": epochs, "max_steps": -1} for epochs in script_args.all_labels_epochs]
+        else:
+            choices = [{"max_steps": steps} for steps in script_args.steps]
+        losses = [self.train(TUNING_SEED, "dev", labeled, **settings)["log_loss"] for settings in choices]
+        return choices[int(np.argmin(losses))]
 
-    def run(self, seed: int, fraction: float, arm: str, settings: dict[str, float]) -> dict[str, dict[str, float]]:
-        """Metrics of an arm, by part."""
+    def run(self, arm: str, seed: int, fraction: float, settings: dict[str, float]) -> dict:
+        """Metrics of an arm on the test part."""
         labeled, pool = self.draw(seed, fraction)
-        if arm == "labels":
-            return self.measure(*self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
+        if arm in ("labels", "all labels"):
+            return self.train(seed, "test", labeled, **settings)
         if arm == "labels, all steps":
-            settings = {**settings, "max_steps": settings["max_steps"] * (1 + self.training_args.num_rounds)}
-            return self.measure(*self.train(seed, labeled, pool[:2], num_rounds=0, **PAPER, **settings))
-        if arm == "all labels":
-            # More data allows more steps: their number is chosen on the dev part.
-            lengths = [settings["max_steps"] * factor for factor in self.script_args.all_labels_lengths]
-            runs = [
-                self.measure(*self.train(seed, labeled + pool[2:], pool[:2], num_rounds=0, **PAPER, max_steps=length))
-                for length in lengths
-            ]
-            return min(runs, key=lambda metrics: metrics["dev"]["log_loss"])
-        is_gold = arm.endswith(", true labels")
-        callbacks = [Gold()] if is_gold else None
-        changes = ARMS[arm.removesuffix(", true labels")]
-        return self.measure(*self.train(seed, labeled, pool, callbacks, **{**settings, **changes}))
+            # As many steps as the default takes.
+            batch = self.training_args.per_device_train_batch_size
+            more = ARMS["default"]["round_num_train_epochs"] * -(-(len(labeled) + len(pool)) // batch)
+            return self.train(seed, "test", labeled, max_steps=int(settings["max_steps"] + more))
+        return self.train(seed, "test", labeled, pool, **{**settings, **ARMS[arm]})
 
 
-def table(results: list[dict], arms: list[str], part: str) -> str:
-    """One line an arm: means over seeds, with intervals, and the share of the gap to all labels that it closes."""
-    value = {(entry["seed"], entry["arm"]): entry["metrics"][part] for entry in results}
-    seeds = sorted({seed for seed, _ in value})
+def table(results: list[dict], arms: list[str]) -> str:
+    """One line an arm: means over seeds, differences to the labels alone with 95 % intervals, and costs."""
+    value = {(entry["seed"], entry["arm"]): entry for entry in results}
     lines = [
-        "| Arm | Accuracy | − labels | Share of the gap | Log-loss | ECE | by chance "
-        "| Calibrated log-loss | ECE | by chance | Kept | Right |"
+        "| Arm | Seeds | Accuracy | − labels | Log-loss | − labels | ECE | − labels | Tokens trained | scored | Seconds |"
     ]
-    lines.append("|---|" + "---:|" * 11)
+    lines.append("|---|" + "---:|" * 10)
     for arm in arms:
-        have = [seed for seed in seeds if (seed, arm) in value]
-        if not have:
+        seeds = sorted(seed for seed, name in value if name == arm and (seed, "labels") in value)
+        if not seeds:
             continue
-        rows = [value[seed, arm] for seed in have]
-        gain = [value[seed, arm]["accuracy"] - value[seed, "labels"]["accuracy"] for seed in have]
-        gap = [value[seed, "all labels"]["accuracy"] - value[seed, "labels"]["accuracy"] for seed in have]
-        right = [row["pseudo_label_accuracy"] for row in rows if row["pseudo_label_accuracy"] is not None]
-        share = f"{np.mean(gain) / np.mean(gap):.2f}" if np.mean(gap) else "–"
-        cells = [interval([row["accuracy"] for row in rows]), interval(gain), share]
-        cells += [f"{np.mean([row[metric] for row in rows]):.3f}" for metric in METRICS[1:]]
-        cells += [f"{np.mean([row['kept'] for row in rows]):.0f}", f"{np.mean(right):.3f}" if right else "–"]
+        cells = [str(len(seeds))]
+        for metric in METRICS:
+            cells.append(f"{np.mean([value[seed, arm][metric] for seed in seeds]):.3f}")
+            cells.append(interval([value[seed, arm][metric] - value[seed, "labels"][metric] for seed in seeds]))
+        for name in ("trained", "scored", "seconds"):
+            cells.append(f"{np.mean([value[seed, arm]['cost'][name] for seed in seeds]):,.0f}")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(results: list[dict], arms: list[str], part: str, path: Path) -> None:
-    """Gain in accuracy over the labels alone, by arm and data set."""
+def share_of_gap(results: list[dict], arm: str) -> str:
+    """Share of the gap between labels alone and all labels that an arm closes, over all tasks, with an interval over seeds."""
+    value = {(entry["seed"], entry["arm"], entry["task"]): entry["accuracy"] for entry in results}
+    shares = []
+    for seed in sorted({seed for seed, _, _ in value}):
+        tasks = [task for each, name, task in value if each == seed and name == arm]
+        have = [task for task in tasks if {(seed, "labels", task), (seed, "all labels", task)} <= value.keys()]
+        gain = sum(value[seed, arm, task] - value[seed, "labels", task] for task in have)
+        gap = sum(value[seed, "all labels", task] - value[seed, "labels", task] for task in have)
+        shares += [gain / gap] if gap else []
+    return interval(shares) if shares else "–"
+
+
+def plot(results: list[dict], arms: list[str], path: Path) -> None:
+    """Gain in accuracy over the labels alone, by arm and task."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = sorted({entry["dataset"] for entry in results})
+    names = sorted({entry["task"] for entry in results})
     arms = [arm for arm in arms if arm != "labels" and any(entry["arm"] == arm for entry in results)]
     figure, panels = plt.subplots(
-        1, len(names), figsize=(5 * len(names), 0.3 * len(arms) + 1.2), sharey=True, squeeze=False
+        1, len(names), figsize=(3.5 * len(names), 0.3 * len(arms) + 1.2), sharey=True, squeeze=False
     )
     for panel, name in zip(panels[0], names, strict=True):
-        value = {(e["seed"], e["arm"]): e["metrics"][part]["accuracy"] for e in results if e["dataset"] == name}
+        value = {(e["seed"], e["arm"]): e["accuracy"] for e in results if e["task"] == name}
         for place, arm in enumerate(arms):
-            gains = [value[key] - value[key[0], "labels"] for key in value if key[1] == arm]
-            panel.errorbar(np.mean(gains), place, xerr=half_interval(gains), fmt="o", color="C0")
+            gains = [
+                value[key] - value[key[0], "labels"] for key in value if key[1] == arm and (key[0], "labels") in value
+            ]
+            if gains:
+                panel.errorbar(np.mean(gains), place, xerr=half_interval(gains), fmt="o", color="C0")
         panel.axvline(0, color="gray", linewidth=1)
         panel.set(title=name, xlabel="accuracy over labels alone", yticks=range(len(arms)), yticklabels=arms)
         panel.grid(alpha=0.3)
@@ -298,38 +260,60 @@ def plot(results: list[dict], arms: list[str], part: str, path: Path) -> None:
     plt.close(figure)
 
 
+class Results:
+    """The results so far, a line each in a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def find(self, key: dict) -> dict | None:
+        return next((entry for entry in self.entries if key.items() <= entry.items()), None)
+
+    def keep(self, entry: dict) -> dict:
+        self.entries.append(entry)
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        return entry
+
+
 def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
     disable_progress_bars()
     path = script_args.model_name_or_path or default_model_path()
-    arms = ["labels", "labels, all steps", *(script_args.arms or [*ARMS, "paper, true labels"]), "all labels"]
+    arms = ["labels", "labels, all steps", *ARMS, "all labels"]
+    wanted = arms if script_args.arms is None else [arm for arm in arms if arm in script_args.arms]
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    kept = output_dir / "results.jsonl"
-    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    for dataset_path in script_args.dataset_paths:
-        benchmark = Benchmark(script_args, training_args, path, dataset_path)
-        seeds = range(training_args.seed, training_args.seed + script_args.num_seeds)
-        for fraction, seed in ((fraction, seed) for fraction in script_args.label_fractions for seed in seeds):
-            key = {"dataset": benchmark.name, "fraction": fraction, "seed": seed}
-            settings = next((entry["settings"] for entry in done if key.items() <= entry.items()), None)
-            for arm in arms:
-                if any({**key, "arm": arm}.items() <= entry.items() for entry in done):
+    results = Results(output_dir / "results.jsonl")
+    for name in script_args.tasks:
+        task = Task(script_args, training_args, path, name)
+        for seed, fraction in (
+            (seed, fraction) for seed in script_args.seeds for fraction in script_args.label_fractions
+        ):
+            for arm in wanted:
+                # All labels are the same, whatever the share of the others.
+                share = 1 if arm == "all labels" else fraction
+                key = {"task": Path(name).stem, "fraction": share}
+                if results.find({**key, "seed": seed, "arm": arm}):
                     continue
-                start = time.time()
-                settings = settings or benchmark.tune(seed, *benchmark.draw(seed, fraction))
-                metrics = benchmark.run(seed, fraction, arm, settings)
-                done.append({**key, "arm": arm, "settings": settings, "metrics": metrics})
-                with kept.open("a") as file:
-                    file.write(json.dumps({**done[-1], "seconds": time.time() - start}) + "\n")
-                print(key, arm, metrics[script_args.part], flush=True)
-                if benchmark.frozen is not None:
-                    benchmark.frozen.save_features()
+                tuned = results.find({**key, "arm": "tuning"})
+                tuned = tuned or results.keep({**key, "arm": "tuning", "settings": task.tune(share)})
+                found = task.run(arm, seed, share, tuned["settings"])
+                results.keep({**key, "seed": seed, "arm": arm, **found})
+                print(
+                    key, seed, arm, {metric: round(found[metric], 4) for metric in METRICS}, found["cost"], flush=True
+                )
+    measured = [entry for entry in results.entries if entry["arm"] != "tuning"]
     for fraction in script_args.label_fractions:
-        here = [entry for entry in done if entry["fraction"] == fraction]
-        for name in sorted({entry["dataset"] for entry in here}):
+        here = [entry for entry in measured if entry["fraction"] in (fraction, 1)]
+        for name in sorted({entry["task"] for entry in here}):
             print(f"\n{name}, {fraction:.3f} of the labels\n")
-            print(table([entry for entry in here if entry["dataset"] == name], arms, script_args.part))
-        plot(here, arms, script_args.part, output_dir / f"quality-{fraction:.3f}.png")
+            print(table([entry for entry in here if entry["task"] == name], arms))
+        for arm in ARMS:
+            print(
+                f"\nShare of the gap closed over all tasks, {fraction:.3f} of the labels, {arm}: {share_of_gap(here, arm)}"
+            )
+        plot(here, arms, output_dir / f"quality-{fraction:.3f}.png")
 
 
 if __name__ == "__main__":

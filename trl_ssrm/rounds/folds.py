@@ -1,18 +1,11 @@
 """Fold models: each is trained on the labels without a part, so its predictions on that part cost no label."""
 
-import contextlib
 import functools
-from collections.abc import Iterator
 
 import numpy as np
-from transformers import DefaultFlowCallback, ProgressCallback
 
 from .round_trainer import RoundTrainer
 from .settings import fold_of_pairs
-
-
-# What a fold model does not do in training: these are the round's.
-_SILENT = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
 
 
 class Folds:
@@ -34,70 +27,58 @@ class Folds:
         self.num_folds = num_folds
         self.fold_of = fold_of_pairs(trainer.data.prompts, max(1, num_folds), trainer.args.seed)
 
-    def train(self, ignore_keys_for_eval: list[str] | None) -> None:
+    def train(self, start: int, ignore_keys_for_eval: list[str] | None) -> None:
         """
-        Train the fold models, keep their predictions in the run directory, and load the initial weights into the model.
+        Train the fold models, and keep their predictions in the run directory. The model has other weights afterwards.
 
         Args:
+            start (`int`):
+                Weights to start from, `INITIAL` or `PRETRAINED`.
             ignore_keys_for_eval (`list[str]`, *optional*):
                 As in [`~transformers.Trainer.train`].
         """
         trainer, run = self.trainer, self.trainer.run
         for fold in range(self.num_folds):
-            if trainer.on_main_process(functools.partial(run.has_fold, fold)):
+            if trainer.on_main_process(functools.partial(run.has_fold, fold, start)):
                 continue
-            weights = run.fold_weights_path(fold)
+            weights = run.fold_weights_path(fold, start)
             if trainer.on_main_process(functools.partial(run.has_weights, weights)):
                 run.read_weights(weights, trainer.unwrapped_model)
             else:
                 trainer.train_dataset = trainer.data.labeled.select(np.flatnonzero(self.fold_of != fold))
-                run.read_weights(run.weights_path(-1), trainer.unwrapped_model)
-                with self._in_silence():
+                run.read_weights(run.weights_path(start), trainer.unwrapped_model)
+                with trainer.in_silence():
                     trainer.train_once(None, ignore_keys_for_eval)
                 trainer.write_weights(weights)
             left_out = np.flatnonzero(self.fold_of == fold)
             pairs = trainer.data.labeled_pairs.take(left_out)
             logits = trainer.score_pairs(pairs, "train_dataset", rows=left_out).logits
             if trainer.accelerator.is_main_process:
-                run.write_fold(fold, logits)
+                run.write_fold(fold, start, logits)
             trainer.accelerator.wait_for_everyone()
         trainer.train_dataset = trainer.data.labeled
-        if self.num_folds:
-            run.read_weights(run.weights_path(-1), trainer.unwrapped_model)
 
-    def held_out_logits(self) -> np.ndarray:
+    def held_out_logits(self, start: int) -> np.ndarray:
         """
         Predictions for all labeled pairs, each by the model that was trained without it.
+
+        Args:
+            start (`int`):
+                Weights that these models have started from, `INITIAL` or `PRETRAINED`.
 
         Returns:
             `np.ndarray` of shape `(num_labeled,)`, float64: pair logits `z = r(chosen) - r(rejected)`.
         """
         logits = np.empty(len(self.fold_of))
         for fold in range(self.num_folds):
-            logits[self.fold_of == fold] = self._read(fold)
+            logits[self.fold_of == fold] = self._read(fold, start)
         return logits
 
-    def _read(self, fold: int) -> np.ndarray:
-        logits = self.trainer.on_main_process(lambda: self.trainer.run.read_fold(fold))
+    def _read(self, fold: int, start: int) -> np.ndarray:
+        logits = self.trainer.on_main_process(lambda: self.trainer.run.read_fold(fold, start))
         if logits is None:
             raise ValueError(
                 f"The predictions of fold {fold} in {self.trainer.run.root} are missing or damaged; put a copy in their "
                 "place, or start the run anew in another `output_dir`."
             )
         return logits
-
-    @contextlib.contextmanager
-    def _in_silence(self) -> Iterator[None]:
-        """Train with a bar, but without evaluations, checkpoints, logs and callbacks of the user."""
-        trainer, handler = self.trainer, self.trainer.callback_handler
-        before = {name: getattr(trainer.args, name) for name in _SILENT}
-        callbacks = handler.callbacks
-        handler.callbacks = [each for each in callbacks if isinstance(each, DefaultFlowCallback | ProgressCallback)]
-        vars(trainer.args).update(_SILENT)
-        trainer.is_training_fold = True
-        try:
-            yield
-        finally:
-            trainer.is_training_fold = False
-            vars(trainer.args).update(before)
-            handler.callbacks = callbacks

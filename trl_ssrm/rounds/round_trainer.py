@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    DefaultFlowCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.pool import Pool
@@ -22,7 +30,7 @@ from ..scoring.score import NonFiniteWeightError
 from .label import PseudoLabels, training_rows
 from .pair_trainer import PairTrainer
 from .run_data import RunData
-from .run_directory import RunDirectory
+from .run_directory import PRETRAINED, RunDirectory
 from .settings import RoundSettings
 
 
@@ -68,7 +76,7 @@ class RoundTrainer(PairTrainer):
     round: int
     round_history: list[dict[str, Any]]
     settings: RoundSettings
-    is_training_fold = False
+    is_silent = False
 
     def train_once(self, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> None:
         """
@@ -85,7 +93,7 @@ class RoundTrainer(PairTrainer):
         """
         # A round depends on its data, its initial weights and this seed alone, so that it can be resumed. Round 0 has the
         # seed of `RewardTrainer`.
-        set_seed(self.args.seed + self.round)
+        set_seed(self.args.seed + max(self.round, 0))
         self.optimizer = None
         self._num_norms = 0
         self._num_overflows: Any = 0
@@ -98,30 +106,58 @@ class RoundTrainer(PairTrainer):
                 if not should_reduce_batch_size(error):
                     raise
                 raise torch.OutOfMemoryError(
-                    f"Round {self.round} does not fit into memory with batches of {self.args.per_device_train_batch_size} "
+                    f"{self._round_in_words} does not fit into memory with batches of {self.args.per_device_train_batch_size} "
                     "pairs; lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` as much, set "
                     "`gradient_checkpointing=True`, lower `max_length`, or train an adapter (`peft_config`)."
                 ) from error
         if num_lost := int(self._num_overflows):
             logger.warning(
-                f"In {num_lost} of {self._num_norms} steps of round {self.round} the norm of the gradients overflowed. "
+                f"{self._round_in_words}: in {num_lost} of {self._num_norms} steps the norm of the gradients overflowed. "
                 "Clipping makes such gradients zero, so nothing was learned from these steps. Make the rewards smaller: "
                 "scale the weights of the score head down, or start from another checkpoint."
             )
 
     @contextlib.contextmanager
     def _round_arguments(self) -> Iterator[None]:
-        """Give the arguments the length and the learning rate of the current round."""
+        """Give the arguments the length and the learning rate of the current round, or of the pretraining: one epoch."""
         args = self.args
         first_round = args.num_train_epochs, args.max_steps, args.learning_rate
-        if self.round > 0 and self.settings.num_train_epochs is not None:
-            args.num_train_epochs, args.max_steps = self.settings.num_train_epochs, -1
+        if self.round != 0 and self.settings.num_train_epochs is not None:
+            epochs = 1 if self.round == PRETRAINED else self.settings.num_train_epochs
+            args.num_train_epochs, args.max_steps = epochs, -1
         if self.round > 0 and args.round_learning_rate is not None:
             args.learning_rate = args.round_learning_rate
         try:
             yield
         finally:
             args.num_train_epochs, args.max_steps, args.learning_rate = first_round
+
+    @contextlib.contextmanager
+    def in_silence(self, with_checkpoints: bool = False) -> Iterator[None]:
+        """
+        Train with a bar, but without evaluations, logs and callbacks of the user: these are the round's.
+
+        Args:
+            with_checkpoints (`bool`, *optional*, defaults to `False`):
+                Whether checkpoints are saved as in a round.
+        """
+        changed = {"eval_strategy": "no", "eval_on_start": False}
+        own: tuple[type, ...] = (DefaultFlowCallback, ProgressCallback)
+        if with_checkpoints:
+            own = (*own, RunRecorder)
+        else:
+            changed["save_strategy"] = "no"
+        before = {name: getattr(self.args, name) for name in changed}
+        callbacks = self.callback_handler.callbacks
+        self.callback_handler.callbacks = [each for each in callbacks if isinstance(each, own)]
+        vars(self.args).update(changed)
+        self.is_silent = True
+        try:
+            yield
+        finally:
+            self.is_silent = False
+            vars(self.args).update(before)
+            self.callback_handler.callbacks = callbacks
 
     def write_weights(self, path: Path) -> None:
         """
@@ -261,10 +297,15 @@ class RoundTrainer(PairTrainer):
     def _how_to_go_on(self) -> str | None:
         if not self.accelerator.is_main_process or not self.run.has_run:
             return None
+        where = "in pretraining" if self.round == PRETRAINED else f"in round {self.round}"
         return (
-            f"Interrupted in round {self.round}. Go on with `train(resume_from_checkpoint=True)`: the run in "
+            f"Interrupted {where}. Go on with `train(resume_from_checkpoint=True)`: the run in "
             f"{self.args.output_dir} continues from its last checkpoint or scored shard."
         )
+
+    @property
+    def _round_in_words(self) -> str:
+        return "Pretraining" if self.round == PRETRAINED else f"Round {self.round}"
 
     def _load_state(self, round: int) -> None:
         self.state = self.run.read_state(round)
@@ -275,7 +316,7 @@ class RoundTrainer(PairTrainer):
 
     @property
     def _steps_before_round(self) -> int:
-        finished = self.round_history[: self.round]
+        finished = self.round_history[: max(self.round, 0)]
         return finished[-1]["global_step"] if finished else 0
 
     def _get_output_dir(self, trial):
@@ -314,7 +355,7 @@ class RoundTrainer(PairTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.has_pool:
             return super().log(logs, start_time)
-        if self.is_training_fold:
+        if self.is_silent:
             # Private in `RewardTrainer`: otherwise the next log of the round's own model would average these in.
             for metrics in self._metrics.values():
                 metrics.clear()

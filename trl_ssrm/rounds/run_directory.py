@@ -4,7 +4,9 @@ What a run leaves on disk, and how it is resumed from it.
 ```
 output_dir/_rounds/
     run.json                   settings and data that the run was started with
-    initial.safetensors        trainable weights before round 0
+    initial.safetensors        trainable weights that the trainer was given
+    pretraining/               pairs of texts, checkpoints, weights, and fold models that start from these weights
+    start.json                 which of these weights the rounds start from, and why
     round_0/fold_0/            predictions of the fold model without the first part of the labels
     pool/                      rows of a pool that is a stream, and the cache of what was made of them
     round_1/
@@ -61,6 +63,9 @@ from .label import LABEL_FEATURES
 
 logger = logging.getLogger(__name__)
 
+# Stand in for a round where weights are asked for: those that the trainer was given, and those after pretraining.
+INITIAL, PRETRAINED = -2, -1
+
 # Worker processes of a killed run may hold its lock for some seconds.
 SECONDS_TO_WAIT_FOR_LOCK = 10
 
@@ -83,8 +88,8 @@ class RunDirectory:
         self.root = self.output_dir / "_rounds"
 
     def round_dir(self, round: int) -> Path:
-        """`Path`: directory of a round."""
-        return self.root / f"round_{round}"
+        """`Path`: directory of a round, or of the pretraining."""
+        return self.root / ("pretraining" if round == PRETRAINED else f"round_{round}")
 
     @property
     def run_key(self) -> str:
@@ -346,36 +351,54 @@ class RunDirectory:
         return damage_of(checkpoint, self.key(checkpoint / CHECKPOINT_MARKER))
 
     def weights_path(self, round: int) -> Path:
-        """`Path`: file with the trainable weights after a round; round -1 stands for the initial weights."""
-        return self.root / "initial.safetensors" if round < 0 else self.round_dir(round) / "weights.safetensors"
+        """`Path`: file with the trainable weights after a round, after the pretraining, or before both (`INITIAL`)."""
+        return self.root / "initial.safetensors" if round == INITIAL else self.round_dir(round) / "weights.safetensors"
 
-    def fold_weights_path(self, fold: int) -> Path:
+    def write_start(self, start: int, facts: dict[str, Any]) -> None:
+        """Keep which weights the rounds start from, `INITIAL` or `PRETRAINED`, and the facts that decided it."""
+        self._write(self.root / "start.json", {"start": start, "facts": facts})
+
+    def read_start(self) -> tuple[int, dict[str, Any]] | None:
+        """
+        `tuple[int, dict[str, Any]]` or `None`: what [`RunDirectory.write_start`] has kept; `None` before that.
+
+        Raises:
+            ValueError: If the file is damaged or of another run.
+        """
+        path = self.root / "start.json"
+        if not path.is_file():
+            return None
+        kept = self._read(path)
+        return kept["start"], kept["facts"]
+
+    def fold_dir(self, fold: int, start: int) -> Path:
+        """`Path`: directory of a fold model that starts from some weights, `INITIAL` or `PRETRAINED`."""
+        return self.round_dir(0 if start == INITIAL else start) / f"fold_{fold}"
+
+    def fold_weights_path(self, fold: int, start: int) -> Path:
         """`Path`: file with the trainable weights of a fold model."""
-        return self.round_dir(0) / f"fold_{fold}" / "weights.safetensors"
+        return self.fold_dir(fold, start) / "weights.safetensors"
 
-    def write_fold(self, fold: int, logits: np.ndarray) -> None:
+    def write_fold(self, fold: int, start: int, logits: np.ndarray) -> None:
         """Keep the pair logits of a fold model on the part that it has not seen."""
-        path = self._fold_logits_path(fold)
+        path = self.fold_dir(fold, start) / "logits.safetensors"
         write_tensors(path, {"logits": torch.from_numpy(logits)}, self.key(path))
 
-    def read_fold(self, fold: int) -> np.ndarray | None:
+    def read_fold(self, fold: int, start: int) -> np.ndarray | None:
         """`np.ndarray` or `None`: these pair logits; `None` if there are none yet, or if they are damaged."""
-        path = self._fold_logits_path(fold)
+        path = self.fold_dir(fold, start) / "logits.safetensors"
         tensors = read_tensors(path, self.key(path))
         return None if tensors is None else tensors["logits"].numpy()
 
-    def has_fold(self, fold: int) -> bool:
+    def has_fold(self, fold: int, start: int) -> bool:
         """`bool`: whether the predictions of a fold model are there and whole."""
-        return self.read_fold(fold) is not None
-
-    def _fold_logits_path(self, fold: int) -> Path:
-        return self.round_dir(0) / f"fold_{fold}" / "logits.safetensors"
+        return self.read_fold(fold, start) is not None
 
     def prune_weights(self, needed: set[int]) -> None:
         """Delete the weights of all rounds that are over, except the needed ones."""
         with telling_where(self.root):
-            for round in set(range(-1, self.num_finished)) - needed:
+            for round in {INITIAL, PRETRAINED, *range(self.num_finished)} - needed:
                 self.weights_path(round).unlink(missing_ok=True)
             # Their predictions are kept.
-            for weights in self.round_dir(0).glob("fold_*/weights.safetensors"):
+            for weights in self.root.glob("*/fold_*/weights.safetensors"):
                 weights.unlink()

@@ -54,6 +54,9 @@ class RoundSettings:
             Whether the run ends with the weights of the round with the lowest log-loss on `calibration_dataset`.
         has_soft_labels (`bool`):
             Whether kept pairs are trained on their probability.
+        pretrains (`str`):
+            Whether the model is pretrained on the texts of the pool: `"never"`, `"always"`, or `"if_better"`, where the fold
+            models decide.
         num_train_epochs (`float`, *optional*):
             Number of epochs of a round after round 0; `None` if `max_steps` decides.
         confidence_threshold (`float`, *optional*):
@@ -68,6 +71,7 @@ class RoundSettings:
     calibrated_by: str | None
     keeps_best_round: bool
     has_soft_labels: bool
+    pretrains: str
     num_train_epochs: float | None
     confidence_threshold: float | None = None
     target_precision: float | None = None
@@ -232,7 +236,20 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
     num_train_epochs: float | None = args.round_num_train_epochs
     if num_train_epochs is None and args.max_steps <= 0:
         num_train_epochs = min(args.num_train_epochs, MOST_EPOCHS)
-    return RoundSettings(num_folds, calibrated_by, keeps_best_round, has_soft_labels, num_train_epochs, **threshold)
+    pretrains = {
+        None: "if_better" if num_folds and not args.freeze_backbone else "never",
+        True: "always",
+        False: "never",
+    }
+    return RoundSettings(
+        num_folds,
+        calibrated_by,
+        keeps_best_round,
+        has_soft_labels,
+        pretrains[args.pretrain_on_pool],
+        num_train_epochs,
+        **threshold,
+    )
 
 
 def fold_of_pairs(prompts: np.ndarray, num_folds: int, seed: int) -> np.ndarray:

@@ -24,7 +24,9 @@ from .label import (
     with_texts,
 )
 from .labeling_summary import summarize_labeling
+from .pretraining import Pretraining
 from .round_trainer import RoundTrainer, RunRecorder
+from .run_directory import INITIAL
 from .run_identity import run_identity
 
 
@@ -33,32 +35,45 @@ logger = logging.getLogger(__name__)
 
 class RoundSteps(RoundTrainer):
     """
-    [`~trl_ssrm.rounds.round_trainer.RoundTrainer`] with the steps that [`SSRMTrainer.train`] puts together: train and
-    measure the model of a round, score the pool, keep pseudo-labels, and say when to stop.
+    [`~trl_ssrm.rounds.round_trainer.RoundTrainer`] with the steps that [`SSRMTrainer.train`] puts together: choose the weights
+    to start from, train and measure the model of a round, score the pool, keep pseudo-labels, and say when to stop.
     """
 
     callback_handler: RoundCallbackHandler
     pseudo_labeling_callback: PseudoLabelingCallback
     recorder: RunRecorder
     folds: Folds
+    pretraining: Pretraining
+    start: int
+    start_facts: dict[str, Any]
     labeling_facts: dict[str, Any]
     termination_reason: str | None
 
+    def choose_start(self, ignore_keys_for_eval: list[str] | None) -> None:
+        """Train the fold models and, unless it is off, pretrain on the texts of the pool; choose what round 0 starts from."""
+        run = self.run
+        if (chosen := self.on_main_process(run.read_start)) is None:
+            chosen = self.pretraining.choose_start(ignore_keys_for_eval)
+            if self.accelerator.is_main_process:
+                run.write_start(*chosen)
+            self.accelerator.wait_for_everyone()
+        self.start, self.start_facts = chosen
+        if not self.round_history:
+            run.read_weights(run.weights_path(self.start), self.unwrapped_model)
+
     def train_round(self, ignore_keys_for_eval: list[str] | None) -> None:
-        """Train the weights of the round. Before round 0, train the fold models."""
+        """Train the weights of the round."""
         run, round = self.run, self.round
         if self._is_over:
             return
         self._tell("on_round_begin", round=round)
-        if round == 0:
-            self.folds.train(ignore_keys_for_eval)
         if self.on_main_process(lambda: run.is_trained(round)):
             # The run was interrupted between training and measuring.
             run.read_weights(run.weights_path(round), self.unwrapped_model)
             self._load_state(round)
             return
         if round > 0 and self.args.round_init == "base":
-            run.read_weights(run.weights_path(-1), self.unwrapped_model)
+            run.read_weights(run.weights_path(self.start), self.unwrapped_model)
         self.train_once(self.on_main_process(lambda: run.last_checkpoint(round)), ignore_keys_for_eval)
         self.write_weights(run.weights_path(round))
         if self.accelerator.is_main_process:
@@ -77,8 +92,10 @@ class RoundSteps(RoundTrainer):
             if scores.orders_agree is not None:
                 facts[f"{name}_order_disagreement"] = float(1 - scores.orders_agree.mean())
         if self.folds.num_folds and self.round == 0:
-            logits_of["cross_fit"] = self.folds.held_out_logits()
+            logits_of["cross_fit"] = self.folds.held_out_logits(self.start)
         facts |= measure(logits_of, self.settings, self.round_history)
+        if self.round == 0:
+            facts |= self.start_facts
         self.log(dict(facts))
         self.recorder.log_history = self.state.log_history
         steps = self._steps_before_round + self.state.global_step
@@ -88,7 +105,7 @@ class RoundSteps(RoundTrainer):
         if self.accelerator.is_main_process:
             curves = reliability(logits_of, facts["temperature"])
             self.run.write_round(self.round, facts, self.state.log_history, curves)
-            needed = {self.round} | ({-1} if self.args.round_init == "base" else set())
+            needed = {self.round} | ({self.start} if self.args.round_init == "base" else set())
             self.run.prune_weights(needed | ({self.kept_round} if self.settings.keeps_best_round else set()))
         self.accelerator.wait_for_everyone()
         self._tell("on_round_end", round=self.round, facts=facts, round_history=self.round_history)
@@ -204,13 +221,13 @@ class RoundSteps(RoundTrainer):
         run, model = self.run, self.unwrapped_model
         self.start_run(self.identity, resume_from_checkpoint)
         num_finished = self.on_main_process(lambda: run.num_finished)
-        if num_finished == 0 and not self.on_main_process(run.weights_path(-1).is_file):
-            self.write_weights(run.weights_path(-1))
+        if num_finished == 0 and not self.on_main_process(run.weights_path(INITIAL).is_file):
+            self.write_weights(run.weights_path(INITIAL))
         rounds = [run.read_round(round) for round in range(num_finished)]
         self.round, self.labeling_facts = max(num_finished - 1, 0), {}
         self.round_history = [round["facts"] for round in rounds]
         self.recorder.log_history = rounds[-1]["log_history"] if rounds else []
-        run.read_weights(run.weights_path(num_finished - 1), model)
+        run.read_weights(run.weights_path(num_finished - 1 if num_finished else INITIAL), model)
         if num_finished > 0:
             self._shard()
         if self.args.freeze_backbone:

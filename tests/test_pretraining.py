@@ -1,0 +1,187 @@
+import random
+
+import numpy as np
+import pytest
+from conftest import as_messages, assert_same_weights, weights_of
+from datasets import Dataset
+from peft import LoraConfig
+
+from trl_ssrm import SSRMTrainer
+from trl_ssrm.rounds.pretraining import is_better_than_chance, pretraining_pairs
+from trl_ssrm.rounds.run_directory import INITIAL, PRETRAINED
+
+
+WORDS = ["aaaa", "bbbb", "cccc", "dddd"]
+SETTINGS = {
+    "num_folds": 3,
+    "num_rounds": 1,
+    "pseudo_label_type": "soft",
+    "round_init": "base",
+    "confidence_threshold": None,
+}
+
+
+def matching_rows(num_rows: int, seed: int) -> list[dict[str, str]]:
+    """Pairs whose chosen completion repeats the word of the prompt; the rejected one repeats another word."""
+    draw, rows = random.Random(seed), []
+    for number in range(num_rows):
+        word = draw.choice(WORDS)
+        other = draw.choice([each for each in WORDS if each != word])
+        prompt = f"{number} {seed} {word}: "
+        rows.append(
+            {"prompt": prompt, "chosen": f"{word} {draw.randint(0, 9)}", "rejected": f"{other} {draw.randint(0, 9)}"}
+        )
+    return rows
+
+
+def pool_rows(num_rows: int, seed: int) -> list[dict]:
+    """Prompts with two completions, most of which repeat the word of the prompt."""
+    draw, rows = random.Random(seed), []
+    for number in range(num_rows):
+        word = draw.choice(WORDS)
+        words = [word if draw.random() < 0.85 else draw.choice(WORDS) for _ in range(2)]
+        completions = [f"{each} {digit}" for each, digit in zip(words, draw.sample(range(10), 2), strict=True)]
+        rows.append({"prompt": f"{number} {seed} {word}: ", "completions": completions})
+    return rows
+
+
+def turned(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+
+
+@pytest.fixture
+def make_matching(make_trainer):
+    """Makes trainers whose labels prefer, or with `is_turned` reject, what fits the prompt."""
+
+    def make(is_turned: bool = False, num_pool: int = 400, **settings):
+        rows = matching_rows(24, seed=1)
+        data = {
+            "train_dataset": turned(rows) if is_turned else rows,
+            "unlabeled_dataset": pool_rows(num_pool, seed=2),
+        }
+        return make_trainer(**{**data, **SETTINGS, **settings})
+
+    return make
+
+
+@pytest.mark.slow
+def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path):
+    held_out = Dataset.from_list(matching_rows(100, seed=3))
+    trainer = make_matching(eval_dataset=held_out)
+    trainer.train()
+    facts = trainer.round_history[0]
+    assert trainer.start == PRETRAINED and facts["pretraining_pairs"] > 350 and facts["pretraining_accuracy"] > 0.75
+    assert facts["log_loss_with_pretraining"] < facts["log_loss_without_pretraining"]
+    without = make_matching(eval_dataset=held_out, pretrain_on_pool=False, output_dir=str(tmp_path / "without"))
+    without.train()
+    for round in range(2):
+        one, other = (each.round_history[round]["eval_accuracy"] for each in (trainer, without))
+        assert one > other + 0.05
+
+
+@pytest.mark.slow
+def test_labels_refuse_pretraining_that_ranks_them_wrong(make_matching, tmp_path):
+    trainer = make_matching(is_turned=True)
+    trainer.train()
+    assert trainer.start == INITIAL and trainer.round_history[0]["pretraining_accuracy"] < 0.5
+    # What was refused leaves no trace in the weights.
+    without = make_matching(is_turned=True, pretrain_on_pool=False, output_dir=str(tmp_path / "without"))
+    without.train()
+    assert_same_weights(weights_of(trainer.model), weights_of(without.model))
+    # Asked for, it is not a question for the labels.
+    forced = make_matching(is_turned=True, pretrain_on_pool=True, num_folds=0, output_dir=str(tmp_path / "forced"))
+    forced.train()
+    assert forced.start == PRETRAINED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "pairwise"])
+def test_labels_of_the_pool_are_never_read(llama, causal, config, tmp_path, kind):
+    settings = {**SETTINGS, "num_folds": 0, "pretrain_on_pool": True}
+    if kind == "pairwise":
+        settings |= {"preference_model": "pairwise", "max_length": 256}
+    weights = []
+    for number, rows in enumerate((matching_rows(30, seed=2), turned(matching_rows(30, seed=2)))):
+        trainer = SSRMTrainer(
+            causal() if kind == "pairwise" else llama,
+            config(**settings, output_dir=str(tmp_path / str(number))),
+            peft_config=LoraConfig(r=2, task_type="SEQ_CLS") if kind == "lora" else None,
+            train_dataset=Dataset.from_list(matching_rows(12, seed=1)),
+            unlabeled_dataset=Dataset.from_list(rows),
+        )
+        trainer.train()
+        assert trainer.start == PRETRAINED
+        weights.append(weights_of(trainer.model))
+    assert_same_weights(*weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["checkpoint", "weights", "fold", "round"])
+def test_run_is_resumed_to_the_same_result(make_matching, tmp_path, place):
+    args = {"save_strategy": "steps", "save_steps": 4, "num_pool": 40, "pretrain_on_pool": True, "num_folds": 2}
+    expected = make_matching(**args, output_dir=str(tmp_path / "whole"))
+    expected.train()
+    trainer = make_matching(**args)
+    names = {"checkpoint": "end_checkpoint", "weights": "write_weights", "fold": "write_fold", "round": "write_state"}
+    function, calls = getattr(trainer.run, names[place]), []
+
+    def interrupt(*args):
+        calls.append(args)
+        # The first weights are the initial ones. The second ones of anything are cut off.
+        if len(calls) == (1 if place == "round" else 2):
+            raise KeyboardInterrupt
+        function(*args)
+
+    setattr(trainer.run, names[place], interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = make_matching(**args)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(resumed.model), weights_of(expected.model))
+    keep = ("pretraining_accuracy", "cross_fit_log_loss", "temperature", "global_step")
+    one, other = (each.round_history[0] for each in (resumed, expected))
+    assert {name: one[name] for name in keep} == {name: other[name] for name in keep}
+
+
+@pytest.mark.parametrize("has_messages", [False, True])
+def test_a_completion_is_paired_with_one_of_another_prompt(make_trainer, has_messages):
+    rows = matching_rows(30, seed=2) + [{**row, "prompt": "0 2 again: "} for row in matching_rows(5, seed=4)]
+    labeled = matching_rows(6, seed=1)
+    if has_messages:
+        rows, labeled = ([as_messages(row) for row in each] for each in (rows, labeled))
+    trainer = make_trainer(train_dataset=labeled, unlabeled_dataset=rows)
+    pairs = list(pretraining_pairs(trainer.data.pool, seed=0))
+    own = {
+        str(row["prompt"]): {
+            str(each[name]) for each in rows if each["prompt"] == row["prompt"] for name in ("chosen", "rejected")
+        }
+        for row in rows
+    }
+    assert 25 <= len(pairs) <= len(rows)
+    for pair in pairs:
+        assert str(pair["chosen"]) in own[str(pair["prompt"])] and pair["rejected"] != pair["chosen"]
+    taken = [pair["chosen"] in [row["chosen"] for row in rows] for pair in pairs]
+    assert 0 < sum(taken) < len(taken)
+    # Of one prompt there is no other, and without prompts there is none.
+    same = [{**row, "prompt": rows[0]["prompt"]} for row in rows]
+    assert not list(pretraining_pairs(make_trainer(train_dataset=labeled, unlabeled_dataset=same).data.pool, seed=0))
+
+
+@pytest.mark.slow
+def test_a_pool_without_prompts_is_not_pretrained_on(make_trainer, caplog):
+    rows = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in matching_rows(30, seed=2)]
+    trainer = make_trainer(train_dataset=rows[:8], unlabeled_dataset=rows[8:], **SETTINGS)
+    trainer.train()
+    assert trainer.start == INITIAL and "no two different prompts" in caplog.text
+
+
+def test_chance_is_told_from_better():
+    right, wrong = np.ones(60), -np.ones(40)
+    assert not is_better_than_chance(np.concatenate([right, wrong]))
+    assert is_better_than_chance(np.concatenate([right, right, wrong]))
+    assert not is_better_than_chance(np.concatenate([right[:3]]))
+
+
+def test_pretraining_of_a_head_alone_is_refused(config):
+    with pytest.raises(ValueError, match="pretrain_on_pool"):
+        config(freeze_backbone=True, pretrain_on_pool=True)

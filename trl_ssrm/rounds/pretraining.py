@@ -1,0 +1,150 @@
+"""
+Pretraining on the texts of the pool: the model learns to prefer a prompt's own completion to that of another prompt.
+
+No label is read. In its simplest form this is the unsupervised reward modeling of Fan et al. (arXiv 2603.02225): one negative
+for each prompt instead of the whole batch. Where people prefer what fits the prompt it teaches much; elsewhere it can teach the
+opposite of what they prefer. So the labels decide whether a run starts from these weights.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..data.build_pool import written_out
+from ..data.pool import Pool
+from ..data.prompts import prompt_groups
+from ..scoring.metrics import calibrated_metrics
+from .calibrate import fit_temperature
+from .folds import Folds
+from .round_trainer import RoundTrainer
+from .run_directory import INITIAL, PRETRAINED
+
+
+logger = logging.getLogger(__name__)
+
+# Draws of another row for each row, until it has another prompt.
+_DRAWS = 20
+
+
+class Pretraining:
+    """
+    Trains a model on the texts of the pool before the labels, and asks the labels whether that helps.
+
+    Args:
+        trainer ([`~trl_ssrm.rounds.round_trainer.RoundTrainer`]):
+            The trainer, whose model, pool and run directory are used.
+        folds ([`~trl_ssrm.rounds.folds.Folds`]):
+            Fold models that compare the two starts.
+    """
+
+    def __init__(self, trainer: RoundTrainer, folds: Folds):
+        self.trainer, self.folds = trainer, folds
+
+    def choose_start(self, ignore_keys_for_eval: list[str] | None) -> tuple[int, dict[str, Any]]:
+        """
+        Train the fold models, and choose the weights that the rounds start from.
+
+        Pretrained weights are chosen if two things hold. Without having seen a label, they rank the labeled pairs right more
+        often than chance, by two standard errors. And fold models that start from them have a lower calibrated log-loss on
+        the labels that they have not seen than fold models that start from the initial weights.
+
+        Args:
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                As in [`~transformers.Trainer.train`].
+
+        Returns:
+            `tuple[int, dict[str, Any]]`: `INITIAL` or `PRETRAINED`, and the facts that decided it.
+        """
+        pretrains = self.trainer.settings.pretrains
+        facts: dict[str, Any] = {}
+        if pretrains == "never" or (pairs := self._pairs()) is None:
+            self.folds.train(INITIAL, ignore_keys_for_eval)
+            return INITIAL, facts
+        self._train(pairs, ignore_keys_for_eval)
+        trainer = self.trainer
+        logits = trainer.score_pairs(trainer.data.labeled_pairs, "train_dataset").logits
+        facts = {"pretraining_pairs": len(pairs), "pretraining_accuracy": float((logits > 0).mean())}
+        if pretrains == "always":
+            self.folds.train(PRETRAINED, ignore_keys_for_eval)
+            return PRETRAINED, facts
+        self.folds.train(INITIAL, ignore_keys_for_eval)
+        if not is_better_than_chance(logits):
+            return INITIAL, facts
+        self.folds.train(PRETRAINED, ignore_keys_for_eval)
+        losses = {start: held_out_log_loss(self.folds.held_out_logits(start)) for start in (INITIAL, PRETRAINED)}
+        facts |= {"log_loss_without_pretraining": losses[INITIAL], "log_loss_with_pretraining": losses[PRETRAINED]}
+        return min((INITIAL, PRETRAINED), key=losses.__getitem__), facts
+
+    def _pairs(self) -> Dataset | None:
+        """The pairs to pretrain on, tokenized; `None` if there are none."""
+        trainer = self.trainer
+        rows = pretraining_pairs(trainer.data.pool, trainer.args.seed)
+        if (first := next(rows, None)) is not None:
+            directory, features = trainer.run.round_dir(PRETRAINED) / "pairs", trainer.data.pool.text_features
+            texts = written_out(itertools.chain([first], rows), directory, features)
+            pairs = trainer.tokenize(texts, "unlabeled", trainer.args.max_length)
+            if len(pairs):
+                return pairs.select_columns(["chosen_ids", "rejected_ids"])
+        logger.warning(
+            "The pool has no two different prompts with completions that fit into `max_length`, so nothing is pretrained on "
+            "its texts."
+        )
+        return None
+
+    def _train(self, pairs: Dataset, ignore_keys_for_eval: list[str] | None) -> None:
+        """Pretrain the model in memory, or load what an interrupted run has pretrained."""
+        trainer, run, weights = self.trainer, self.trainer.run, self.trainer.run.weights_path(PRETRAINED)
+        if trainer.on_main_process(lambda: run.has_weights(weights)):
+            run.read_weights(weights, trainer.unwrapped_model)
+            return
+        trainer.accelerator.print(f"Pretraining on {len(pairs)} pairs of texts of the pool, without labels.")
+        trainer.round, trainer.train_dataset = PRETRAINED, pairs
+        checkpoint = trainer.on_main_process(lambda: run.last_checkpoint(PRETRAINED))
+        with trainer.in_silence(with_checkpoints=True):
+            trainer.train_once(checkpoint, ignore_keys_for_eval)
+        trainer.write_weights(weights)
+        trainer.round, trainer.train_dataset = 0, trainer.data.labeled
+
+
+def pretraining_pairs(pool: Pool, seed: int) -> Iterator[dict[str, Any]]:
+    """
+    One pair for each row of the pool that has a prompt: one of its completions, and a completion of another prompt.
+
+    Args:
+        pool ([`Pool`]):
+            The pool. Which of its completions is taken says nothing about a label.
+        seed (`int`):
+            Draws the other prompts.
+
+    Yields:
+        `dict[str, Any]`: `prompt`, `chosen` (the completion of this prompt) and `rejected` (that of another one), as text or
+        messages.
+    """
+    rows, own = np.unique(pool.rows, return_index=True)
+    groups = prompt_groups(pool.source)[rows]
+    draw = np.random.default_rng(seed)
+    other = draw.integers(len(rows), size=len(rows))
+    for _ in range(_DRAWS):
+        same = groups[other] == groups
+        other[same] = draw.integers(len(rows), size=int(same.sum()))
+    is_other = groups[other] != groups
+    own, other = own[is_other], own[other[is_other]]
+    is_first = np.ones(len(own), dtype=bool)
+    for here, there in zip(pool.iterate_texts(own, is_first), pool.iterate_texts(other, is_first), strict=True):
+        for one, another in zip(here, there, strict=True):
+            if one["prompt"] and one["chosen"] != another["chosen"]:
+                yield {"prompt": one["prompt"], "chosen": one["chosen"], "rejected": another["chosen"]}
+
+
+def is_better_than_chance(logits: np.ndarray) -> bool:
+    """`bool`: whether more than half of the pairs are ranked right, by two standard errors; pair logits `(num_pairs,)`."""
+    return bool((logits > 0).mean() > 0.5 + 2 * np.sqrt(0.25 / len(logits)))
+
+
+def held_out_log_loss(logits: np.ndarray) -> float:
+    """`float`: log-loss of held-out pairs at the temperature that they fit, from pair logits `(num_pairs,)`."""
+    return calibrated_metrics(logits, fit_temperature(logits))["calibrated_log_loss"]
