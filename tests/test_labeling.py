@@ -51,7 +51,7 @@ def test_pairs_are_those_that_the_rewards_say(llama, rewards, tmp_path, pairing)
     assert found <= expected
     for row in labels:
         margin = np.diff(rewards({"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"]]}))[0]
-        assert row["margin"] == pytest.approx(margin, abs=1e-6) and row["margin"] > 0
+        assert row["reward_margin"] == pytest.approx(margin, abs=1e-6) and row["reward_margin"] > 0
         assert row["confidence"] == pytest.approx(1 / (1 + np.exp(-margin)), abs=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_two_columns_give_a_pair_whatever_their_order(llama, tmp_path, columns, 
         for first, second in (("chosen", "rejected"), ("rejected", "chosen"))
     ]
     assert labels[0] == labels[1] and len(labels[0]) == 10
-    assert {tuple(row) for row in labels[0]} == {("prompt", "chosen", "rejected", "margin", "confidence")}
+    assert {tuple(row) for row in labels[0]} == {("prompt", "chosen", "rejected", "reward_margin", "confidence")}
 
 
 def test_whatever_is_left_out_is_counted(llama, rewards, tmp_path, caplog):
@@ -113,8 +113,8 @@ def test_temperature_divides_the_margin(llama, tmp_path):
     data = Dataset.from_list(rows_with_completions(5))
     plain = label_preferences(llama, data, str(tmp_path / "plain"))
     cooled = label_preferences(llama, data, str(tmp_path / "cooled"), temperature=2.0)
-    assert cooled["margin"][:] == plain["margin"][:]
-    np.testing.assert_allclose(cooled["confidence"], 1 / (1 + np.exp(-np.array(plain["margin"]) / 2)))
+    assert cooled["reward_margin"][:] == plain["reward_margin"][:]
+    np.testing.assert_allclose(cooled["confidence"], 1 / (1 + np.exp(-np.array(plain["reward_margin"]) / 2)))
 
 
 def test_shaping_of_a_reward_function_is_left_out(llama, tmp_path):
@@ -154,7 +154,7 @@ def test_shards_do_not_change_the_labels(llama, tmp_path, monkeypatch):
     in_shards = label_preferences(llama, data, str(tmp_path / "shards"), pairing="best_vs_random")
     assert len(list((tmp_path / "shards").glob("*.parquet"))) == 7
     assert in_shards["rejected"][:] == whole["rejected"][:]
-    np.testing.assert_allclose(in_shards["margin"], whole["margin"], atol=1e-5)
+    np.testing.assert_allclose(in_shards["reward_margin"], whole["reward_margin"], atol=1e-5)
 
 
 def test_shard_of_which_nothing_is_left_does_no_harm(llama, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_two_processes_give_the_labels_of_one(policy, scorer, undisturbed, tmp_p
     two = run_script("label_script.py", *TWO_PROCESSES, **settings)
     assert two["completions"] == undisturbed["completions"]
     for mine, theirs in zip(two["labels"], undisturbed["labels"], strict=True):
-        numbers = ("margin", "confidence")
+        numbers = ("reward_margin", "confidence")
         assert [mine.pop(name) for name in numbers] == pytest.approx([theirs[name] for name in numbers], abs=1e-6)
         assert mine == {name: value for name, value in theirs.items() if name not in numbers}
     assert (two["num_generated"], two["num_labeled"]) == (2, 2), "they share the work"

@@ -13,8 +13,9 @@ from datasets import Dataset
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
 from trl_ssrm.reporting.plots import TITLES, plot_rounds
-from trl_ssrm.reporting.report import end_in_words, round_line, round_table, write_report
+from trl_ssrm.reporting.report import round_line, round_table, write_report
 from trl_ssrm.reporting.trackers import report_run
+from trl_ssrm.reporting.verdict import verdict
 from trl_ssrm.rounds.labeling_summary import as_text, shorten
 
 
@@ -46,31 +47,6 @@ def test_line_of_a_round():
     assert round_line(HISTORY[1]) == (
         "Round 1, kept 30 of 40 pairs, eval_accuracy 0.750, eval_log_loss 0.500, pseudo_label_accuracy 0.900"
     )
-
-
-@pytest.mark.parametrize(
-    ("reason", "last", "kept", "words"),
-    [
-        ("max_rounds", 3, 3, "Round 3 was the last round, so the model is the one trained in round 3."),
-        (
-            *("max_rounds", 3, 1),
-            "Round 3 was the last round. Round 1 was the best, so the model is the one trained in round 1.",
-        ),
-        (
-            *("nothing_selected", 0, 0),
-            "Nothing was selected after round 0, so the model is the one trained on the labels alone.",
-        ),
-        (
-            *("no_change", 2, 0),
-            "The selection after round 2 is the same as the one before it. Round 0 was the best, so the model is the one "
-            "trained on the labels alone.",
-        ),
-        (None, 2, 2, "The rounds ended after round 2, so the model is the one trained in round 2."),
-        ("{own}", 1, 1, "The rounds ended after round 1 ({own}), so the model is the one trained in round 1."),
-    ],
-)
-def test_end_of_the_rounds_is_said_in_words(reason, last, kept, words):
-    assert end_in_words(reason, last, kept) == words
 
 
 def test_plot_is_a_picture(tmp_path):
@@ -188,7 +164,7 @@ def test_report_tells_the_settings_the_versions_and_the_end(page, trainer):
 
     end = trainer.run.root / "end.json"
     kept = json.loads(end.read_text(encoding="utf-8"))["kept_round"]
-    assert end_in_words("max_rounds", 2, kept) in page.text
+    assert " ".join(verdict(trainer.round_history, "max_rounds", kept)) in page.text
     for text in ("confidence_threshold", "0.6", "learning_rate", "0.003", "trl_ssrm", trl.__version__):
         assert text in page.text
 
@@ -196,7 +172,9 @@ def test_report_tells_the_settings_the_versions_and_the_end(page, trainer):
 def test_report_of_rounds_that_a_callback_ended(copy):
     (copy / "_rounds" / "end.json").write_text(json.dumps({"termination_reason": "my <own>", "kept_round": 1}))
     text = Page(write_report(str(copy))).text
-    assert "The rounds ended after round 2 (my <own>). Round 1 was the best, so the model is the one" in text
+    assert (
+        "The rounds ended after round 2 (my <own>); round 1 had the lowest log-loss on `calibration_dataset`" in text
+    )
 
 
 def test_report_needs_no_torch(copy):

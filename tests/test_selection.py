@@ -64,7 +64,7 @@ def test_lower_bound_is_that_of_the_published_interval():
 
 @pytest.mark.parametrize(("num_pairs", "target", "reaches"), [(51, 0.95, False), (52, 0.95, True), (268, 0.99, True)])
 def test_how_many_labels_a_target_takes(num_pairs, target, reaches):
-    threshold = precision_threshold(np.linspace(0.1, 5, num_pairs), 1.0, target)
+    threshold, _ = precision_threshold(np.linspace(0.1, 5, num_pairs), 1.0, target)
     assert threshold == (0.5 if reaches else None)
 
 
@@ -75,7 +75,7 @@ def test_pseudo_labels_above_the_threshold_are_right_as_often_as_wanted():
     # Twice as sure as it should be: the threshold is not fooled, since it counts.
     held_out, pool = np.split(logits * 2, [2_000])
     for target in (0.8, 0.9, 0.95):
-        threshold = precision_threshold(held_out, 1.0, target)
+        threshold, _ = precision_threshold(held_out, 1.0, target)
         kept = above_threshold(PairScores(pool), threshold)
         precision = (pool[kept] > 0).mean()
         assert target - 0.005 < precision < target + 0.03

@@ -21,13 +21,15 @@ from .config import SSRMConfig
 from .io.files import telling_where
 from .models.adapters import merged, prepare_quantized
 from .models.backbone import freeze_backbone
+from .models.calibration import save_temperature
 from .models.classifier import complete_config
 from .models.comparison import Comparison
 from .models.sharding import check_sharding
+from .models.tokenizers import model_id
 from .reporting.card import add_rounds, copy_card
 from .reporting.progress import RoundProgress
-from .reporting.report import end_in_words
 from .reporting.trackers import report_run
+from .reporting.verdict import verdict
 from .rounds.annotation import most_useful, write_for_labeling
 from .rounds.arguments import Arguments, refuse_without_pool
 from .rounds.callback import PseudoLabelingCallback, RoundCallbackHandler
@@ -324,7 +326,7 @@ class SSRMTrainer(RoundSteps):
             report_run(str(self.args.output_dir), self.callback_handler.open_trackers, last["global_step"])
         self.create_model_card(model_name=self.run.output_dir.name)
         self.control = self.callback_handler.end_trackers(self.args, self.state, self.control)
-        self.accelerator.print(end_in_words(reason, last["round"], kept))
+        self.accelerator.print(" ".join(verdict(self.round_history, reason, kept)))
         train_loss = next(log["train_loss"] for log in reversed(self.state.log_history) if "train_loss" in log)
         # JSON has no NaN, so it was stored as null.
         train_loss = math.nan if train_loss is None else train_loss
@@ -365,6 +367,7 @@ class SSRMTrainer(RoundSteps):
         if self.comparison is not None and self.args.should_save:
             self.comparison.save_pretrained(str(output_dir or self.args.output_dir))
         if self.has_pool and not _internal_call and self.args.should_save:
+            self._save_temperature(output_dir or str(self.run.output_dir))
             copy_card(self.run.output_dir, Path(output_dir or self.run.output_dir))
 
     def merge_and_save(self, output_dir: str) -> None:
@@ -387,6 +390,11 @@ class SSRMTrainer(RoundSteps):
             if self.comparison is not None:
                 self.comparison.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
+            self._save_temperature(output_dir)
+
+    def _save_temperature(self, output_dir: str) -> None:
+        if self.has_pool and self.round_history:
+            save_temperature(output_dir, self.round_history[self.kept_round]["temperature"])
 
     def create_model_card(  # type: ignore[override]
         self,
@@ -398,4 +406,6 @@ class SSRMTrainer(RoundSteps):
         with telling_where(card):
             super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.has_pool and self.is_world_process_zero():
-            add_rounds(card, self.round_history)
+            is_over = self.termination_reason is not None
+            words = verdict(self.round_history, self.termination_reason, self.kept_round) if is_over else []
+            add_rounds(card, model_id(self.unwrapped_model), self.round_history, words)

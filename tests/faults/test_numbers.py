@@ -269,7 +269,7 @@ def test_no_size_of_a_logit_makes_a_metric_that_is_no_number(size):
         scores = PairScores(logits, temperature)
         assert ((scores.confidence >= 0.5) & (scores.confidence <= 1)).all()
         assert np.nextafter(0.5, 0) <= fraction_threshold(scores, 0.1) <= 1
-        threshold = precision_threshold(logits, temperature, 0.9)
+        threshold, _ = precision_threshold(logits, temperature, 0.9)
         assert threshold is None or 0.5 <= threshold <= 1
         other = draw.choice(EXTREME, size) * draw.choice([-1, 1], size)
         one = pairwise_logits(np.stack([logits, other], axis=1))

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..data.checks import NotTokenizedError, check_prompt_of_completion, tokenizing
 from ..io.hub import check_model_is_there
 from ..io.storage import content_hash, tensors_hash
+from ..models.calibration import load_temperature
 from ..models.comparison import Comparison
 from ..models.loading import check_answers_behind, load_pairwise_model
 from ..models.tokenizers import check_padding
@@ -74,6 +75,8 @@ class PairwiseJudge:
         - **processing_class** ([`~transformers.PreTrainedTokenizerBase`]) -- Its tokenizer, with a padding token.
         - **comparison** ([`Comparison`]) -- How pairs are shown to the model. `comparison.tokenize(processing_class,
           prompt, first, second)` gives the token IDs of both orders.
+        - **temperature** (`float`) -- Divisor of the pair logits in [`PairwiseJudge.judge`]. The one that [`SSRMTrainer`] has
+          saved with the model, otherwise 1.
         - **fingerprint** (`str`) -- Hash of everything that decides the probabilities.
 
     Raises:
@@ -103,6 +106,7 @@ class PairwiseJudge:
         self.comparison = (
             comparison or Comparison.from_pretrained(name_or_path, kwargs.get("revision")) or Comparison()
         )
+        self.temperature = load_temperature(model, kwargs.get("revision"))
         label_token_ids = self.comparison.label_token_ids(self.processing_class)
         if isinstance(model, str):
             model = load_pairwise_model(model, label_token_ids, dtype, trust_remote_code, **kwargs)
@@ -115,9 +119,21 @@ class PairwiseJudge:
 
     @property
     def fingerprint(self) -> str:
-        """`str`: hash of the weights, the comparison and the chat template. Together they decide the probabilities."""
+        """`str`: hash of the weights, the temperature, the comparison and the chat template, which decide the probabilities."""
         weights = tensors_hash(dict(self.model.named_parameters()))
-        return content_hash(weights, asdict(self.comparison), self.processing_class.chat_template)
+        return content_hash(weights, self.temperature, asdict(self.comparison), self.processing_class.chat_template)
+
+    # What a teacher of a pool needs, here and in `SSRMRewardFunction`.
+    kind = "pairwise"
+
+    @property
+    def max_length(self) -> int | None:
+        """`int` or `None`: the longest comparison in tokens."""
+        return self.comparison.max_length
+
+    def tokenize_pair(self, prompt: Any, first: Any, second: Any) -> tuple[list[int], list[int]]:
+        """`tuple[list[int], list[int]]`: token IDs of both orders of a comparison."""
+        return self.comparison.tokenize(self.processing_class, prompt, first, second)
 
     def judge(self, prompts: Sequence, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
         """
@@ -130,18 +146,18 @@ class PairwiseJudge:
                 Two completions of each, as text or messages.
 
         Returns:
-            `list[float]` of length `num_pairs`: the mean of the probabilities in the two orders. NaN if the pair is
+            `list[float]` of length `num_pairs`: the mean of the probabilities in the two orders, at the temperature. NaN if the pair is
             too long: more tokens than `max_length` of the comparison, even without the earlier turns. The number of
             such pairs is logged.
 
         Raises:
             NonFiniteScoreError: If a score is NaN or infinite.
         """
-        return sigmoid(self.logits(prompts, pairs)).tolist()
+        return sigmoid(self.logits(prompts, pairs) / self.temperature).tolist()
 
     def logits(self, prompts: Sequence, pairs: Sequence[tuple[Any, Any]]) -> np.ndarray:
         """
-        Logits of the probabilities that [`PairwiseJudge.judge`] gives.
+        Logits of the mean of the probabilities in the two orders, before they are divided by the temperature.
 
         Args:
             prompts (`list` of length `num_pairs`):

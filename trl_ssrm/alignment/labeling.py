@@ -34,7 +34,7 @@ def label_preferences(
     output_dir: str,
     pairing: str = "best_vs_worst",
     min_confidence: float = 0.5,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     max_length: int | None = None,
     seed: int = 42,
     disable_tqdm: bool = False,
@@ -59,9 +59,9 @@ def label_preferences(
             others, drawn from the seed and the row), or `"all"`.
         min_confidence (`float`, *optional*, defaults to `0.5`):
             A pair is kept if its confidence is at least this. In `[0.5, 1)`.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Divisor of the margin, to calibrate the confidence, such as the temperature that [`SSRMTrainer`] fitted.
-            Positive.
+        temperature (`float`, *optional*):
+            Divisor of the margin, which calibrates the confidence. Positive. If `None`, the temperature that was saved with
+            the model, or 1.
         max_length (`int`, *optional*):
             Longest sequence in tokens of the reward model; longer completions are dropped. If `None`, the number of
             learned positions of the model, and no limit if it has none. For a judge, set `max_length` of its
@@ -72,9 +72,9 @@ def label_preferences(
             Whether to hide the progress bar.
 
     Returns:
-        [`~datasets.Dataset`]: memory-mapped, with `prompt`, `chosen`, `rejected`, `margin` (difference of the two
-        rewards, or pair logit of a judge; float64, positive), `confidence` (`sigmoid(margin / temperature)`, float64),
-        and `tools` and `chat_template_kwargs` if the input has them. Ties are dropped. The log counts everything that
+        [`~datasets.Dataset`]: memory-mapped, with `prompt`, `chosen`, `rejected`, `reward_margin` (difference of the two
+        rewards, or pair logit of a judge; float64, positive), `confidence` (`sigmoid(reward_margin / temperature)`,
+        float64), and `tools` and `chat_template_kwargs` if the input has them. Ties are dropped. The log counts everything that
         is dropped, by reason.
 
     Raises:
@@ -86,8 +86,11 @@ def label_preferences(
         raise ValueError(f"`pairing` must be one of {list(PAIRINGS)}, got {pairing!r}.")
     if not 0.5 <= min_confidence < 1:
         raise ValueError(f"`min_confidence` must be in [0.5, 1), got {min_confidence}.")
-    if not 0 < temperature < math.inf:
+    if temperature is not None and not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be positive and finite, got {temperature}.")
+    dataset = _checked(dataset)
+    scorer = model if isinstance(model, PairwiseJudge | SSRMRewardFunction) else SSRMRewardFunction(model)
+    used_temperature = scorer.temperature if temperature is None else temperature
 
     def label(number: int, scored: ScoredCompletions, dropped: Counter[str]) -> list[Row]:
         if len(scored.completions) < 2:
@@ -97,19 +100,23 @@ def label_preferences(
         for pair in _pairs(pairing, scored.rewards, np.random.default_rng([seed, number])):
             chosen, rejected = sorted(pair, key=lambda position: -scored.rewards[position])
             margin = float(scored.margins[chosen, rejected])
-            confidence = float(sigmoid(np.array(margin / temperature)))
+            confidence = float(sigmoid(np.array(margin / used_temperature)))
             if reason := _reason_to_drop(margin, confidence, min_confidence):
                 dropped[reason] += 1
             else:
                 texts = {"chosen": scored.completions[chosen], "rejected": scored.completions[rejected]}
-                labeled.append({**texts, "margin": margin, "confidence": confidence})
+                labeled.append({**texts, "reward_margin": margin, "confidence": confidence})
         return labeled
 
-    dataset = _checked(dataset)
     feature = completion_feature(dataset)
-    columns = {"chosen": feature, "rejected": feature, "margin": Value("float64"), "confidence": Value("float64")}
-    settings = {"pairing": pairing, "min_confidence": min_confidence, "temperature": temperature, "seed": seed}
-    return _map_scored(model, dataset, output_dir, label, columns, settings, max_length, "Labeling", disable_tqdm)
+    columns = {
+        "chosen": feature,
+        "rejected": feature,
+        "reward_margin": Value("float64"),
+        "confidence": Value("float64"),
+    }
+    settings = {"pairing": pairing, "min_confidence": min_confidence, "temperature": used_temperature, "seed": seed}
+    return _map_scored(scorer, dataset, output_dir, label, columns, settings, max_length, "Labeling", disable_tqdm)
 
 
 def best_of_n(

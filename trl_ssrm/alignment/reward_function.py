@@ -20,6 +20,8 @@ from ..data.checks import (
 )
 from ..data.conversations import ConversationReader, begins_with, template_arguments
 from ..io.hub import check_model_is_there
+from ..io.storage import content_hash, tensors_hash
+from ..models.calibration import load_temperature
 from ..models.classifier import num_positions
 from ..models.loading import load_reward_model
 from ..models.tokenizers import check_padding
@@ -79,6 +81,12 @@ class SSRMRewardFunction:
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the checkpoint.
 
+    Attributes:
+        - **model** ([`~transformers.PreTrainedModel`]) -- Sequence classifier with one label, in evaluation mode.
+        - **processing_class** ([`~transformers.PreTrainedTokenizerBase`]) -- Its tokenizer, with a padding token.
+        - **temperature** (`float`) -- `sigmoid((r(a) - r(b)) / temperature)` is the probability that `a` is preferred. The one
+          that [`SSRMTrainer`] has saved with the model, otherwise 1. It does not change the rewards.
+
     Raises:
         ValueError: If the model is not a reward model with one trained label, if a row of `reference_dataset` lacks
             text, if `reward_clip_range` is empty, or if `baseline_column` and `reference_dataset` are both given.
@@ -106,6 +114,7 @@ class SSRMRewardFunction:
         self.processing_class: Any = processing_class or AutoTokenizer.from_pretrained(
             name_or_path, revision=kwargs.get("revision"), trust_remote_code=trust_remote_code
         )
+        self.temperature = load_temperature(model, kwargs.get("revision"))
         if isinstance(model, str):
             model = load_reward_model(model, dtype, trust_remote_code, **kwargs)
         elif model.config.num_labels != 1:
@@ -124,6 +133,24 @@ class SSRMRewardFunction:
         self.layout = choose_layout(self.model)
         self.num_positions = num_positions(self.model)
         self.device = device
+
+    # What a teacher of a pool needs, here and in `PairwiseJudge`.
+    kind = "scalar"
+
+    @property
+    def fingerprint(self) -> str:
+        """`str`: hash of the weights, the temperature and the chat template. Together they decide the probabilities."""
+        weights = tensors_hash(dict(self.model.named_parameters()))
+        return content_hash(weights, self.temperature, self.processing_class.chat_template)
+
+    @property
+    def max_length(self) -> int | None:
+        """`int` or `None`: the longest sequence in tokens that the model reads."""
+        return self.num_positions
+
+    def tokenize_pair(self, prompt, first, second) -> tuple[list[int], list[int]]:
+        """`tuple[list[int], list[int]]`: token IDs of a prompt with each of two completions."""
+        return self.tokenize(prompt, first), self.tokenize(prompt, second)
 
     def __call__(self, prompts: list, completions: list, **kwargs: Any) -> list[float]:
         """

@@ -102,8 +102,7 @@ def _add_label(commands) -> None:
     command.add_argument(
         "--temperature",
         type=float,
-        default=1.0,
-        help="divisor of the margin, to calibrate the confidence: the temperature of the last round (%(default)s)",
+        help="divisor of the margin, which calibrates the confidence (default: the one that was saved with the model, or 1)",
     )
     command.add_argument("--max_length", type=int, help="longest sequence in tokens; longer completions are left out")
     command.add_argument("--seed", type=int, default=42, help="seed of `best_vs_random` (%(default)s)")

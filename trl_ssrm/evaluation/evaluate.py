@@ -105,7 +105,8 @@ def evaluate(
     Returns:
         [`Evaluation`]: its metrics are `num_rows`, `accuracy`, `accuracy_low` and `accuracy_high` (Wilson's 95 %
         interval, which takes the rows as independent), `ties` and `not_judged` (numbers of rows). For pairs there are
-        also `log_loss`, `brier`, `ece`, `ece_floor` and `adaptive_ece`, as in [`preference_metrics`]; for RM-Bench
+        also `log_loss`, `brier`, `ece`, `ece_floor` and `adaptive_ece`, as in [`preference_metrics`], at the `temperature`
+        that was saved with the model, which is a metric too if it is not 1; for RM-Bench
         `easy`, `normal` and `hard` in place of the interval. The metrics `"all"` of a published benchmark have its
         final `score` if all of its subsets or domains are present.
 
@@ -126,7 +127,7 @@ def evaluate(
     strata, weights = strata_of(benchmark, subsets, len(dataset))
     scorer = _load(model, batch_tokens)
     judged = _judge(scorer, dataset, benchmark, max_length, disable_tqdm)
-    results = _results(judged, benchmark)
+    results = _results(judged, benchmark, scorer.temperature)
     if not results.is_judged.all():
         logger.warning(
             f"{(~results.is_judged).sum()} of {len(dataset)} rows of `dataset` have a text that is too long for the "
@@ -261,19 +262,20 @@ class _Results:
     is_tie: np.ndarray
     is_judged: np.ndarray
     cells: np.ndarray | None
+    temperature: float
 
 
-def _results(judged: _Judged, benchmark: str) -> _Results:
+def _results(judged: _Judged, benchmark: str, temperature: float) -> _Results:
     is_judged = np.array([not np.isnan(logits).any() for logits in judged.logits])
     if benchmark == "best_of_n":
         outcomes, is_tie = zip(*map(best_is_right, judged.logits, judged.is_right), strict=True)
-        return _Results(np.array(outcomes), np.array(is_tie), is_judged, None)
+        return _Results(np.array(outcomes), np.array(is_tie), is_judged, None, temperature)
     logits = np.stack(judged.logits)
     # A pair that is too long is a tie.
     cells = np.nan_to_num(logits)
     of_tie = 0.5 if benchmark == "preferences" else 0.0
     outcomes = np.where(cells == 0, of_tie, cells > 0).mean(axis=1)
-    return _Results(outcomes, (logits == 0).any(axis=1), is_judged, cells)
+    return _Results(outcomes, (logits == 0).any(axis=1), is_judged, cells, temperature)
 
 
 def _metrics(
@@ -317,4 +319,6 @@ def _metrics_of_rows(results: _Results, benchmark: str, rows: np.ndarray) -> dic
         del metrics["accuracy_low"], metrics["accuracy_high"]
         return metrics | rm_bench_levels(cells)
     # `preference_metrics` counts ties as wrong; here they count as half for `"preferences"`.
-    return metrics | {**preference_metrics(cells[:, 0]), "accuracy": metrics["accuracy"]}
+    calibrated = preference_metrics(cells[:, 0], results.temperature)
+    temperature = {} if results.temperature == 1 else {"temperature": results.temperature}
+    return metrics | {**calibrated, "accuracy": metrics["accuracy"]} | temperature

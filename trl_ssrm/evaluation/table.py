@@ -20,6 +20,7 @@ _COLUMNS = {
     "log_loss": "Log-loss",
     "ece": "ECE",
     "brier": "Brier",
+    "temperature": "Temperature",
     "ties": "Ties",
     "not_judged": "Not judged",
 }

@@ -1,5 +1,6 @@
 """What the model card tells of the rounds."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,32 @@ from .plots import saved_plots
 from .report import round_table
 
 
-def add_rounds(card: Path, round_history: list[dict[str, Any]]) -> None:
+def add_rounds(card: Path, model: str, round_history: list[dict[str, Any]], words: list[str]) -> None:
     """
-    Write the table of the rounds and the plots of the report into a model card.
+    Write the verdict, the table of the rounds and the plots of the report into a model card, and say what the model was
+    trained on.
 
     Args:
         card (`Path`):
             Model card that [`~transformers.Trainer`] wrote, with the plots in `plots/` beside it.
+        model (`str`):
+            Model that the training started from, a directory or an ID.
         round_history (`list[dict[str, Any]]`):
             Facts of each round, as in [`SSRMTrainer.round_history`].
+        words (`list[str]`):
+            The sentences of [`~trl_ssrm.reporting.verdict.verdict`].
     """
     text, heading = card.read_text(encoding="utf-8"), "### Framework versions"
     plots = saved_plots(card.parent / "plots")
     images = "".join(f"![{title}](plots/{path.name})\n\n" for title, path in plots.items())
+    # TRL names a base model on the hub only, and a repository on the hub in the snippet.
+    text = re.sub(r"\[None\]\(https://huggingface.co/None\)", lambda _: f"`{model}`", text)
+    text = text.replace('pipeline(model="None"', f'pipeline("text-classification", model="{card.parent}"')
+    pool = next(
+        (f" and {facts['pool_size']:,} unlabeled pairs" for facts in round_history if "pool_size" in facts), ""
+    )
+    data = f"Trained on {round_history[0]['num_train_pairs']:,} labeled pairs{pool}." if round_history else ""
+    text = text.replace("## Quick start", "\n".join([data, *words, "", "## Quick start"]), 1)
     section = f"### Rounds\n\n{round_table(round_history)}\n\n{images}"
     card.write_text(text.replace(heading, section + heading, 1), encoding="utf-8")
 

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..io.files import read_record, written_aside
 from .plots import draw_plots, has_matplotlib
+from .verdict import verdict
 
 
 _COLUMNS = {
@@ -200,40 +201,10 @@ def write_report(output_dir: str, path: str | None = None) -> str:
     return str(target)
 
 
-def end_in_words(termination_reason: str | None, last_round: int, kept_round: int) -> str:
-    """
-    Say in words why the rounds ended, and which round the model comes from.
-
-    Args:
-        termination_reason (`str` or `None`):
-            `"max_rounds"`, `"nothing_selected"`, `"no_change"`, or the reason of a callback that ended the rounds.
-            `None` if that callback gave no reason.
-        last_round (`int`):
-            The last round that was trained.
-        kept_round (`int`):
-            The round whose weights the model has.
-
-    Returns:
-        `str`: one or two sentences, such as `"Nothing was selected after round 0, so the model is the one trained on the
-        labels alone."`
-    """
-    reasons = {
-        "max_rounds": f"Round {last_round} was the last round",
-        "nothing_selected": f"Nothing was selected after round {last_round}",
-        "no_change": f"The selection after round {last_round} is the same as the one before it",
-        None: f"The rounds ended after round {last_round}",
-    }
-    reason = reasons.get(termination_reason, f"The rounds ended after round {last_round} ({termination_reason})")
-    model = "trained on the labels alone" if kept_round == 0 else f"trained in round {kept_round}"
-    if kept_round == last_round:
-        return f"{reason}, so the model is the one {model}."
-    return f"{reason}. Round {kept_round} was the best, so the model is the one {model}."
-
-
 def _status(run: RunFiles) -> str:
     if run.end is None:
         return f"This run is unfinished: it is still training, or was interrupted. Finished rounds: {len(run.rounds)}."
-    return end_in_words(run.end["termination_reason"], len(run.rounds) - 1, run.end["kept_round"])
+    return " ".join(verdict(run.round_history, run.end["termination_reason"], run.end["kept_round"]))
 
 
 def _shown_round(run: RunFiles) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..scoring.metrics import calibrated_metrics, preference_metrics, reliability_curve
+from ..scoring.metrics import calibrated_metrics, paired_change, preference_metrics, reliability_curve
 from ..scoring.pair_scores import sigmoid
 from .select import precision_threshold
 from .settings import RoundSettings
@@ -43,14 +43,47 @@ def measure(
         metrics = preference_metrics(logits)
         if is_fitted or facts["temperature"] != 1:
             metrics |= calibrated_metrics(logits, facts["temperature"])
-        facts |= {f"{name}_{metric}": value for metric, value in metrics.items()}
+        facts |= {f"{name}_{metric}": value for metric, value in metrics.items()} | {f"{name}_pairs": len(logits)}
     if settings.target_precision is not None:
         if is_fitted:
             assert calibrated_by is not None
-            threshold = precision_threshold(logits_of[calibrated_by], facts["temperature"], settings.target_precision)
+            threshold, highest = precision_threshold(
+                logits_of[calibrated_by], facts["temperature"], settings.target_precision
+            )
             facts["precision_threshold"] = 1.0 if threshold is None else threshold
+            facts |= {"highest_precision": highest, "target_precision": settings.target_precision}
         else:
-            facts["precision_threshold"] = round_history[0]["precision_threshold"]
+            names = ("precision_threshold", "highest_precision", "target_precision")
+            facts |= {name: round_history[0][name] for name in names}
+    return facts
+
+
+def changes(logits_of: dict[str, np.ndarray], before: dict[str, np.ndarray], round: int) -> dict[str, Any]:
+    """
+    What has changed on the held-out pairs since round 0, the labels alone. A warning is logged if a round is worse.
+
+    Args:
+        logits_of, before (`dict[str, np.ndarray]` of shape `(num_pairs,)` each):
+            Pair logits `z = r(chosen) - r(rejected)` of each held-out dataset by its name, now and after round 0.
+        round (`int`):
+            The round that has ended.
+
+    Returns:
+        `dict[str, Any]`: the facts of [`paired_change`] with the name of each dataset before them.
+    """
+    facts: dict[str, Any] = {}
+    for name, logits in logits_of.items():
+        if name not in before:
+            continue
+        change = paired_change(logits, before[name])
+        facts |= {f"{name}_{fact}": value for fact, value in change.items()}
+        for metric, sign, words in (("accuracy", 1, "accuracy"), ("log_loss", -1, "log-loss")):
+            if sign * change[f"{metric}_change"] < -2 * change[f"{metric}_change_error"]:
+                logger.warning(
+                    f"Round {round} is worse than the labels alone on `{name}_dataset`: {words} {change[f'{metric}_change']:+.3f}, "
+                    f"standard error {change[f'{metric}_change_error']:.3f}. To keep the better round, pass `calibration_dataset`; "
+                    "for the labels alone, set `num_rounds=0`."
+                )
     return facts
 
 

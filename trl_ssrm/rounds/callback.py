@@ -7,7 +7,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
 from ..data.pool import Pool
-from ..models.comparison import Comparison
 from ..scoring.pair_scores import PairScores
 from .select import SelectionPolicy, above_threshold, candidates, fraction_threshold
 from .settings import RoundSettings
@@ -102,15 +101,23 @@ class RoundCallbackHandler(CallbackHandler):
 
 
 class Teacher(Protocol):
-    """What the callback needs of a teacher, which [`PairwiseJudge`] has."""
+    """What the callback needs of a teacher, which [`SSRMRewardFunction`] and [`PairwiseJudge`] have."""
 
+    kind: str
     model: Any
     processing_class: Any
-    comparison: Comparison
+    temperature: float
 
     @property
     def fingerprint(self) -> str:
         """`str`: hash of the model, which names its scores."""
+
+    @property
+    def max_length(self) -> int | None:
+        """`int` or `None`: the longest sequence in tokens."""
+
+    def tokenize_pair(self, prompt: Any, first: Any, second: Any) -> tuple[list[int], list[int]]:
+        """`tuple[list[int], list[int]]`: token IDs of the two sequences whose scores tell which completion is preferred."""
 
 
 class PseudoLabelingCallback(RoundCallback):
@@ -125,9 +132,9 @@ class PseudoLabelingCallback(RoundCallback):
             Function of the scores of the pool that returns a mask of shape `(num_pairs,)` of the pairs to keep. If
             `None`, the pairs whose confidence is greater than a threshold are kept. With a policy, the settings that
             choose the threshold have no effect.
-        teacher ([`PairwiseJudge`], *optional*):
-            Model that labels the pool instead of the model that is trained. With `pseudo_label_type="soft"`, a scalar
-            model learns the probabilities of a pairwise one.
+        teacher ([`SSRMRewardFunction`] or [`PairwiseJudge`], *optional*):
+            Finished model that labels the pool instead of the model that is trained, such as a larger one. With soft
+            labels the model learns the probabilities of the teacher, at the temperature that was saved with it.
 
     Examples:
     ```python

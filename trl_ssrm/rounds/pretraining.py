@@ -70,14 +70,15 @@ class Pretraining:
         facts = {"pretraining_pairs": len(pairs), "pretraining_accuracy": float((logits > 0).mean())}
         if pretrains == "always":
             self.folds.train(PRETRAINED, ignore_keys_for_eval)
-            return PRETRAINED, facts
+            return PRETRAINED, {**facts, "is_pretrained": True}
         self.folds.train(INITIAL, ignore_keys_for_eval)
         if not is_better_than_chance(logits):
-            return INITIAL, facts
+            return INITIAL, {**facts, "is_pretrained": False}
         self.folds.train(PRETRAINED, ignore_keys_for_eval)
         losses = {start: held_out_log_loss(self.folds.held_out_logits(start)) for start in (INITIAL, PRETRAINED)}
         facts |= {"log_loss_without_pretraining": losses[INITIAL], "log_loss_with_pretraining": losses[PRETRAINED]}
-        return min((INITIAL, PRETRAINED), key=losses.__getitem__), facts
+        start = min((INITIAL, PRETRAINED), key=losses.__getitem__)
+        return start, {**facts, "is_pretrained": start == PRETRAINED}
 
     def _pairs(self) -> Dataset | None:
         """The pairs to pretrain on, tokenized; `None` if there are none."""

@@ -9,6 +9,7 @@ output_dir/_rounds/
     start.json                 which of these weights the rounds start from, and why
     round_0/fold_0/            predictions of the fold model without the first part of the labels
     pool/                      rows of a pool that is a stream, and the cache of what was made of them
+    round_0/held_out.safetensors  predictions on the held-out pairs, which later rounds are compared with
     round_1/
         scores/                rewards of the pool under the weights of round 0
         pseudo_labels.parquet  kept pairs: what round 1 trains on beside the labeled pairs
@@ -237,6 +238,30 @@ class RunDirectory:
             ValueError: If the file is damaged or of another run.
         """
         return self._read(self.round_dir(round) / "round.json")
+
+    def write_held_out(self, logits_of: dict[str, np.ndarray]) -> None:
+        """Keep the pair logits of round 0 on the held-out pairs, which later rounds are compared with."""
+        path = self._held_out_path
+        write_tensors(path, {name: torch.from_numpy(logits) for name, logits in logits_of.items()}, self.key(path))
+
+    def read_held_out(self) -> dict[str, np.ndarray]:
+        """
+        `dict[str, np.ndarray]`: what [`RunDirectory.write_held_out`] has kept.
+
+        Raises:
+            ValueError: If the file is missing, damaged or of another run.
+        """
+        tensors = read_tensors(self._held_out_path, self.key(self._held_out_path))
+        if tensors is None:
+            raise ValueError(
+                f"{self._held_out_path} is missing or damaged; put a copy in its place, or start the run anew in another "
+                "`output_dir`."
+            )
+        return {name: logits.numpy() for name, logits in tensors.items()}
+
+    @property
+    def _held_out_path(self) -> Path:
+        return self.round_dir(0) / "held_out.safetensors"
 
     def write_labeling(self, round: int, summary: dict[str, Any]) -> None:
         """Keep the summary of a labeling for the report; see [`summarize_labeling`]."""

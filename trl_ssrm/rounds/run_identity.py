@@ -11,7 +11,7 @@ from ..models.sharding import shape_of
 
 
 # Raise it when the files of a run are read in another way than before. A run of another format is refused.
-FORMAT = 3
+FORMAT = 4
 
 # Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
 _DECISIVE_SETTINGS = (

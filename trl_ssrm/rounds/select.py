@@ -55,7 +55,7 @@ def fraction_threshold(scores: PairScores, fraction: float) -> float:
     return float(in_order[num_kept] if in_order[num_kept] < in_order[0] else np.nextafter(in_order[0], 0))
 
 
-def precision_threshold(logits: np.ndarray, temperature: float, target_precision: float) -> float | None:
+def precision_threshold(logits: np.ndarray, temperature: float, target_precision: float) -> tuple[float | None, float]:
     """
     Lowest confidence above which pseudo-labels are right as often as wanted, estimated on held-out labels.
 
@@ -72,7 +72,8 @@ def precision_threshold(logits: np.ndarray, temperature: float, target_precision
             Share of right pseudo-labels to reach, in `(0.5, 1)`.
 
     Returns:
-        `float` or `None`: the threshold, for [`above_threshold`]. `None` if no confidence is high enough.
+        `tuple[float | None, float]`: the threshold, for [`above_threshold`], or `None` if no confidence is high enough; and the
+        highest precision that these labels confirm at any threshold.
     """
     confidence = sigmoid(np.abs(logits.astype(np.float64)) / temperature)
     values = np.unique(np.concatenate([[0.5], confidence]))[::-1]
@@ -80,8 +81,9 @@ def precision_threshold(logits: np.ndarray, temperature: float, target_precision
     order = np.argsort(-confidence, kind="stable")
     count = np.searchsorted(-confidence[order], -values, side="left")
     right = np.concatenate([[0], np.cumsum(logits[order] > 0)])[count]
-    reaches = wilson_lower_bound(right, count) >= target_precision
-    return float(values[reaches].min()) if reaches.any() else None
+    bounds = wilson_lower_bound(right, count)
+    reaches = bounds >= target_precision
+    return (float(values[reaches].min()) if reaches.any() else None), float(bounds.max())
 
 
 def wilson_lower_bound(right: np.ndarray, count: np.ndarray) -> np.ndarray:

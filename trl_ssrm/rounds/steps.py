@@ -1,6 +1,5 @@
 """The steps of a round. Each takes what an interrupted run has left of it, so that the run goes on from there."""
 
-import logging
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,7 +10,7 @@ from ..data.pool import Pool
 from ..io.storage import content_hash
 from ..scoring.pair_scores import PairScores
 from ..scoring.score import NonFiniteScoreError
-from .calibrate import best_round, measure, reliability
+from .calibrate import best_round, changes, measure, reliability
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .folds import Folds
 from .label import (
@@ -28,9 +27,6 @@ from .pretraining import Pretraining
 from .round_trainer import RoundTrainer, RunRecorder
 from .run_directory import INITIAL
 from .run_identity import run_identity
-
-
-logger = logging.getLogger(__name__)
 
 
 class RoundSteps(RoundTrainer):
@@ -96,6 +92,10 @@ class RoundSteps(RoundTrainer):
         facts |= measure(logits_of, self.settings, self.round_history)
         if self.round == 0:
             facts |= self.start_facts
+            if self.accelerator.is_main_process:
+                self.run.write_held_out(logits_of)
+        else:
+            facts |= changes(logits_of, self.on_main_process(self.run.read_held_out), self.round)
         self.log(dict(facts))
         self.recorder.log_history = self.state.log_history
         steps = self._steps_before_round + self.state.global_step
@@ -176,11 +176,6 @@ class RoundSteps(RoundTrainer):
     def reason_to_stop(self, labels: PseudoLabels) -> str | None:
         """`str` or `None`: why the next round is not trained, if it is not."""
         if not len(labels["pair"]):
-            logger.warning(
-                f"Nothing was selected from the {self.labeling_facts['pool_size']} pairs of the pool after round "
-                f"{self.round}, so the rounds end here. Lower `confidence_threshold` or `target_precision`, or train round "
-                "0 longer."
-            )
             return "nothing_selected"
         if self.control.should_training_stop:
             return "callback"

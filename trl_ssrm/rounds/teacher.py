@@ -1,4 +1,4 @@
-"""A pairwise model as teacher: it labels the pool in place of the model that is trained."""
+"""Another model as teacher: it labels the pool in place of the model that is trained."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ from ..data.pool import Pool
 from ..data.sequences import PairedSequences
 from ..scoring.layout import choose_layout
 from ..scoring.pair_scores import PairScores
-from ..scoring.preference import orders_agree, pairwise_logits
+from ..scoring.preference import LOGITS_OF, orders_agree
 from ..scoring.score import score_pairs
 
 
@@ -27,7 +27,7 @@ def teacher_scores(
     Score pairs of the pool by a teacher.
 
     Args:
-        teacher ([`PairwiseJudge`]):
+        teacher ([`SSRMRewardFunction`] or [`PairwiseJudge`]):
             The teacher.
         pool ([`Pool`]):
             The pairs.
@@ -36,11 +36,11 @@ def teacher_scores(
         args ([`SSRMConfig`]):
             `score_batch_tokens` and `disable_tqdm` are used.
         directory (`Path`):
-            Where the tokenized comparisons and the scores are kept. The teacher stays as it is from round to round, so
+            Where the tokenized sequences and the scores are kept. The teacher stays as it is from round to round, so
             its scores are computed once.
 
     Returns:
-        [`PairScores`]: the scores at temperature 1, the same in every process. A pair that is longer than the teacher can
+        [`PairScores`]: the scores at the temperature of the teacher, the same in every process. A pair that is longer than the teacher can
         read is a tie, which is never kept; such pairs are counted in the log.
     """
     pairs = _tokenized(teacher, pool, directory / "pairs")
@@ -59,7 +59,7 @@ def teacher_scores(
         rows=pool.rows,
         disable_tqdm=bool(args.disable_tqdm),
     )
-    logits, longest = pairwise_logits(scores), teacher.comparison.max_length
+    logits, longest = LOGITS_OF[teacher.kind](scores), teacher.max_length
     if longest is not None:
         is_too_long = np.maximum(pairs.lengths[pairs.first], pairs.lengths[pairs.second]) > longest
         if is_too_long.any():
@@ -67,14 +67,13 @@ def teacher_scores(
                 f"{is_too_long.sum()} pairs are longer than the {longest} tokens of the teacher; none is kept."
             )
         logits[is_too_long] = 0.0
-    return PairScores(logits, orders_agree=orders_agree(scores))
+    agree = orders_agree(scores) if teacher.kind == "pairwise" else None
+    return PairScores(logits, temperature=teacher.temperature, orders_agree=agree)
 
 
 def _tokenized(teacher: Any, pool: Pool, directory: Path) -> PairedSequences:
     def tokenize(texts: dict[str, Any]) -> dict[str, list[int]]:
-        ids = teacher.comparison.tokenize(
-            teacher.processing_class, texts["prompt"], texts["chosen"], texts["rejected"]
-        )
+        ids = teacher.tokenize_pair(texts["prompt"], texts["chosen"], texts["rejected"])
         return dict(zip(("chosen_ids", "rejected_ids"), ids, strict=True))
 
     texts = pool.iterate_texts(np.arange(len(pool)), np.ones(len(pool), dtype=bool))

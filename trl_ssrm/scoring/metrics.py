@@ -60,6 +60,31 @@ def calibrated_metrics(logits: np.ndarray, temperature: float) -> dict[str, floa
     return {f"calibrated_{name}": value for name, value in metrics.items() if name != "accuracy"}
 
 
+def paired_change(logits: np.ndarray, before: np.ndarray) -> dict[str, float]:
+    """
+    What has changed on the same pairs from one model to another.
+
+    Args:
+        logits (`np.ndarray` of shape `(num_pairs,)`):
+            Pair logits `z = r(chosen) - r(rejected)` of the later model.
+        before (`np.ndarray` of shape `(num_pairs,)`):
+            Those of the earlier one.
+
+    Returns:
+        `dict[str, float]`: `accuracy_change` and `log_loss_change`, later minus earlier, and the standard errors of these
+        paired differences, `accuracy_change_error` and `log_loss_change_error`. Pairs are taken to be independent.
+    """
+    differences = {
+        "accuracy": (logits > 0).astype(np.float64) - (before > 0),
+        "log_loss": np.logaddexp(0.0, -logits.astype(np.float64)) - np.logaddexp(0.0, -before.astype(np.float64)),
+    }
+    facts = {}
+    for name, each in differences.items():
+        facts[f"{name}_change"] = float(each.mean())
+        facts[f"{name}_change_error"] = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("inf")
+    return facts
+
+
 def reliability_curve(logits: np.ndarray, temperature: float = 1.0) -> list[dict[str, float]]:
     """
     Accuracy by confidence, the curve of a reliability diagram.

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+
+from trl_ssrm.reporting.verdict import verdict
+from trl_ssrm.rounds.calibrate import changes
+from trl_ssrm.scoring.metrics import paired_change
+
+
+def history(accuracy_change: float, log_loss_change: float, error: float = 0.01) -> list[dict]:
+    """Round 0 and a round with these changes on 400 held-out pairs."""
+    first = {"round": 0, "eval_accuracy": 0.65, "eval_log_loss": 0.7, "eval_pairs": 400, "num_train_pairs": 96}
+    last = {
+        **{
+            "round": 1,
+            "eval_accuracy": 0.65 + accuracy_change,
+            "eval_log_loss": 0.7 + log_loss_change,
+            "eval_pairs": 400,
+        },
+        **{"eval_accuracy_change": accuracy_change, "eval_accuracy_change_error": error},
+        **{"eval_log_loss_change": log_loss_change, "eval_log_loss_change_error": error},
+    }
+    return [first, last]
+
+
+@pytest.mark.parametrize(
+    ("changed", "opening", "advice"),
+    [
+        ((0.05, -0.1), "The pool helped: accuracy 0.650 to 0.700 (+0.050 ± 0.020), log-loss 0.700 to 0.600 (−0.100 ± 0.020)", "larger pool"),
+        ((0.01, -0.1), "The pool helped", "larger pool"),
+        ((0.01, -0.01), "The pool made no difference that these pairs can show", "label more pairs"),
+        ((-0.05, 0.0), "The pool did harm", "go back to round 0"),
+        ((0.05, 0.4), "The pool raised the accuracy and made the probabilities worse", "pseudo_label_type='soft'"),
+    ],
+)  # fmt: skip
+def test_first_sentence_says_whether_the_pool_helped(changed, opening, advice):
+    words = verdict(history(*changed), "max_rounds", 1)
+    assert words[0].startswith(opening) and words[0].endswith("on 400 held-out pairs (`eval_dataset`).")
+    assert words[1] == "Round 1 was the last one; the model is from round 1." and advice in words[-1]
+
+
+def test_kept_round_is_named_with_the_reason():
+    words = verdict(history(-0.05, 0.1), "max_rounds", 0)
+    assert words[0] == (
+        "The model has learned from the labels alone: accuracy 0.650 and log-loss 0.700 on 400 held-out pairs (`eval_dataset`)."
+    )
+    assert words[1] == (
+        "Round 1 was the last one; round 0 had the lowest log-loss on `calibration_dataset`, so the model is from round 0, "
+        "the 96 labels alone."
+    )
+
+
+def test_without_held_out_pairs_nothing_is_claimed():
+    first = {
+        "round": 0,
+        "num_train_pairs": 96,
+        "cross_fit_accuracy": 0.7,
+        "pretraining_accuracy": 0.4,
+        "is_pretrained": False,
+    }
+    words = verdict([first, {"round": 1}], "max_rounds", 1)
+    assert "is not known" in words[0] and "`eval_dataset`" in words[-1]
+    assert "not used: it ranks 0.400 of the labeled pairs right" in words[2]
+
+
+def test_what_the_labels_can_confirm_is_said_where_nothing_was_selected():
+    first = {**history(0, 0)[0], "highest_precision": 0.86, "target_precision": 0.9}
+    words = " ".join(verdict([first], "nothing_selected", 0))
+    assert "at most 0.860 of the pseudo-labels are right, and `target_precision` asks for 0.900" in words
+    assert "Lower `confidence_threshold`" in " ".join(verdict(history(0, 0)[:1], "nothing_selected", 0))
+
+
+def test_changes_are_paired(caplog):
+    # Of 100 pairs, 10 become right and 2 wrong: 8 more, with the standard error of 12 pairs that have changed.
+    before = np.array([1.0] * 80 + [-1.0] * 20)
+    after = before.copy()
+    after[80:90], after[:2] = 1.0, -1.0
+    facts = paired_change(after, before)
+    assert facts["accuracy_change"] == pytest.approx(0.08)
+    assert facts["accuracy_change_error"] == pytest.approx(np.sqrt((0.12 - 0.08**2) / 99))
+    assert facts["log_loss_change"] == pytest.approx(-0.08)
+    found = changes({"eval": after, "new": after}, {"eval": before}, 1)
+    assert found == {f"eval_{name}": value for name, value in facts.items()} and not caplog.text
+    changes({"eval": before}, {"eval": after}, 1)
+    assert "Round 1 is worse than the labels alone on `eval_dataset`: accuracy -0.080" in caplog.text

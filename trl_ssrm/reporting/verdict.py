@@ -1,0 +1,140 @@
+"""The verdict on a run in a few sentences: did the pool help, where does the model come from, and what to do next."""
+
+from typing import Any
+
+
+# Half the width of a 95 % interval, in standard errors.
+_QUANTILE = 1.96
+
+
+def verdict(round_history: list[dict[str, Any]], termination_reason: str | None, kept_round: int) -> list[str]:
+    """
+    Say what a run has come to.
+
+    Args:
+        round_history (`list[dict[str, Any]]`):
+            Facts of each round, as in [`SSRMTrainer.round_history`].
+        termination_reason (`str` or `None`):
+            `"max_rounds"`, `"nothing_selected"`, `"no_change"`, or the reason of a callback that ended the rounds. `None` if
+            that callback gave no reason.
+        kept_round (`int`):
+            The round whose weights the model has.
+
+    Returns:
+        `list[str]`: sentences. The first one says whether the pool helped, by the first held-out dataset of the run.
+        Intervals are 95 % intervals of paired differences on its pairs.
+    """
+    first, kept, last = round_history[0], round_history[kept_round], round_history[-1]
+    name = held_out_name(first)
+    sentences = [_effect(first, kept, name)]
+    sentences.append(_origin(termination_reason, last["round"], kept_round, first))
+    sentences += [words for words in (_selection(termination_reason, last), _pretraining(first)) if words]
+    return [*sentences, _next(kept, name, kept_round)]
+
+
+def held_out_name(facts: dict[str, Any]) -> str | None:
+    """`str` or `None`: the held-out dataset that the verdict speaks of: one to evaluate on, or else the calibration pairs."""
+    names = sorted(key.removesuffix("_accuracy") for key in facts if key.endswith("_accuracy"))
+    evaluated = [name for name in names if name == "eval" or name.startswith("eval_")]
+    return evaluated[0] if evaluated else ("calibration" if "calibration" in names else None)
+
+
+def _effect(first: dict[str, Any], kept: dict[str, Any], name: str | None) -> str:
+    if name is None:
+        return "Whether the pool helped is not known, since there are no held-out pairs."
+    pairs = f"{first[f'{name}_pairs']:,} held-out pairs (`{name}_dataset`)"
+    if kept["round"] == 0:
+        numbers = " and ".join(f"{words} {_number(first[f'{name}_{key}'])}" for key, words in _METRICS.items())
+        return f"The model has learned from the labels alone: {numbers} on {pairs}."
+    effects = [_direction(kept, name, "accuracy", 1), _direction(kept, name, "log_loss", -1)]
+    opening = {
+        (1, 1): "The pool helped",
+        (0, 1): "The pool helped",
+        (1, 0): "The pool helped",
+        (0, 0): "The pool made no difference that these pairs can show",
+        (0, -1): "The pool did harm",
+        (-1, 0): "The pool did harm",
+        (-1, -1): "The pool did harm",
+        (1, -1): "The pool raised the accuracy and made the probabilities worse",
+        (-1, 1): "The pool lowered the accuracy and made the probabilities better",
+    }[effects[0], effects[1]]
+    changes = ", ".join(_change(first, kept, name, key, words) for key, words in _METRICS.items())
+    return f"{opening}: {changes}, against the labels alone, on {pairs}."
+
+
+_METRICS = {"accuracy": "accuracy", "log_loss": "log-loss"}
+
+
+def _direction(kept: dict[str, Any], name: str, metric: str, good: int) -> int:
+    """1 if the metric is better than after round 0 beyond its interval, -1 if it is worse, otherwise 0."""
+    change, error = kept[f"{name}_{metric}_change"], kept[f"{name}_{metric}_change_error"]
+    return 0 if abs(change) <= _QUANTILE * error else (good if change > 0 else -good)
+
+
+def _change(first: dict[str, Any], kept: dict[str, Any], name: str, metric: str, words: str) -> str:
+    key = f"{name}_{metric}"
+    change, half = kept[f"{key}_change"], _QUANTILE * kept[f"{key}_change_error"]
+    sign = "+" if change >= 0 else "−"
+    return f"{words} {_number(first[key])} to {_number(kept[key])} ({sign}{_number(abs(change))} ± {_number(half)})"
+
+
+def _origin(reason: str | None, last: int, kept: int, first: dict[str, Any]) -> str:
+    """Why the rounds ended, and which round the model comes from."""
+    reasons = {
+        "max_rounds": f"Round {last} was the last one",
+        "nothing_selected": f"After round {last} nothing was selected",
+        "no_change": f"After round {last} the same pairs were kept with the same labels as before",
+        None: f"The rounds ended after round {last}",
+    }
+    why = reasons.get(reason, f"The rounds ended after round {last} ({reason})")
+    model = f"from round {kept}" if kept else f"from round 0, the {first['num_train_pairs']:,} labels alone"
+    if kept == last:
+        return f"{why}; the model is {model}."
+    return f"{why}; round {kept} had the lowest log-loss on `calibration_dataset`, so the model is {model}."
+
+
+def _selection(reason: str | None, last: dict[str, Any]) -> str | None:
+    """Why nothing was selected, and what to change."""
+    if reason != "nothing_selected":
+        return None
+    if "highest_precision" in last:
+        return (
+            f"The held-out labels can confirm that at most {_number(last['highest_precision'])} of the pseudo-labels are right, "
+            f"and `target_precision` asks for {_number(last['target_precision'])}. Lower it, or give more labels."
+        )
+    return "Lower `confidence_threshold`, or train round 0 longer. `pseudo_label_type='soft'` without a threshold uses every pair."
+
+
+def _pretraining(first: dict[str, Any]) -> str | None:
+    if "pretraining_accuracy" not in first:
+        return None
+    right = f"{_number(first['pretraining_accuracy'])} of the labeled pairs right without having seen a label"
+    before, after = (first.get(f"log_loss_{kind}_pretraining") for kind in ("without", "with"))
+    if before is None or after is None:
+        used = "used as asked" if first["is_pretrained"] else "not used"
+        return f"Pretraining on the texts of the pool was {used}: it ranks {right}."
+    used, moves = ("used", "lowers") if first["is_pretrained"] else ("not used", "does not lower")
+    return (
+        f"Pretraining on the texts of the pool was {used}: it ranks {right}, and {moves} the log-loss on labels that a fold model "
+        f"has not seen ({_number(before)} to {_number(after)})."
+    )
+
+
+def _next(kept: dict[str, Any], name: str | None, kept_round: int) -> str:
+    if name is None:
+        return "Next: pass `eval_dataset`, labeled pairs that are in no other dataset, to know what the pool adds."
+    if kept_round == 0:
+        return "Next: label more pairs; `export_for_labeling` writes those of the pool whose labels help most."
+    effects = {_direction(kept, name, "accuracy", 1), _direction(kept, name, "log_loss", -1)}
+    if -1 in effects:
+        return (
+            "Next: go back to round 0 with `num_rounds=0`, or pass `calibration_dataset`, which keeps the best round; with hard "
+            "labels, try `pseudo_label_type='soft'`."
+        )
+    if 1 in effects:
+        return "Next: a larger pool of the same kind, or labels for the pairs that `export_for_labeling` writes."
+    return "Next: label more pairs (`export_for_labeling` writes those that help most), or measure on more held-out pairs."
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
