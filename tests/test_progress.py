@@ -76,3 +76,13 @@ def test_run_shows_its_rounds_and_bars_in_a_terminal(llama, config, labeled, unl
     assert "accuracy and ECE on cross fit pairs" in printed
     # A bar for each model of round 0, the round's own and those of two folds, and for what is scored.
     assert len(re.findall(r"100%\S+ (?:4/4|2/2) ", captured.err)) >= 3 and "Scoring unlabeled_dataset" in captured.err
+
+
+@pytest.mark.parametrize(("settings", "is_shown"), [({}, False), ({"log_level": "info"}, True)])
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_logs_of_the_steps_are_on_the_console_only_if_asked_for(make_trainer, capsys, settings, is_shown, disable_tqdm):
+    trainer = make_trainer(**settings, num_rounds=0, disable_tqdm=disable_tqdm)
+    trainer.train()
+    printed = capsys.readouterr()
+    assert ("grad_norm" in printed.out + printed.err) == is_shown
+    assert "Round 0" in printed.out and any("grad_norm" in log for log in trainer.state.log_history)

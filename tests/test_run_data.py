@@ -43,3 +43,12 @@ def test_opposite_labels_and_leaked_evaluation_pairs_are_counted_in_the_log(make
     make_trainer(train_dataset=[*rows, *turned], eval_dataset=[*preference_rows(20, seed=3), *rows[:5]])
     assert "3 pairs are in `train_dataset` twice, with opposite labels." in caplog.text
     assert "`eval_dataset` shares 5 of its 25 pairs with `train_dataset`" in caplog.text
+
+
+def test_prompts_that_are_trained_on_are_counted_in_the_log(make_trainer, labeled, caplog):
+    rows = [{**row, "chosen": f"{row['chosen']}!"} for row in labeled.select(range(3))] + preference_rows(4, seed=9)
+    make_trainer(eval_dataset=rows)
+    assert "3 of the 7 prompts of `eval_dataset` are also in `train_dataset`" in caplog.text
+    caplog.clear()
+    make_trainer(eval_dataset=preference_rows(4, seed=9))
+    assert "prompts of" not in caplog.text

@@ -255,3 +255,15 @@ def test_rounds_go_through_with_inherited_settings(make_trainer, held_out, setti
     trainer = make_trainer(eval_dataset=held_out, **{"num_rounds": 1, "max_steps": 2, **given})
     trainer.train()
     assert trainer.round_history
+
+
+def test_separator_ends_the_texts_of_an_encoder(bert, make_trainer, tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    tokenizer.eos_token, tokenizer.sep_token = None, "<|end|>"
+    model = str(tmp_path / "encoder")
+    AutoModelForSequenceClassification.from_pretrained(bert).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    trainer = make_trainer(model)
+    assert "'<|end|>', its separator, ends each text" in caplog.text
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert all(ids[-1] == end for ids in trainer.train_dataset["chosen_ids"])

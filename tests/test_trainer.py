@@ -294,3 +294,28 @@ def test_model_card_names_the_method_and_holds_the_rounds(llama, config, labeled
     )
     plain.create_model_card("plain")
     assert "SSRM" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_result_has_the_speed_of_all_rounds(make_trainer):
+    trainer = make_trainer(num_rounds=1)
+    output = trainer.train()
+    ends = [log for log in trainer.state.log_history if "train_runtime" in log]
+    assert len(ends) == 2 and output.metrics["train_loss"] == output.training_loss == ends[-1]["train_loss"]
+    assert output.metrics["train_runtime"] == pytest.approx(sum(end["train_runtime"] for end in ends))
+    steps = sum(end["train_runtime"] * end["train_steps_per_second"] for end in ends)
+    assert output.metrics["train_steps_per_second"] * output.metrics["train_runtime"] == pytest.approx(steps)
+
+
+def test_run_that_is_over_leaves_little_and_can_be_read_again(make_trainer, held_out, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "num_folds": 2, "pretrain_on_pool": True, "num_rounds": 2}
+    trainer = make_trainer(**settings, eval_dataset=held_out)
+    trainer.train()
+    root = trainer.run.root
+    left = {path.relative_to(root).as_posix() for path in root.rglob("*.safetensors")}
+    folds = {f"round_0/fold_{fold}/logits.safetensors" for fold in range(2)} & left
+    assert left == {"round_2/weights.safetensors", "round_0/held_out.safetensors"} | folds
+    assert not list(root.glob("*/checkpoint-*")) and not list(root.glob("*/scores"))
+    again = make_trainer(**settings, eval_dataset=held_out)
+    again.train(resume_from_checkpoint=True)
+    assert_same_weights(weights_of(again.model), weights_of(trainer.model))
+    assert again.round_history == trainer.round_history

@@ -27,10 +27,9 @@ from .models.comparison import Comparison
 from .models.sharding import check_sharding
 from .models.tokenizers import model_id
 from .reporting.card import add_rounds, copy_card
-from .reporting.progress import RoundProgress
+from .reporting.progress import RoundProgress, keep_logs_off_the_console
 from .reporting.trackers import report_run
 from .reporting.verdict import verdict
-from .rounds.annotation import most_useful, write_for_labeling
 from .rounds.arguments import Arguments, refuse_without_pool
 from .rounds.callback import PseudoLabelingCallback, RoundCallbackHandler
 from .rounds.folds import Folds
@@ -249,6 +248,7 @@ class SSRMTrainer(RoundSteps):
         self.recorder = RunRecorder(self)
         self.add_callback(self.recorder)
         self.add_callback(RoundProgress(self.accelerator, bool(self.args.disable_tqdm)))
+        keep_logs_off_the_console(self)
         self.settings = resolve_settings(self.args, self.data, callback.labels_by_itself)
         self.folds = Folds(self, self.settings.num_folds)
         self.pretraining = Pretraining(self, self.folds)
@@ -323,41 +323,27 @@ class SSRMTrainer(RoundSteps):
             self.run.read_weights(self.run.weights_path(kept), self.unwrapped_model)
         if self.accelerator.is_main_process:
             self.run.write_end(reason, kept)
+            self.run.prune_at_end({kept, last["round"]})
             report_run(str(self.args.output_dir), self.callback_handler.open_trackers, last["global_step"])
         self.create_model_card(model_name=self.run.output_dir.name)
         self.control = self.callback_handler.end_trackers(self.args, self.state, self.control)
         self.accelerator.print(" ".join(verdict(self.round_history, reason, kept)))
-        train_loss = next(log["train_loss"] for log in reversed(self.state.log_history) if "train_loss" in log)
         # JSON has no NaN, so it was stored as null.
-        train_loss = math.nan if train_loss is None else train_loss
-        metrics = {**last, "termination_reason": reason, "kept_round": kept}
-        return TrainOutput(last["global_step"], train_loss, metrics)
+        train_loss = math.nan if (stored := self._ends_of_rounds[-1]["train_loss"]) is None else stored
+        metrics = {**last, **self._speed(), "termination_reason": reason, "kept_round": kept}
+        return TrainOutput(last["global_step"], train_loss, {**metrics, "train_loss": train_loss})
 
-    def export_for_labeling(self, path: str, num_pairs: int) -> None:
-        """
-        Write the pairs of the pool whose labels would help most: uncertain ones, of different prompts, and unlike one
-        another. [`load_labels`] reads the answers.
+    @property
+    def _ends_of_rounds(self) -> list[dict[str, Any]]:
+        return [log for log in self.state.log_history if "train_loss" in log]
 
-        Args:
-            path (`str`):
-                File to write, one JSON object a line; see [`load_labels`].
-            num_pairs (`int`):
-                Number of pairs to write, fewer if the pool has fewer prompts.
-
-        Raises:
-            ValueError: If there is no pool, `num_pairs` is not positive, or the file exists.
-        """
-        if not self.has_pool:
-            raise ValueError("`export_for_labeling` chooses from the pool, so it needs `unlabeled_dataset`.")
-        if num_pairs < 1:
-            raise ValueError(f"`num_pairs` must be positive, got {num_pairs}.")
-        if self.on_main_process(lambda: Path(path).exists()):
-            raise ValueError(f"{path} exists, and may hold labels; choose another file, or delete it.")
-        pool = self.data.pool
-        scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows)
-        if self.accelerator.is_main_process:
-            write_for_labeling(pool, most_useful(scores, pool, num_pairs), scores, path)
-        self.accelerator.wait_for_everyone()
+    def _speed(self) -> dict[str, float]:
+        """Seconds of training over all rounds, and samples and steps a second, as [`~trl.RewardTrainer`] has them."""
+        ends = self._ends_of_rounds
+        seconds = sum(end["train_runtime"] for end in ends)
+        rates = ("train_samples_per_second", "train_steps_per_second")
+        totals = {name: sum(end[name] * end["train_runtime"] for end in ends) for name in rates}
+        return {"train_runtime": seconds, **{name: total / max(seconds, 1e-9) for name, total in totals.items()}}
 
     # ---- What comes out ----
 

@@ -156,7 +156,7 @@ def test_second_run_in_a_directory_is_refused_while_the_first_is_alive(
 ):
     trainer = make_trainer(num_rounds=0)
     with monkeypatch.context() as patch:
-        patch.setattr("trl_ssrm.rounds.run_directory.SECONDS_TO_WAIT_FOR_LOCK", 0.1)
+        patch.setattr("trl_ssrm.rounds.run_root.SECONDS_TO_WAIT_FOR_LOCK", 0.1)
         with pytest.raises(ValueError, match="Another run is at work in .*run; wait until it ends"):
             trainer.train()
         # A stream would be written over that of the other run.

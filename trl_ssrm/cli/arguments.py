@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+import torch
 import yaml
 from trl import TrlParser
 
@@ -46,6 +47,9 @@ class TrainingParser(OneLineParser, TrlParser):
             ValueError: If an argument is invalid, or the file is not valid YAML.
         """
         # `TrlParser` reads neither `--config=FILE` nor a second `--config`.
+        if not torch.accelerator.is_available():
+            # TRL turns both on, which a CPU refuses or is slowed down by. The file and the line override them.
+            self.set_defaults(bf16=False, gradient_checkpointing=False)
         argv = [part for each in argv for part in (each.split("=", 1) if each.startswith("--config=") else [each])]
         if argv.count("--config") > 1 or argv[-1:] == ["--config"]:
             self.error("pass `--config` once, followed by one file")
@@ -55,4 +59,8 @@ class TrainingParser(OneLineParser, TrlParser):
             )
         except yaml.YAMLError as error:
             raise ValueError(f"{argv[argv.index('--config') + 1]} is not valid YAML; correct it: {error}") from error
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"There is no file {error.filename}; `--config` takes a YAML file with arguments."
+            ) from error
         return parsed, from_file + from_line

@@ -228,6 +228,8 @@ def _split_rows(rows: Dataset, args: TrainArguments, seed: int) -> dict[str, Dat
 def train(train_args: TrainArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:
     """Train in this process, which may be one of several, and save the model."""
     trainer = make_trainer(train_args, training_args, model_args)
+    # The command says this itself.
+    trainer.advice = ""
     # The same command resumes an interrupted run.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)

@@ -48,13 +48,22 @@ def prompt_groups(dataset: Dataset) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(num_rows,)`, int64: number of the prompt of each row.
     """
+    return group_numbers(key or f"row {number}" for number, key in enumerate(prompt_keys(dataset)))
+
+
+def prompt_keys(dataset: Dataset) -> Iterator[str]:
+    """
+    Yield a key for the prompt of each row, the same for the same prompt; see [`prompt_groups`]. It is empty where a row has no
+    prompt.
+    """
     columns = dataset.column_names
     if "prompt" in columns:
-        keys: Iterator[str] = (json.dumps(row["prompt"], sort_keys=True) for row in iterate_rows(dataset, ["prompt"]))
-        return group_numbers(keys)
+        for row in iterate_rows(dataset, ["prompt"]):
+            yield json.dumps(row["prompt"], sort_keys=True)
+        return
     names = ("chosen", "rejected") if "chosen" in columns else ("chosen_ids", "rejected_ids")
-    starts = (_start(*row.values()) for row in iterate_rows(dataset, list(names)))
-    return group_numbers(start or f"row {number}" for number, start in enumerate(starts))
+    for row in iterate_rows(dataset, list(names)):
+        yield _start(*row.values())
 
 
 def _start(one: Any, other: Any) -> str:

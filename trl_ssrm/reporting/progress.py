@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from accelerate import Accelerator
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.utils import is_rich_available
 
 from ..rounds.callback import RoundCallback
@@ -71,6 +72,28 @@ class RoundProgress(RoundCallback):
             self.console.print(rounds_so_far(round_history, self.seconds))
         else:
             self.accelerator.print(round_line(round_history[-1]))
+
+
+class QuietProgressCallback(ProgressCallback):
+    """[`~transformers.ProgressCallback`], whose bar is there, but not the logs of every few steps."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any):
+        pass
+
+
+def keep_logs_off_the_console(trainer: Trainer) -> None:
+    """
+    Send the logs of the steps to the trackers and the files alone, unless `log_level` is `"info"` or `"debug"`.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer whose callbacks are changed.
+    """
+    if trainer.args.log_level in ("info", "debug"):
+        return
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(QuietProgressCallback())
 
 
 def rounds_so_far(round_history: list[dict[str, Any]], seconds: dict[int, float]) -> "Table":

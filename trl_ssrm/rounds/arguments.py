@@ -1,9 +1,11 @@
 """What the trainer was given, completed and checked before TRL sees it."""
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -20,6 +22,9 @@ from ..models.tokenizers import check_tokenizer, load_tokenizer
 from .callback import PseudoLabelingCallback
 from .run_data import by_name
 from .settings import check_arguments, complete_args
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -120,7 +125,10 @@ class Arguments:
             TypeError: If a dataset or the collator is of another type.
             ValueError: If data, settings or tokenizer can't be used.
         """
-        self.args = args = complete_args(self.args, self.model)
+        self.args = args = copy.copy(complete_args(self.args, self.model))
+        if not torch.accelerator.is_available():
+            # Without an accelerator it does nothing but warn.
+            args.dataloader_pin_memory = False
         self.processing_class = self.processing_class or load_tokenizer(self.model, args)
         check_arguments(
             args,
@@ -133,6 +141,12 @@ class Arguments:
         )
         held_out = by_name(eval_dataset, "eval_dataset") | by_name(calibration_dataset, "calibration_dataset")
         is_conversational = check_labeled_data({"train_dataset": train_dataset, **held_out})
+        separator = self.processing_class.sep_token
+        if is_conversational is False and (args.eos_token or self.processing_class.eos_token) is None and separator:
+            logger.warning(
+                f"The tokenizer has no end-of-sequence token; {separator!r}, its separator, ends each text."
+            )
+            args.eos_token = separator
         check_tokenizer(args, self.processing_class, is_conversational)
         return is_conversational
 

@@ -77,6 +77,8 @@ class RoundTrainer(PairTrainer):
     round_history: list[dict[str, Any]]
     settings: RoundSettings
     is_silent = False
+    # How to resume an interrupted run.
+    advice = "Go on with `train(resume_from_checkpoint=True)`. "
 
     def train_once(self, checkpoint: str | None, ignore_keys_for_eval: list[str] | None) -> None:
         """
@@ -266,7 +268,7 @@ class RoundTrainer(PairTrainer):
 
         Args:
             identity (`dict[str, Any]`):
-                As from [`~trl_ssrm.rounds.run_directory.run_identity`].
+                As from [`~trl_ssrm.rounds.run_identity.run_identity`].
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 As in [`SSRMTrainer.train`].
 
@@ -299,8 +301,8 @@ class RoundTrainer(PairTrainer):
             return None
         where = "in pretraining" if self.round == PRETRAINED else f"in round {self.round}"
         return (
-            f"Interrupted {where}. Go on with `train(resume_from_checkpoint=True)`: the run in "
-            f"{self.args.output_dir} continues from its last checkpoint or scored shard."
+            f"Interrupted {where}. {self.advice}The run in {self.args.output_dir} continues from its last checkpoint or scored "
+            "shard."
         )
 
     @property

@@ -14,7 +14,7 @@ from ..data.build_pool import build_pool
 from ..data.formats import report_dropped
 from ..data.pool import Pool
 from ..data.prompt_columns import check_same_form
-from ..data.prompts import prompt_groups
+from ..data.prompts import prompt_groups, prompt_keys
 from ..data.sequences import PairedSequences, select_rows
 from ..io.storage import content_hash
 from ..models.classifier import num_positions
@@ -135,6 +135,7 @@ def prepare_run_data(
         report_contradictions(pairs_of[name], f"{name}_dataset")
     known_pairs = {name: set(pairs.pair_keys()) for name, pairs in pairs_of.items()}
     check_overlap(known_pairs)
+    report_shared_prompts({name: prepared[name] for name in pairs_of})
     pool = build_pool(
         unlabeled_dataset,
         lambda dataset: tokenize(dataset, "unlabeled", None),
@@ -211,6 +212,17 @@ def check_overlap(pair_keys: dict[str, set]) -> None:
             logger.warning(
                 f"`{name}_dataset` shares {count} of its {len(pair_keys[name])} pairs with `train_dataset`, so its metrics are "
                 "too good; leave these pairs out of one of the two."
+            )
+
+
+def report_shared_prompts(prepared: dict[str, Dataset]) -> None:
+    """Log how many prompts of the evaluation and calibration pairs are trained on, with whatever completions."""
+    keys = {name: set(prompt_keys(dataset)) - {""} for name, dataset in prepared.items()}
+    for name in sorted(keys.keys() - {"train"}):
+        if count := len(keys["train"] & keys[name]):
+            logger.warning(
+                f"{count} of the {len(keys[name])} prompts of `{name}_dataset` are also in `train_dataset`. A model does better on "
+                "prompts that it was trained on, so split the pairs by prompt."
             )
 
 

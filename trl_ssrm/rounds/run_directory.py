@@ -21,16 +21,16 @@ output_dir/_rounds/
     end.json                   why the rounds ended and which of them is kept: the run is over
 ```
 
+When the run is over, checkpoints, scores, the pretraining and all weights but those of the last and of the kept round are deleted.
+
 Every file is written aside and renamed, and carries a checksum and a key that names the run and the place in it, so that
 a damaged file, and one of another run or round, is not taken for what it should be.
 """
 
-import errno
-import functools
 import importlib.metadata
 import logging
-import os
 import platform
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -39,17 +39,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import __version__
-from ..io.files import WriteError, delete_left_aside, read_record, telling_where, write_record
+from ..io.files import read_record, telling_where, write_record
 from ..io.storage import (
-    changed_facts,
-    content_hash,
     read_facts,
     read_numbers,
     read_table,
@@ -60,6 +57,7 @@ from ..io.storage import (
 from ..models.sharding import fill, shape_of, trainable_parameters
 from .checkpoints import CHECKPOINT_MARKER, damage_of, mark_checkpoint
 from .label import LABEL_FEATURES
+from .run_root import RunRoot
 
 
 logger = logging.getLogger(__name__)
@@ -67,76 +65,18 @@ logger = logging.getLogger(__name__)
 # Stand in for a round where weights are asked for: those that the trainer was given, and those after pretraining.
 INITIAL, PRETRAINED = -2, -1
 
-# Worker processes of a killed run may hold its lock for some seconds.
-SECONDS_TO_WAIT_FOR_LOCK = 10
-
 # Versions that the report tells.
 _REPORTED_PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft")
 
 
-class RunDirectory:
+class RunDirectory(RunRoot):
     """
-    The files of one run.
-
-    Args:
-        output_dir (`str`):
-            Output directory of the trainer.
+    The files of one run. It is made with the output directory of the trainer.
     """
-
-    def __init__(self, output_dir: str):
-        self.output_dir = Path(output_dir)
-        # `Trainer.push_to_hub` leaves out what starts with "_": the texts of the pool stay here.
-        self.root = self.output_dir / "_rounds"
 
     def round_dir(self, round: int) -> Path:
         """`Path`: directory of a round, or of the pretraining."""
         return self.root / ("pretraining" if round == PRETRAINED else f"round_{round}")
-
-    @property
-    def run_key(self) -> str:
-        """`str`: hash that names this run; empty until the run is started."""
-        path = self.root / "run.json"
-        return content_hash(sorted(read_record(path).items())) if path.is_file() else ""
-
-    def key(self, path: Path) -> str:
-        """`str`: names a file by its run and its place in it."""
-        return f"{self.run_key} {Path(os.path.relpath(path, self.root)).as_posix()}"
-
-    @functools.cached_property
-    def _lock(self) -> FileLock:
-        return FileLock(self.root / "lock")
-
-    def acquire(self) -> None:
-        """
-        Lock the directory until [`RunDirectory.release`], or until the process ends in whatever way.
-
-        Raises:
-            ValueError: If another process has locked it.
-            WriteError: If nothing can be written there.
-        """
-        try:
-            with telling_where(self.root / "lock"):
-                self.root.mkdir(parents=True, exist_ok=True)
-                self._lock.acquire(timeout=SECONDS_TO_WAIT_FOR_LOCK)
-        except Timeout:
-            raise ValueError(
-                f"Another run is at work in {self.output_dir}; wait until it ends, stop it, or choose another `output_dir`. If "
-                f"there is none on any machine, delete {self.root / 'lock'}."
-            ) from None
-        except WriteError as error:
-            # Some network file systems have no locks.
-            if error.__cause__.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # type: ignore[union-attr]
-                raise
-            logger.warning(f"{self.output_dir} is on a file system without locks; start one run at a time in it.")
-
-    def release(self) -> None:
-        """Unlock the directory."""
-        self._lock.release()
-
-    @property
-    def has_run(self) -> bool:
-        """`bool`: whether a run was started here."""
-        return (self.root / "run.json").is_file()
 
     @property
     def num_finished(self) -> int:
@@ -145,45 +85,6 @@ class RunDirectory:
         while (self.round_dir(round) / "round.json").is_file():
             round += 1
         return round
-
-    def start(self, identity: dict[str, Any], resume: bool) -> None:
-        """
-        Open the directory for a new run, or check that the run in it is the same.
-
-        Args:
-            identity (`dict[str, Any]`):
-                Settings and data that decide the result, as JSON values.
-            resume (`bool`):
-                Whether to go on with the run in the directory.
-
-        Raises:
-            ValueError: If there is a run and `resume` is not set, if there is none and it is, or if the run was
-                started with other settings or data.
-        """
-        if not self.has_run:
-            if resume:
-                raise ValueError(
-                    f"There is no run to resume in {self.output_dir}; leave out `resume_from_checkpoint` to start one."
-                )
-            write_record(self.root / "run.json", identity)
-            return
-        if not resume:
-            raise ValueError(
-                f"{self.output_dir} already holds a run; pass `resume_from_checkpoint=True` to go on with it, choose "
-                f"another `output_dir`, or delete {self.root}."
-            )
-        changed = changed_facts(self.root / "run.json", identity)
-        if "`format`" in changed:
-            raise ValueError(
-                f"The run in {self.output_dir} was started by another version of trl-ssrm, which writes other files: go on "
-                "with that version, or choose another `output_dir`."
-            )
-        if changed:
-            raise ValueError(
-                f"The run in {self.output_dir} was started with other settings or data: {changed}. Resume it with what "
-                "it was started with, or choose another `output_dir`."
-            )
-        delete_left_aside(self.root)
 
     def write_weights(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
         """Keep the trainable weights of a model, as [`~trl_ssrm.models.sharding.whole_weights`] gives them."""
@@ -418,6 +319,18 @@ class RunDirectory:
     def has_fold(self, fold: int, start: int) -> bool:
         """`bool`: whether the predictions of a fold model are there and whole."""
         return self.read_fold(fold, start) is not None
+
+    def prune_at_end(self, needed: set[int]) -> None:
+        """Delete what a run that is over no longer needs: checkpoints, scores, and the weights of all but the needed rounds."""
+        self.prune_weights(needed)
+        with telling_where(self.root):
+            for directory in (
+                *self.root.glob(f"round_*/{PREFIX_CHECKPOINT_DIR}-*"),
+                *self.root.glob("round_*/scores"),
+                self.root / "teacher_scores",
+                self.round_dir(PRETRAINED),
+            ):
+                shutil.rmtree(directory, ignore_errors=True)
 
     def prune_weights(self, needed: set[int]) -> None:
         """Delete the weights of all rounds that are over, except the needed ones."""

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from ..data.pool import Pool
 from ..io.storage import content_hash
 from ..scoring.pair_scores import PairScores
 from ..scoring.score import NonFiniteScoreError
+from .annotation import most_useful, write_for_labeling
 from .calibrate import best_round, changes, measure, reliability
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .folds import Folds
@@ -200,6 +202,32 @@ class RoundSteps(RoundTrainer):
         """Fire an event of a round. `Trainer` sets `should_training_stop` at the end of each round; here callbacks do."""
         self.control.should_training_stop = False
         self.control = self.callback_handler.tell(event, self.args, self.state, self.control, **facts)
+
+    def export_for_labeling(self, path: str, num_pairs: int) -> None:
+        """
+        Write the pairs of the pool whose labels would help most: uncertain ones, of different prompts, and unlike one
+        another. [`load_labels`] reads the answers.
+
+        Args:
+            path (`str`):
+                File to write, one JSON object a line; see [`load_labels`].
+            num_pairs (`int`):
+                Number of pairs to write, fewer if the pool has fewer prompts.
+
+        Raises:
+            ValueError: If there is no pool, `num_pairs` is not positive, or the file exists.
+        """
+        if not self.has_pool:
+            raise ValueError("`export_for_labeling` chooses from the pool, so it needs `unlabeled_dataset`.")
+        if num_pairs < 1:
+            raise ValueError(f"`num_pairs` must be positive, got {num_pairs}.")
+        if self.on_main_process(lambda: Path(path).exists()):
+            raise ValueError(f"{path} exists, and may hold labels; choose another file, or delete it.")
+        pool = self.data.pool
+        scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows)
+        if self.accelerator.is_main_process:
+            write_for_labeling(pool, most_useful(scores, pool, num_pairs), scores, path)
+        self.accelerator.wait_for_everyone()
 
     @property
     def identity(self) -> dict[str, Any]:
