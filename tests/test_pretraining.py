@@ -1,13 +1,12 @@
 import random
 
-import numpy as np
 import pytest
 from conftest import as_messages, assert_same_weights, weights_of
 from datasets import Dataset
 from peft import LoraConfig
 
 from trl_ssrm import SSRMTrainer
-from trl_ssrm.rounds.pretraining import is_better_than_chance, pretraining_pairs
+from trl_ssrm.rounds.pretraining import pretraining_pairs
 from trl_ssrm.rounds.run_directory import INITIAL, PRETRAINED
 
 
@@ -173,13 +172,6 @@ def test_a_pool_without_prompts_is_not_pretrained_on(make_trainer, caplog):
     trainer = make_trainer(train_dataset=rows[:8], unlabeled_dataset=rows[8:], **SETTINGS)
     trainer.train()
     assert trainer.start == INITIAL and "no two different prompts" in caplog.text
-
-
-def test_chance_is_told_from_better():
-    right, wrong = np.ones(60), -np.ones(40)
-    assert not is_better_than_chance(np.concatenate([right, wrong]))
-    assert is_better_than_chance(np.concatenate([right, right, wrong]))
-    assert not is_better_than_chance(np.concatenate([right[:3]]))
 
 
 def test_pretraining_of_a_head_alone_is_refused(config):

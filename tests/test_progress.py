@@ -80,7 +80,9 @@ def test_run_shows_its_rounds_and_bars_in_a_terminal(llama, config, labeled, unl
 
 @pytest.mark.parametrize(("settings", "is_shown"), [({}, False), ({"log_level": "info"}, True)])
 @pytest.mark.parametrize("disable_tqdm", [False, True])
-def test_logs_of_the_steps_are_on_the_console_only_if_asked_for(make_trainer, capsys, settings, is_shown, disable_tqdm):
+def test_logs_of_the_steps_are_on_the_console_only_if_asked_for(
+    make_trainer, capsys, settings, is_shown, disable_tqdm
+):
     trainer = make_trainer(**settings, num_rounds=0, disable_tqdm=disable_tqdm)
     trainer.train()
     printed = capsys.readouterr()
