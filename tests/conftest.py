@@ -292,7 +292,7 @@ def config(tmp_path):
             "save_strategy": "no",
             "disable_tqdm": True,
         }
-        if any(settings.get(name) is not None for name in ("target_precision", "selected_fraction")):
+        if settings.get("target_precision") is not None:
             del defaults["confidence_threshold"]
         return SSRMConfig(**{**defaults, **settings})
 

@@ -165,7 +165,7 @@ def test_collator_of_the_user_is_taken_as_it_is_or_refused(llama, config, labele
     with pytest.raises(ValueError, match=r"leaves out pairs with a confidence up to 0.7, .* from 0.6 on"):
         make(0.7, confidence_threshold=0.6)
     with pytest.raises(ValueError, match=r"from 0.5 on"):
-        make(0.6, selected_fraction=0.5)
+        make(0.6, confidence_threshold=None, pseudo_label_type="soft")
 
 
 def test_callbacks_are_told_of_rounds_and_labelings_and_can_end_the_rounds(llama, config, labeled, unlabeled):
@@ -260,14 +260,6 @@ def kept_by(llama, config, labeled, unlabeled):
 
 
 LOGITS = np.linspace(0.2, 4, 40) * np.where(np.arange(40) % 3, 1, -1)
-
-
-def test_fraction_of_the_pool_is_kept_and_trained_on(kept_by):
-    trainer, pseudo_labels, facts = kept_by(LOGITS, selected_fraction=0.7)
-    assert sorted(pseudo_labels["pair"]) == list(range(12, 40))
-    # Some of them are less confident than the 0.8 of `confidence_threshold`.
-    assert trainer.round_history[1]["num_train_pairs"] == 16 + 28
-    assert facts["confidence_threshold"] == pytest.approx(1 / (1 + np.exp(-abs(LOGITS[11]))))
 
 
 def test_target_precision_keeps_the_pairs_above_the_threshold_of_the_held_out_labels(

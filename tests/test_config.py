@@ -62,8 +62,8 @@ def test_settings_of_the_paper_are_one_line(tmp_path):
     args = SSRMConfig.paper(str(tmp_path), bf16=False, learning_rate=1e-5, num_rounds=2)
     assert (args.confidence_threshold, args.pseudo_label_type, args.num_folds) == (0.8, "hard", 0)
     assert (args.output_dir, args.learning_rate, args.num_rounds) == (str(tmp_path), 1e-5, 2)
-    other = SSRMConfig.paper(str(tmp_path), bf16=False, selected_fraction=0.5)
-    assert (other.confidence_threshold, other.selected_fraction) == (None, 0.5)
+    other = SSRMConfig.paper(str(tmp_path), bf16=False, target_precision=0.9)
+    assert (other.confidence_threshold, other.target_precision) == (None, 0.9)
 
 
 def test_every_setting_is_described(tmp_path):
@@ -77,8 +77,6 @@ def test_every_setting_is_described(tmp_path):
     [
         ({"num_folds": 1}, "`num_folds` must be 0 or at least 2"),
         ({"target_precision": 0.5}, r"`target_precision` must be in \(0.5, 1\)"),
-        ({"selected_fraction": 0.0}, r"`selected_fraction` must be in \(0, 1\]"),
-        ({"selected_fraction": 0.5, "target_precision": 0.9}, "both choose the threshold; set one of them"),
         ({"confidence_threshold": 0.8, "target_precision": 0.9}, "both choose the threshold; set one of them"),
         (
             {"num_folds": 2, "load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},

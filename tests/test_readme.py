@@ -45,7 +45,7 @@ SHORT = {
 }
 
 # Replaces names that would be downloaded, and sizes that take hours; nothing else of a block is changed.
-MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
+MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-3B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 DATASETS = ("trl-lib/ultrafeedback_binarized", "trl-lib/ultrafeedback-prompt", "allenai/reward-bench")
 IN_PYTHON = [
     ("32_000", "40"),
@@ -347,7 +347,6 @@ PROGRAMS = {
     GUIDES / "processes.md": {"accelerate", "sbatch"},
     GUIDES / "reliability.md": {"python", "pytest", "pip"},
     GUIDES / "results.md": {"python"},
-    GUIDES / "results_frozen.md": {"python"},
     GUIDES / "speed.md": {"python"},
 }
 

@@ -7,7 +7,7 @@ from conftest import preference_rows
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ssrm import NonFiniteScoreError, PairScores
+from trl_ssrm import NonFiniteScoreError
 from trl_ssrm.data.sequences import PairedSequences
 from trl_ssrm.io.storage import read_tensors, write_tensors
 from trl_ssrm.scoring.batches import Scorer
@@ -205,18 +205,3 @@ def test_batch_that_does_not_fit_into_memory_is_halved(model_and_tokenizer, capl
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert max(sizes[:2]) > 200
     assert "does not fit into memory; going on with 256 tokens a batch" in caplog.text
-
-
-@pytest.mark.parametrize("pairs", [np.array([2, 0]), np.array([True, False, True])])
-def test_scores_of_some_pairs_have_the_facts_of_these_pairs(pairs):
-    facts = {
-        "orders_agree": np.array([True, False, False]),
-        "rows": np.array([0, 0, 1]),
-        "lengths": np.array([[3, 4], [3, 5], [6, 7]]),
-    }
-    taken = PairScores(np.array([1.0, -2.0, 0.0]), 2.0, **facts).take(pairs)
-    assert taken.temperature == 2.0
-    for name, values in facts.items():
-        assert np.array_equal(getattr(taken, name), values[pairs])
-    alone = PairScores(np.array([1.0, -2.0, 0.0])).take(pairs)
-    assert all(getattr(alone, name) is None for name in facts)

@@ -5,7 +5,6 @@ from trl_ssrm import PairScores
 from trl_ssrm.rounds.select import (
     above_threshold,
     candidates,
-    fraction_threshold,
     precision_threshold,
     wilson_lower_bound,
 )
@@ -42,18 +41,6 @@ def test_temperature_lowers_confidence():
 def test_extreme_logits_give_no_warning_and_no_nan():
     with np.errstate(all="raise", under="ignore"):
         assert PairScores(np.array([1e6, -1e6])).probability.tolist() == [1.0, 0.0]
-
-
-def test_most_confident_share_is_kept():
-    logits = np.random.default_rng(0).permutation(np.arange(1.0, 101.0) / 20)
-    kept = above_threshold(PairScores(logits), fraction_threshold(PairScores(logits), 0.25))
-    assert kept.sum() == 25 and logits[kept].min() > logits[~kept].max()
-    assert above_threshold(PairScores(logits), fraction_threshold(PairScores(logits), 1.0)).all()
-
-
-def test_pairs_of_one_confidence_at_the_border_are_left_out():
-    scores = PairScores(np.array([3.0, 2.0, -2.0, 1.0]))
-    assert above_threshold(scores, fraction_threshold(scores, 0.5)).tolist() == [True, False, False, False]
 
 
 def test_lower_bound_is_that_of_the_published_interval():

@@ -84,7 +84,7 @@ class SSRMConfig(RewardConfig):
             flash attention batches are packed instead. Rewards and losses differ by rounding only. If `None`, scoring
             does it, and training does with a pool.
 
-        > Parameters that control the selection. At most one of the three thresholds can be set. If none is set, all pairs
+        > Parameters that control the selection. One of the two thresholds can be set. If neither is, all pairs
         but ties are kept with soft labels, and pairs with a confidence above 0.8 with hard ones.
 
         confidence_threshold (`float`, *optional*):
@@ -95,8 +95,6 @@ class SSRMConfig(RewardConfig):
             Share of pseudo-labels that should be right. The threshold is the lowest one above which the held-out labels
             (`calibration_dataset`, or the parts left out by `num_folds`) are predicted right that often, by the lower end
             of a one-sided 95 % interval. In `(0.5, 1)`.
-        selected_fraction (`float`, *optional*):
-            Share of the pairs to keep, the most confident ones. In `(0, 1]`.
 
         > Parameters that control the pseudo-labels
 
@@ -219,10 +217,6 @@ class SSRMConfig(RewardConfig):
             "help": "Share of pseudo-labels that should be right; held-out labels find the threshold. In (0.5, 1)."
         },
     )
-    selected_fraction: float | None = field(
-        default=None,
-        metadata={"help": "Share of the pool to keep, the most confident pairs. In (0, 1]."},
-    )
 
     # Parameters that control the pseudo-labels
     pseudo_label_type: str = field(
@@ -257,10 +251,10 @@ class SSRMConfig(RewardConfig):
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        thresholds = ("confidence_threshold", "target_precision", "selected_fraction")
-        chosen = [name for name in thresholds if getattr(self, name) is not None]
-        if len(chosen) > 1:
-            raise ValueError(f"`{chosen[0]}` and `{chosen[1]}` both choose the threshold; set one of them.")
+        if self.confidence_threshold is not None and self.target_precision is not None:
+            raise ValueError(
+                "`confidence_threshold` and `target_precision` both choose the threshold; set one of them."
+            )
         if self.num_folds and self.load_best_model_at_end:
             raise ValueError(
                 "`num_folds` and `load_best_model_at_end` can't be combined: fold models are not evaluated during "
@@ -297,7 +291,7 @@ class SSRMConfig(RewardConfig):
             [`SSRMConfig`]
         """
         settings = {**_PAPER, **kwargs}
-        if settings.get("target_precision") is not None or settings.get("selected_fraction") is not None:
+        if settings.get("target_precision") is not None:
             settings["confidence_threshold"] = kwargs.get("confidence_threshold")
         return cls(*args, **settings)
 
@@ -312,7 +306,6 @@ _RANGES: dict[str, Any] = {
     "num_folds": (lambda value: value == 0 or value >= 2, "0 or at least 2"),
     "confidence_threshold": (lambda value: 0.5 <= value < 1, "in [0.5, 1)"),
     "target_precision": (lambda value: 0.5 < value < 1, "in (0.5, 1)"),
-    "selected_fraction": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "pseudo_label_weight": (lambda value: 0 <= value < float("inf"), "at least 0 and finite"),
 }
 

@@ -16,7 +16,7 @@ from faults.outcomes import refusal_of
 from trl_ssrm import NonFiniteScoreError, PseudoLabelingCallback, SSRMTrainer, write_report
 from trl_ssrm.rounds.calibrate import fit_temperature
 from trl_ssrm.rounds.callback import RoundCallback
-from trl_ssrm.rounds.select import fraction_threshold, precision_threshold
+from trl_ssrm.rounds.select import precision_threshold
 from trl_ssrm.scoring.metrics import preference_metrics, reliability_curve
 from trl_ssrm.scoring.pair_scores import PairScores
 from trl_ssrm.scoring.preference import mean_win_probability, pairwise_logits
@@ -152,15 +152,12 @@ def test_steps_lost_to_gradients_that_overflow_are_told(run, llama, held_out, ca
     assert "<html" in Path(write_report(str(trainer.args.output_dir))).read_text()
 
 
-@pytest.mark.parametrize(
-    "settings", [{"confidence_threshold": 0.5}, {"confidence_threshold": None, "selected_fraction": 1.0}]
-)
 @pytest.mark.parametrize("folds", [0, 2])
-def test_equal_rewards_are_ties_and_nothing_is_kept(run, llama, folds, settings):
+def test_equal_rewards_are_ties_and_nothing_is_kept(run, llama, folds):
     model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
     with torch.no_grad():
         model.score.weight.zero_()
-    trainer = run(model=model, learning_rate=0.0, num_folds=folds, **settings)
+    trainer = run(model=model, learning_rate=0.0, num_folds=folds, confidence_threshold=0.5)
     assert trainer.termination_reason == "nothing_selected"
     facts_are_finite(trainer)
 
@@ -200,7 +197,6 @@ def test_one_labeled_pair_and_a_pool_of_one(request, run, settings, num_labeled,
 @pytest.mark.parametrize(
     "settings",
     [
-        {"selected_fraction": 0.001, "confidence_threshold": None},
         {"track_pseudo_label_accuracy": True},
         {"freeze_backbone": True},
     ],
@@ -268,7 +264,6 @@ def test_no_size_of_a_logit_makes_a_metric_that_is_no_number(size):
         assert sum(part["count"] for part in reliability_curve(logits, temperature)) == size
         scores = PairScores(logits, temperature)
         assert ((scores.confidence >= 0.5) & (scores.confidence <= 1)).all()
-        assert np.nextafter(0.5, 0) <= fraction_threshold(scores, 0.1) <= 1
         threshold, _ = precision_threshold(logits, temperature, 0.9)
         assert threshold is None or 0.5 <= threshold <= 1
         other = draw.choice(EXTREME, size) * draw.choice([-1, 1], size)

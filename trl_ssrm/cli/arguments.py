@@ -1,17 +1,47 @@
 """Parser of the commands that train: TRL's parser, which reads dataclasses and a YAML file."""
 
 import argparse
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
 import yaml
 from trl import TrlParser
 
+from ..config import SSRMConfig
 from .errors import OneLineParser
+
+
+# Arguments of TRL and transformers that most runs set.
+_COMMON = (
+    *("output_dir", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *(
+        "max_length",
+        "eos_token",
+        "bf16",
+        "gradient_checkpointing",
+        "eval_strategy",
+        "save_strategy",
+        "report_to",
+        "seed",
+    ),
+)
+_OF_THE_MODEL = ("model_name_or_path", "dtype", "attn_implementation", "use_peft", "lora_r", "load_in_4bit")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the default of each argument, and keeps the line breaks of the examples."""
+
+
+class _HelpAll(argparse.Action):
+    """Prints the help with all arguments."""
+
+    def __call__(self, parser: Any, *args: Any) -> None:
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
 
 
 class TrainingParser(OneLineParser, TrlParser):
@@ -30,6 +60,48 @@ class TrainingParser(OneLineParser, TrlParser):
         usage = "%(prog)s [--config FILE] [ARGUMENT VALUE ...]"
         super().__init__(dataclass_types, usage=usage, formatter_class=_Formatter, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
         self.add_argument("--config", help="YAML file with arguments; the command line overrides it")
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help="show all arguments")
+        self.shows_all = False
+        of_the_command = [each.name for kind in dataclass_types[:1] for each in fields(kind)]
+        self.sections = {
+            "options": ("help", "help_all", "config"),
+            "data and command": of_the_command,
+            "model": _OF_THE_MODEL,
+            "rounds and pseudo-labels": list(SSRMConfig.__annotations__),
+            "training": _COMMON,
+        }
+
+    def format_help(self) -> str:
+        """`str`: the help, in sections, with the arguments that most runs need; all of them with `--help_all`."""
+        if self.shows_all:
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        actions = {action.dest: action for action in self._actions}
+        shown = 0
+        for title, names in self.sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments([actions[name] for name in names if name in actions])
+            formatter.end_section()
+            shown += sum(name in actions for name in names)
+        formatter.add_text(f"{len(actions) - shown} more arguments of TRL and transformers: --help_all")
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def similar(self, unknown: Iterable[str]) -> str:
+        """`str`: a question that names the nearest argument to the first unknown one that has any, or nothing."""
+        for argument in unknown:
+            name = argument.split("=", 1)[0]
+            nearest = difflib.get_close_matches(
+                name.replace("-", "_"), [f"__{dest}" for dest in self._dests()], 1, 0.75
+            )
+            if name.startswith("--") and nearest:
+                return f" (did you mean `--{nearest[0][2:]}`?)"
+        return ""
+
+    def _dests(self) -> list[str]:
+        return [action.dest for action in self._actions]
 
     def parse(self, argv: list[str]) -> tuple[list[Any], list[str]]:
         """

@@ -89,7 +89,7 @@ def round_costs(trainer: SSRMTrainer) -> list[RoundCost]:
         num_models = 1 + num_folds if round == 0 else 1
         training = sum(own_labels, Work()) if round == 0 else labeled
         if round > 0:
-            training += _reading_to_train(trainer, shares[round], args.selected_fraction)
+            training += _reading_to_train(trainer, shares[round])
         num_epochs = trainer.settings.num_train_epochs
         if round == 0:
             num_epochs = None if args.max_steps > 0 else args.num_train_epochs
@@ -144,6 +144,7 @@ def dry_run(trainer: SSRMTrainer) -> str:
         "",
         f"Tokens in all: {_mark(all(cost.is_exact for cost in costs))}"
         f"{sum(cost.training_tokens for cost in costs):,} to train, {sum(cost.scoring.tokens for cost in costs):,} to score.",
+        *_pretraining(trainer, costs[0]),
         "Training is what all models of a round read in an epoch; ≤ is where the selection decides. Models: the round's own, "
         "and one for each fold.",
     ]
@@ -156,6 +157,19 @@ def dry_run(trainer: SSRMTrainer) -> str:
         )
     lines.append("Data, model and settings are in order; nothing was trained.")
     return "\n".join(lines)
+
+
+def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> list[str]:
+    """What pretraining adds to the cost, if there is one. Which texts it pairs is not known before."""
+    if trainer.settings.pretrains == "never":
+        return []
+    pool = trainer.data.pool
+    num_pairs = len(np.unique(pool.rows))
+    tokens = round(num_pairs * float(_pair_tokens(trainer, pool.pairs).mean()))
+    line = f"Pretraining comes before: up to {num_pairs:,} pairs of texts, about {tokens:,} tokens."
+    if trainer.settings.pretrains == "if_better":
+        line += f" If it helps, the {first.num_models - 1} fold models are trained a second time, from its weights."
+    return [line]
 
 
 def _table(costs: list[RoundCost], max_steps: int) -> list[str]:
@@ -182,12 +196,11 @@ def _reading_to_score(pairs: PairedSequences) -> Work:
     return Work(len(pairs.first), len(pairs.lengths), int(pairs.lengths.sum()))
 
 
-def _reading_to_train(trainer: SSRMTrainer, pairs: PairedSequences, fraction: float | None = None) -> Work:
-    tokens = np.sort(_pair_tokens(trainer, pairs))[::-1]
-    num_kept = len(tokens) if fraction is None else min(len(tokens), ceil(fraction * len(tokens)))
+def _reading_to_train(trainer: SSRMTrainer, pairs: PairedSequences) -> Work:
+    tokens = _pair_tokens(trainer, pairs)
     reads_one = trainer.comparison is not None and trainer.args.comparison_orders == "random"
-    sequences = min(len(pairs.lengths), num_kept * (1 if reads_one else 2))
-    return Work(num_kept, sequences, int(tokens[:num_kept].sum()))
+    sequences = min(len(pairs.lengths), len(tokens) * (1 if reads_one else 2))
+    return Work(len(tokens), sequences, int(tokens.sum()))
 
 
 def _pair_tokens(trainer: SSRMTrainer, pairs: PairedSequences) -> np.ndarray:

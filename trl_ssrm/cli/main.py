@@ -2,7 +2,9 @@
 
 import argparse
 import functools
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 from .errors import ERROR, exit_status, sentence, take_debug, tell
@@ -61,13 +63,23 @@ def _run(arguments: argparse.Namespace) -> None:
     functions[arguments.command](arguments)
 
 
+def without_noise() -> None:
+    """Silence warnings of libraries that are meant for their developers."""
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def _train(argv: list[str], debug: bool) -> int | None:
+    if not debug:
+        without_noise()
     from .train import launch
 
     return launch(argv, debug)
 
 
 def _quickstart(argv: list[str], debug: bool) -> None:
+    if not debug:
+        without_noise()
     from .quickstart import main as run
 
     run(argv)

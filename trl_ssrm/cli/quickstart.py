@@ -115,9 +115,11 @@ def make_parser(**kwargs: Any) -> TrainingParser:
 def main(argv: list[str]) -> None:
     """Parse the arguments, with the settings of `quickstart.yaml` unless `--config` is among them, and run the command."""
     has_config = any(argument == "--config" or argument.startswith("--config=") for argument in argv)
-    parsed, unknown = make_parser().parse(argv if has_config else ["--config", str(SETTINGS), *argv])
+    parser = make_parser()
+    parsed, unknown = parser.parse(argv if has_config else ["--config", str(SETTINGS), *argv])
     if unknown:
-        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}; see `trl-ssrm quickstart --help`.")
+        nearest = parser.similar(unknown)
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}{nearest}; see `trl-ssrm quickstart --help`.")
     run(*parsed)
 
 

@@ -255,13 +255,14 @@ def launch(argv: list[str], debug: bool = False) -> int:
         ValueError: If an argument is invalid.
         KeyboardInterrupt: If the training was interrupted.
     """
-    parsed, rest = make_parser().parse(argv)
+    parser = make_parser()
+    parsed, rest = parser.parse(argv)
     launcher = launch_command_parser()
-    launcher.error = _refuse  # type: ignore[method-assign]
+    launcher.error = lambda message: _refuse(f"{message}{parser.similar(rest)}")  # type: ignore[method-assign]
     own = [*argv, "--debug"] if debug else argv
     launch_args = launcher.parse_args([*resolve_accelerate_config_argument(rest), "-m", "trl_ssrm.cli.train", *own])
     if launch_args.training_script != "trl_ssrm.cli.train":
-        _refuse(f"unrecognized arguments: {' '.join(rest)}")
+        _refuse(f"unrecognized arguments: {' '.join(rest)}{parser.similar(rest)}")
     if parsed[0].dry_run:
         print(dry_run(make_trainer(*parsed)))
         return 0

@@ -8,7 +8,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..data.pool import Pool
 from ..scoring.pair_scores import PairScores
-from .select import SelectionPolicy, above_threshold, candidates, fraction_threshold
+from .select import SelectionPolicy, above_threshold, candidates
 from .settings import RoundSettings
 from .teacher import teacher_scores
 
@@ -234,11 +234,7 @@ class PseudoLabelingCallback(RoundCallback):
         assert settings is not None
         if settings.confidence_threshold is not None:
             return settings.confidence_threshold
-        if settings.target_precision is not None:
-            return self.facts["precision_threshold"]
-        assert settings.selected_fraction is not None
-        labeled = scores.take(candidates(scores))
-        return fraction_threshold(labeled, settings.selected_fraction) if len(labeled.logits) else 1.0
+        return self.facts["precision_threshold"]
 
     def kept(self, scores: PairScores) -> np.ndarray:
         """

@@ -33,28 +33,6 @@ def above_threshold(scores: PairScores, threshold: float) -> np.ndarray:
     return scores.confidence > threshold
 
 
-def fraction_threshold(scores: PairScores, fraction: float) -> float:
-    """
-    Threshold that the most confident share of the pairs exceeds.
-
-    Args:
-        scores ([`PairScores`]):
-            Scores of the pairs.
-        fraction (`float`):
-            Share of the pairs to keep, in `(0, 1]`.
-
-    Returns:
-        `float`: the threshold, for [`above_threshold`]. At most that share of the pairs, rounded up, exceeds it. Pairs with
-        the same confidence at the border are all left out, unless they are the most confident ones: then all are kept.
-    """
-    # 0.07 * 100 is more than 7.
-    num_kept = int(np.ceil(fraction * len(scores.logits) - 1e-9))
-    in_order = np.sort(scores.confidence)[::-1]
-    if num_kept == len(in_order):
-        return 0.5
-    return float(in_order[num_kept] if in_order[num_kept] < in_order[0] else np.nextafter(in_order[0], 0))
-
-
 def precision_threshold(logits: np.ndarray, temperature: float, target_precision: float) -> tuple[float | None, float]:
     """
     Lowest confidence above which pseudo-labels are right as often as wanted, estimated on held-out labels.

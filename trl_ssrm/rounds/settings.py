@@ -62,9 +62,7 @@ class RoundSettings:
         confidence_threshold (`float`, *optional*):
             Confidence that a pair has to exceed, if the threshold is fixed.
         target_precision (`float`, *optional*):
-            Share of pseudo-labels that should be right, if held-out labels find the threshold.
-        selected_fraction (`float`, *optional*):
-            Share of the pairs to keep, if that is fixed. Exactly one of these three is set.
+            Share of pseudo-labels that should be right, if held-out labels find the threshold. One of these two is set.
     """
 
     num_folds: int
@@ -75,7 +73,6 @@ class RoundSettings:
     num_train_epochs: float | None
     confidence_threshold: float | None = None
     target_precision: float | None = None
-    selected_fraction: float | None = None
 
 
 def complete_args(args: RewardConfig | None, model: Any) -> SSRMConfig:
@@ -216,7 +213,7 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
     if args.target_precision is not None and not labels_by_itself:
         raise ValueError(
             "`target_precision` finds a threshold for the confidence of the trained model, but a teacher or a callback with "
-            "a `score` of its own labels the pool here; set `confidence_threshold` or `selected_fraction`."
+            "a `score` of its own labels the pool here; set `confidence_threshold`."
         )
     # The precision that these labels could confirm if all of them were predicted right; 0 without any.
     highest = float(wilson_lower_bound(np.array([num_held_out]), np.array([num_held_out]))[0])
@@ -225,9 +222,7 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
             f"`target_precision` is {args.target_precision}, but {num_held_out} held-out labels can confirm {highest:.3f} "
             "at most, even if all are predicted right. Lower it, or give more labels."
         )
-    threshold: dict[str, Any] = {
-        name: getattr(args, name) for name in ("confidence_threshold", "target_precision", "selected_fraction")
-    }
+    threshold: dict[str, Any] = {name: getattr(args, name) for name in ("confidence_threshold", "target_precision")}
     has_soft_labels = args.pseudo_label_type == "soft"
     if all(value is None for value in threshold.values()):
         # A soft label says how sure it is, so unsure pairs are kept too: they teach more than sure ones.

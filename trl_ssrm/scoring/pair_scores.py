@@ -31,21 +31,6 @@ class PairScores:
     rows: np.ndarray | None = None
     lengths: np.ndarray | None = None
 
-    def take(self, pairs: np.ndarray) -> "PairScores":
-        """
-        Scores of some of the pairs.
-
-        Args:
-            pairs (`np.ndarray` of shape `(n,)`, int64, or `(num_pairs,)`, bool):
-                Positions of the pairs, or a mask.
-
-        Returns:
-            [`PairScores`]
-        """
-        optional = (self.orders_agree, self.rows, self.lengths)
-        taken = [None if each is None else each[pairs] for each in optional]
-        return PairScores(self.logits[pairs], self.temperature, *taken)
-
     @property
     def probability(self) -> np.ndarray:
         """`np.ndarray` of shape `(num_pairs,)`, float64: probability that the first completion is preferred."""
