@@ -7,12 +7,20 @@ from rich.console import Console
 
 from trl_ssrm import SSRMTrainer
 from trl_ssrm.reporting.progress import RoundProgress, rounds_so_far
-from trl_ssrm.reporting.report import round_line
+from trl_ssrm.reporting.verdict import round_line
 
 
 HISTORY = [
-    {"round": 0, "eval_accuracy": 0.7, "eval_ece": 0.1, "eval_calibrated_ece": 0.05, "cross_fit_accuracy": 0.6},
     {
+        **{"round": 0, "eval_accuracy": 0.7, "eval_ece": 0.1, "eval_calibrated_ece": 0.05, "cross_fit_accuracy": 0.6},
+        **{"eval_log_loss": 0.6, "eval_pairs": 100, "num_train_pairs": 96},
+    },
+    {
+        **{"eval_log_loss": 0.5, "eval_pairs": 100, "num_train_pairs": 9_096},
+        **{
+            f"eval_{name}": 0.1
+            for name in ("accuracy_change", "accuracy_change_error", "log_loss_change", "log_loss_change_error")
+        },
         **{"round": 1, "eval_accuracy": 0.75, "eval_ece": 0.2, "eval_calibrated_ece": 0.04, "cross_fit_accuracy": 0.6},
         **{"pool_size": 12_000, "kept": 9_000, "coverage": 0.75, "pseudo_label_accuracy": 0.9},
     },
@@ -62,7 +70,7 @@ def test_accuracy_is_on_the_first_held_out_pairs_that_there_are(terminal, held_o
 def test_plain_lines_without_a_terminal_or_without_bars(is_terminal, capsys):
     console = Console(force_terminal=is_terminal)
     RoundProgress(Accelerator(cpu=True), disable_tqdm=is_terminal, console=console).end_round(HISTORY)
-    assert capsys.readouterr().out == f"{round_line(HISTORY[1])}\n"
+    assert capsys.readouterr().out == f"{round_line(HISTORY)}\n"
 
 
 def test_run_shows_its_rounds_and_bars_in_a_terminal(llama, config, labeled, unlabeled, capsys, monkeypatch):

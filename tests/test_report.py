@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
 from trl_ssrm.reporting.plots import TITLES, plot_rounds
-from trl_ssrm.reporting.report import round_line, round_table, write_report
+from trl_ssrm.reporting.report import round_table, write_report
 from trl_ssrm.reporting.trackers import report_run
 from trl_ssrm.reporting.verdict import verdict
 from trl_ssrm.rounds.labeling_summary import as_text, shorten
@@ -41,12 +41,6 @@ def test_table_has_a_line_a_round_and_a_dash_for_what_a_round_lacks():
     )
     assert lines[2] == "| 0 | – | – | – | – | 1.000 | 0.700 | 0.600 |"
     assert lines[3] == "| 1 | 40 | 30 | 0.750 | 0.900 | 1.000 | 0.750 | 0.500 |"
-
-
-def test_line_of_a_round():
-    assert round_line(HISTORY[1]) == (
-        "Round 1, kept 30 of 40 pairs, eval_accuracy 0.750, eval_log_loss 0.500, pseudo_label_accuracy 0.900"
-    )
 
 
 def test_plot_is_a_picture(tmp_path):
@@ -170,7 +164,9 @@ def test_report_tells_the_settings_the_versions_and_the_end(page, trainer):
 
 
 def test_report_of_rounds_that_a_callback_ended(copy):
-    (copy / "_rounds" / "end.json").write_text(json.dumps({"termination_reason": "my <own>", "kept_round": 1}))
+    (copy / "_rounds" / "end.json").write_text(
+        json.dumps({"termination_reason": "my <own>", "kept_round": 1, "trained_on": "Trained on <b>."})
+    )
     text = Page(write_report(str(copy))).text
     assert (
         "The rounds ended after round 2 (my <own>); round 1 had the lowest log-loss on `calibration_dataset`" in text

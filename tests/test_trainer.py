@@ -289,6 +289,8 @@ def test_model_card_names_the_method_and_holds_the_rounds(llama, config, labeled
         card = (type(tmp_path)(directory) / "README.md").read_text()
         assert "trained with SSRM" in card and "2409.06903" in card and "he2024semi" in card and "- ssrm" in card
         assert f"| 1 | 40 | {trainer.round_history[1]['kept']} |" in card
+        assert f"Trained from {llama} on 16 labeled pairs and 40 unlabeled pairs." in card and "None" not in card
+        assert card.index(" held-out pairs (`eval_dataset`)") < card.index("## Quick start")
     plain = SSRMTrainer(
         llama, RewardConfig(str(tmp_path / "plain"), report_to="none", bf16=False), train_dataset=labeled
     )

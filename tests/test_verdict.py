@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from trl_ssrm.reporting.verdict import verdict
+from trl_ssrm.reporting.verdict import round_line, verdict
 from trl_ssrm.rounds.calibrate import changes
 from trl_ssrm.scoring.metrics import paired_change
 
@@ -67,6 +67,19 @@ def test_what_the_labels_can_confirm_is_said_where_nothing_was_selected():
     words = " ".join(verdict([first], "nothing_selected", 0))
     assert "at most 0.860 of the pseudo-labels are right, and `target_precision` asks for 0.900" in words
     assert "Lower `confidence_threshold`" in " ".join(verdict(history(0, 0)[:1], "nothing_selected", 0))
+
+
+def test_round_is_one_line():
+    assert round_line(history(0.05, -0.1)[:1]) == (
+        "Round 0: accuracy 0.650, log-loss 0.700, on 400 held-out pairs (`eval_dataset`)"
+    )
+    assert round_line(history(0.05, -0.1)) == (
+        "Round 1: accuracy 0.650 to 0.700 (+0.050 ± 0.020), log-loss 0.700 to 0.600 (−0.100 ± 0.020), against the labels "
+        "alone, on 400 held-out pairs (`eval_dataset`)"
+    )
+    folds = {"round": 0, "cross_fit_accuracy": 0.6, "cross_fit_log_loss": 0.65, "cross_fit_pairs": 96}
+    assert round_line([folds]) == "Round 0: accuracy 0.600, log-loss 0.650, on 96 labels, by fold models"
+    assert "nothing is held out" in round_line([{"round": 0, "num_train_pairs": 96}])
 
 
 def test_changes_are_paired(caplog):

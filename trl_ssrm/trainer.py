@@ -26,7 +26,7 @@ from .models.classifier import complete_config
 from .models.comparison import Comparison
 from .models.sharding import check_sharding
 from .models.tokenizers import model_id
-from .reporting.card import add_rounds, copy_card
+from .reporting.card import add_rounds, copy_card, trained_on
 from .reporting.progress import RoundProgress, keep_logs_off_the_console
 from .reporting.trackers import report_run
 from .reporting.verdict import verdict
@@ -125,6 +125,9 @@ class SSRMTrainer(RoundSteps):
     Raises:
         ValueError: If the data, the settings or the output directory can't be used; the message says what to change.
     """
+
+    # Files or dataset IDs of `"labels"` and `"pool"`, for the model card and the report.
+    sources: dict[str, str] = {}
 
     _tag_names = ["trl", "reward-trainer", "ssrm"]
     _name = "SSRM"
@@ -322,7 +325,8 @@ class SSRMTrainer(RoundSteps):
         if kept != last["round"]:
             self.run.read_weights(self.run.weights_path(kept), self.unwrapped_model)
         if self.accelerator.is_main_process:
-            self.run.write_end(reason, kept)
+            words = trained_on(self.round_history, model_id(self.unwrapped_model), self.sources)
+            self.run.write_end(reason, kept, words)
             self.run.prune_at_end({kept, last["round"]})
             report_run(str(self.args.output_dir), self.callback_handler.open_trackers, last["global_step"])
         self.create_model_card(model_name=self.run.output_dir.name)
@@ -332,18 +336,6 @@ class SSRMTrainer(RoundSteps):
         train_loss = math.nan if (stored := self._ends_of_rounds[-1]["train_loss"]) is None else stored
         metrics = {**last, **self._speed(), "termination_reason": reason, "kept_round": kept}
         return TrainOutput(last["global_step"], train_loss, {**metrics, "train_loss": train_loss})
-
-    @property
-    def _ends_of_rounds(self) -> list[dict[str, Any]]:
-        return [log for log in self.state.log_history if "train_loss" in log]
-
-    def _speed(self) -> dict[str, float]:
-        """Seconds of training over all rounds, and samples and steps a second, as [`~trl.RewardTrainer`] has them."""
-        ends = self._ends_of_rounds
-        seconds = sum(end["train_runtime"] for end in ends)
-        rates = ("train_samples_per_second", "train_steps_per_second")
-        totals = {name: sum(end[name] * end["train_runtime"] for end in ends) for name in rates}
-        return {"train_runtime": seconds, **{name: total / max(seconds, 1e-9) for name, total in totals.items()}}
 
     # ---- What comes out ----
 
@@ -392,6 +384,8 @@ class SSRMTrainer(RoundSteps):
         with telling_where(card):
             super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.has_pool and self.is_world_process_zero():
-            is_over = self.termination_reason is not None
-            words = verdict(self.round_history, self.termination_reason, self.kept_round) if is_over else []
-            add_rounds(card, model_id(self.unwrapped_model), self.round_history, words)
+            model, words = model_id(self.unwrapped_model), []
+            if self.termination_reason is not None:
+                words = verdict(self.round_history, self.termination_reason, self.kept_round)
+                words.append(trained_on(self.round_history, model, self.sources))
+            add_rounds(card, model, self.round_history, words)

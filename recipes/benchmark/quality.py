@@ -195,7 +195,10 @@ class Task:
             batch = self.training_args.per_device_train_batch_size
             more = ARMS["default"]["round_num_train_epochs"] * -(-(len(labeled) + len(pool)) // batch)
             return self.train(seed, "test", labeled, max_steps=int(settings["max_steps"] + more))
-        return self.train(seed, "test", labeled, pool, **{**settings, **ARMS[arm]})
+        # As epochs, so that a fold model reads its share of the labels as often as round 0 reads all of them.
+        steps_of_an_epoch = -(-len(labeled) // self.training_args.per_device_train_batch_size)
+        length = {"num_train_epochs": (settings["max_steps"] - 0.01) / steps_of_an_epoch, "max_steps": -1}
+        return self.train(seed, "test", labeled, pool, **{**length, **ARMS[arm]})
 
 
 def table(results: list[dict], arms: list[str]) -> str:
@@ -217,6 +220,35 @@ def table(results: list[dict], arms: list[str]) -> str:
             cells.append(f"{np.mean([value[seed, arm]['cost'][name] for seed in seeds]):,.0f}")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def summary(results: list[dict], arm: str = "default") -> str:
+    """One line a task: an arm beside the labels alone, the paper and all labels, and what it changes, over seeds."""
+    value = {(entry["task"], entry["seed"], entry["arm"]): entry for entry in results}
+    titles = ["Task", "Seeds", "Labels", "Accuracy: labels", "paper", arm, "all", f"{arm} − labels"]
+    titles += ["Log-loss: labels", arm, "−", "ECE: labels", arm]
+    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
+    for task in dict.fromkeys(entry["task"] for entry in results):
+        seeds = sorted(
+            seed for name, seed, own in value if (name, own) == (task, arm) and (task, seed, "labels") in value
+        )
+        if seeds:
+            lines.append(f"| {' | '.join([task, str(len(seeds)), *_cells(value, task, seeds, arm)])} |")
+    return "\n".join(lines)
+
+
+def _cells(value: dict[tuple, dict], task: str, seeds: list[int], arm: str) -> list[str]:
+    def mean(own: str, metric: str) -> str:
+        found = [value[task, seed, own][metric] for seed in seeds if (task, seed, own) in value]
+        return f"{np.mean(found):.3f}" if found else "–"
+
+    def change(metric: str) -> str:
+        return interval([value[task, seed, arm][metric] - value[task, seed, "labels"][metric] for seed in seeds])
+
+    cells = [f"{np.mean([value[task, seed, 'labels']['labels'] for seed in seeds]):.0f}"]
+    cells += [mean(own, "accuracy") for own in ("labels", "paper", arm, "all labels")]
+    cells += [change("accuracy"), mean("labels", "log_loss"), mean(arm, "log_loss"), change("log_loss")]
+    return [*cells, mean("labels", "ece"), mean(arm, "ece")]
 
 
 def share_of_gap(results: list[dict], arm: str) -> str:
@@ -309,6 +341,7 @@ def main(script_args: BenchmarkArguments, training_args: SSRMConfig) -> None:
         for name in sorted({entry["task"] for entry in here}):
             print(f"\n{name}, {fraction:.3f} of the labels\n")
             print(table([entry for entry in here if entry["task"] == name], arms))
+        print(f"\nAll tasks, {fraction:.3f} of the labels\n\n{summary(here)}")
         for arm in ARMS:
             print(
                 f"\nShare of the gap closed over all tasks, {fraction:.3f} of the labels, {arm}: {share_of_gap(here, arm)}"

@@ -62,7 +62,7 @@ def make_run(output_dir, seed: int = 1) -> RunDirectory:
         checkpoint.mkdir()
         save_file({"weight": torch.full((64,), float(seed))}, checkpoint / "model.safetensors")
         run.end_checkpoint(checkpoint)
-    run.write_end("max_rounds", 1)
+    run.write_end("max_rounds", 1, "Trained.")
     return run
 
 

@@ -107,7 +107,7 @@ def _add_label(commands) -> None:
     command.add_argument("--max_length", type=int, help="longest sequence in tokens; longer completions are left out")
     command.add_argument("--seed", type=int, default=42, help="seed of `best_vs_random` (%(default)s)")
     command.add_argument("--dtype", default="float32", help="precision of the weights (%(default)s)")
-    command.add_argument("--trust_remote_code", action="store_true", help="run Python code of the checkpoint")
+    _add_switch(command, "--trust_remote_code", "run Python code of the checkpoint")
     _add_scoring(command)
 
 
@@ -140,13 +140,27 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dataset_config", help="configuration of a dataset on the hub")
     command.add_argument("--dataset_split", help="split (train, or the only split)")
+    for column in ("prompt", "chosen", "rejected"):
+        command.add_argument(f"--{column}_column", help=f"column that stands for `{column}`")
 
 
 def _add_scoring(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch_tokens", type=int, default=16384, help="size of a scoring batch in tokens (%(default)s)"
     )
-    command.add_argument("--disable_tqdm", action="store_true", help="show no progress bars")
+    _add_switch(command, "--disable_tqdm", "show no progress bars")
+
+
+def _add_switch(command: argparse.ArgumentParser, name: str, words: str) -> None:
+    """An argument that takes `true` or `false`, or nothing for `true`, as those of `train` do."""
+    command.add_argument(name, nargs="?", const=True, default=False, type=_truth, metavar="true|false", help=words)
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
 
 
 def _version() -> str:

@@ -26,6 +26,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .. import SSRMConfig, SSRMTrainer
 from ..io.hub import check_model_is_there
+from ..io.shapes import with_known_columns
 from ..io.sources import load_data, load_splits
 from .arguments import TrainingParser
 from .dry_run import dry_run
@@ -58,6 +59,9 @@ class TrainArguments:
             Labeled pairs to evaluate on.
         calibration_dataset_name (`str`, *optional*):
             Labeled pairs to calibrate the confidence, instead of `num_calibration`.
+        prompt_column, chosen_column, rejected_column (`str`, *optional*):
+            Columns that stand for `prompt`, `chosen` and `rejected` in all of these datasets. Some usual shapes are known
+            without it; see [`~trl_ssrm.io.shapes.with_known_columns`].
         padding_token (`str`, *optional*):
             Padding token. PPO needs one that differs from the end token. If `None`, the tokenizer's own.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -86,6 +90,13 @@ class TrainArguments:
     calibration_dataset_name: str | None = field(
         default=None,
         metadata={"help": "Labeled pairs to calibrate the confidence, instead of `num_calibration`."},
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompts. Default: prompt."})
+    chosen_column: str | None = field(
+        default=None, metadata={"help": "Column with the better answers. Default: chosen."}
+    )
+    rejected_column: str | None = field(
+        default=None, metadata={"help": "Column with the worse answers. Default: rejected."}
     )
     padding_token: str | None = field(
         default=None,
@@ -186,20 +197,27 @@ def load_pairs(args: TrainArguments, seed: int) -> dict[str, Dataset]:
     if rows is None:
         # Accepts a file, which is one split of any name, and raises for any other dataset.
         rows = load_data(args.dataset_name, args.dataset_train_split, args.dataset_config)
+    named = {"prompt": args.prompt_column, "chosen": args.chosen_column, "rejected": args.rejected_column}
+    rows = with_known_columns(rows, args.dataset_name, False, named)
     data = _split_rows(rows, args, seed)
     if args.unlabeled_dataset_name is not None:
-        data["unlabeled_dataset"] = load_data(args.unlabeled_dataset_name)
+        pool = load_data(args.unlabeled_dataset_name)
+        # A pool may lack the columns of labels.
+        own = {target: given if given in pool.column_names else None for target, given in named.items()}
+        data["unlabeled_dataset"] = with_known_columns(pool, args.unlabeled_dataset_name, True, own)
     elif "unlabeled_dataset" not in data:
         raise ValueError(
             f"All {len(rows)} rows of {args.dataset_name} are used with their labels, so none is left for the pool; pass "
             "`--unlabeled_dataset_name`, or a lower `--num_labeled`."
         )
     if args.calibration_dataset_name is not None:
-        data["calibration_dataset"] = load_data(args.calibration_dataset_name)
+        held_out = load_data(args.calibration_dataset_name)
+        data["calibration_dataset"] = with_known_columns(held_out, args.calibration_dataset_name, False, named)
     if args.eval_dataset_name is not None:
-        data["eval_dataset"] = load_data(args.eval_dataset_name)
+        held_out = load_data(args.eval_dataset_name)
+        data["eval_dataset"] = with_known_columns(held_out, args.eval_dataset_name, False, named)
     elif args.dataset_test_split in splits:
-        data["eval_dataset"] = splits[args.dataset_test_split]
+        data["eval_dataset"] = with_known_columns(splits[args.dataset_test_split], args.dataset_name, False, named)
     return data
 
 
@@ -230,6 +248,8 @@ def train(train_args: TrainArguments, training_args: SSRMConfig, model_args: Mod
     trainer = make_trainer(train_args, training_args, model_args)
     # The command says this itself.
     trainer.advice = ""
+    labels = str(train_args.dataset_name)
+    trainer.sources = {"labels": labels, "pool": train_args.unlabeled_dataset_name or labels}
     # The same command resumes an interrupted run.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)

@@ -1,6 +1,7 @@
 """Checks of rows before any work is done. Each error is one sentence that names the place and one thing to do."""
 
 import contextlib
+import difflib
 import logging
 import math
 import re
@@ -227,9 +228,11 @@ def check_characters(value: Any, where: str) -> None:
 def check_columns(dataset: Any, columns: tuple[str, ...], name: str) -> None:
     """Refuse a dataset that lacks some of the columns."""
     if missing := [column for column in columns if column not in dataset.column_names]:
+        nearest = difflib.get_close_matches(missing[0], dataset.column_names, 1, 0.75)
+        question = f" Did you mean `{nearest[0]}`?" if nearest else ""
         raise ValueError(
             f"`{name}` has no column {' and no column '.join(f'`{column}`' for column in missing)}, only "
-            f"{sorted(dataset.column_names)}; rename or add it."
+            f"{sorted(dataset.column_names)}; rename or add it.{question}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _load_from_hub(name: str, config: str | None) -> dict[str, Dataset]:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or _extension(Path(name)):
-        raise ValueError(f"There is no file or folder {name}; check the path.")
+        folder = Path(name).parent
+        others = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        nearest = difflib.get_close_matches(Path(name).name, others, 1, 0.75)
+        question = f" Did you mean {folder / nearest[0]}?" if nearest else ""
+        raise ValueError(f"There is no file or folder {name}; check the path.{question}")
     try:
         return dict(load_dataset(name, name=config))
     except Exception as error:

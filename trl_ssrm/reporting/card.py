@@ -9,6 +9,29 @@ from .plots import saved_plots
 from .report import round_table
 
 
+def trained_on(round_history: list[dict[str, Any]], model: str, sources: dict[str, str]) -> str:
+    """
+    Say what a model was trained on.
+
+    Args:
+        round_history (`list[dict[str, Any]]`):
+            Facts of each round, as in [`SSRMTrainer.round_history`].
+        model (`str`):
+            Model that the training started from.
+        sources (`dict[str, str]`):
+            Files or dataset IDs of `"labels"` and `"pool"`, as far as they are known.
+
+    Returns:
+        `str`: one sentence.
+    """
+    pool = next((facts["pool_size"] for facts in round_history if "pool_size" in facts), None)
+    parts = {"labels": f"{round_history[0]['num_train_pairs']:,} labeled pairs"}
+    if pool is not None:
+        parts["pool"] = f"{pool:,} unlabeled pairs"
+    named = [f"{words} ({sources[name]})" if name in sources else words for name, words in parts.items()]
+    return f"Trained from {model} on {' and '.join(named)}."
+
+
 def add_rounds(card: Path, model: str, round_history: list[dict[str, Any]], words: list[str]) -> None:
     """
     Write the verdict, the table of the rounds and the plots of the report into a model card, and say what the model was
@@ -22,7 +45,7 @@ def add_rounds(card: Path, model: str, round_history: list[dict[str, Any]], word
         round_history (`list[dict[str, Any]]`):
             Facts of each round, as in [`SSRMTrainer.round_history`].
         words (`list[str]`):
-            The sentences of [`~trl_ssrm.reporting.verdict.verdict`].
+            The sentences of [`~trl_ssrm.reporting.verdict.verdict`], and of [`trained_on`].
     """
     text, heading = card.read_text(encoding="utf-8"), "### Framework versions"
     plots = saved_plots(card.parent / "plots")
@@ -30,11 +53,7 @@ def add_rounds(card: Path, model: str, round_history: list[dict[str, Any]], word
     # TRL names a base model on the hub only, and a repository on the hub in the snippet.
     text = re.sub(r"\[None\]\(https://huggingface.co/None\)", lambda _: f"`{model}`", text)
     text = text.replace('pipeline(model="None"', f'pipeline("text-classification", model="{card.parent}"')
-    pool = next(
-        (f" and {facts['pool_size']:,} unlabeled pairs" for facts in round_history if "pool_size" in facts), ""
-    )
-    data = f"Trained on {round_history[0]['num_train_pairs']:,} labeled pairs{pool}." if round_history else ""
-    text = text.replace("## Quick start", "\n".join([data, *words, "", "## Quick start"]), 1)
+    text = text.replace("## Quick start", "\n".join([*words, "", "## Quick start"]), 1)
     section = f"### Rounds\n\n{round_table(round_history)}\n\n{images}"
     card.write_text(text.replace(heading, section + heading, 1), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Prints each round when it ends: the table of all rounds in a terminal, one line elsewhere."""
+"""Prints three lines a round: what it trains on, what came out, and what was kept. In a terminal, a table of the rounds."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.utils import is_rich_available
 
 from ..rounds.callback import RoundCallback
-from .report import round_line
+from .verdict import round_line
 
 
 if is_rich_available():
@@ -24,10 +24,10 @@ _HELD_OUT = ("eval", "calibration", "cross_fit")
 
 class RoundProgress(RoundCallback):
     """
-    Prints each round when it ends, in the main process.
+    Prints what a round trains on, what came out of it, and which pairs it has kept for the next one, in the main process.
 
     In a terminal, the whole table is printed again after each round, because the bars and logs of a round would separate
-    a single row from the header. Without a terminal, without rich, or with `disable_tqdm`, a round is one plain line.
+    a single row from the header. Without a terminal, without rich, or with `disable_tqdm`, what came out is one plain line.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -49,6 +49,15 @@ class RoundProgress(RoundCallback):
     def on_round_begin(self, args: Any, state: Any, control: Any, **kwargs: Any):
         # Later rounds count from the end of the round before, since labeling is part of them.
         self._start = self._start or time.perf_counter()
+        kind = "labeled" if kwargs["round"] == 0 else "labeled and pseudo-labeled"
+        self.accelerator.print(f"Round {kwargs['round']}: training on {kwargs['num_train_pairs']:,} {kind} pairs")
+
+    def on_labeling_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
+        facts = kwargs["facts"]
+        confidence = f", mean confidence {facts['mean_confidence']:.3f}" if "mean_confidence" in facts else ""
+        self.accelerator.print(
+            f"Round {facts['round'] - 1}: kept {facts['kept']:,} of the {facts['pool_size']:,} pairs of the pool{confidence}"
+        )
 
     def on_round_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
         self.end_round(kwargs["round_history"])
@@ -71,7 +80,7 @@ class RoundProgress(RoundCallback):
             sys.stderr.flush()
             self.console.print(rounds_so_far(round_history, self.seconds))
         else:
-            self.accelerator.print(round_line(round_history[-1]))
+            self.accelerator.print(round_line(round_history))
 
 
 class QuietProgressCallback(ProgressCallback):

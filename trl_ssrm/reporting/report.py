@@ -52,25 +52,6 @@ def _columns(round_history: list[dict[str, Any]]) -> dict[str, str]:
     return {name: title for name, title in columns.items() if name in names}
 
 
-def round_line(facts: dict[str, Any]) -> str:
-    """
-    Describe a round in one line.
-
-    Args:
-        facts (`dict[str, Any]`):
-            Facts of the round, as in [`SSRMTrainer.round_history`].
-
-    Returns:
-        `str`: number of kept pairs, and held-out metrics.
-    """
-    kept = f", kept {facts['kept']} of {facts['pool_size']} pairs" if "kept" in facts else ""
-    endings = ("_accuracy", "_log_loss", "_ece")
-    held_out = [
-        name for name in facts if name.endswith(endings) and not {"calibrated", "adaptive"} & {*name.split("_")}
-    ]
-    return f"Round {facts['round']}{kept}" + "".join(f", {name} {facts[name]:.3f}" for name in held_out)
-
-
 def _in_cell(value: Any) -> str:
     if value is None:
         return "–"
@@ -93,7 +74,7 @@ class RunFiles:
         summaries (`dict[int, dict[str, Any]]`):
             Summaries by [`~trl_ssrm.rounds.labeling_summary.summarize_labeling`], by the same rounds.
         end (`dict[str, Any]`, *optional*):
-            `termination_reason` and `kept_round` of a finished run, otherwise `None`.
+            `termination_reason`, `kept_round` and `trained_on` of a finished run, otherwise `None`.
     """
 
     settings: dict[str, Any]
@@ -204,7 +185,8 @@ def write_report(output_dir: str, path: str | None = None) -> str:
 def _status(run: RunFiles) -> str:
     if run.end is None:
         return f"This run is unfinished: it is still training, or was interrupted. Finished rounds: {len(run.rounds)}."
-    return " ".join(verdict(run.round_history, run.end["termination_reason"], run.end["kept_round"]))
+    words = verdict(run.round_history, run.end["termination_reason"], run.end["kept_round"])
+    return " ".join([*words, run.end["trained_on"]])
 
 
 def _shown_round(run: RunFiles) -> dict[str, Any] | None:

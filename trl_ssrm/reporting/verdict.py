@@ -32,6 +32,31 @@ def verdict(round_history: list[dict[str, Any]], termination_reason: str | None,
     return [*sentences, _next(kept, name, kept_round)]
 
 
+def round_line(round_history: list[dict[str, Any]]) -> str:
+    """
+    Say in one line what the last round has come to.
+
+    Args:
+        round_history (`list[dict[str, Any]]`):
+            Facts of each round so far, as in [`SSRMTrainer.round_history`].
+
+    Returns:
+        `str`: accuracy and log-loss on the first held-out dataset, and their changes against the labels alone; those on the
+        labels that fold models have not seen, if nothing is held out.
+    """
+    first, last = round_history[0], round_history[-1]
+    name, opening = held_out_name(first), f"Round {last['round']}:"
+    if name is not None and last["round"] > 0:
+        changes = ", ".join(_change(first, last, name, key, words) for key, words in _METRICS.items())
+        return f"{opening} {changes}, against the labels alone, on {first[f'{name}_pairs']:,} held-out pairs (`{name}_dataset`)"
+    name = name or ("cross_fit" if last["round"] == 0 and "cross_fit_accuracy" in first else None)
+    if name is None:
+        return f"{opening} trained on {last['num_train_pairs']:,} pairs; nothing is held out to measure it"
+    pairs = "labels, by fold models" if name == "cross_fit" else f"held-out pairs (`{name}_dataset`)"
+    numbers = ", ".join(f"{words} {_number(last[f'{name}_{key}'])}" for key, words in _METRICS.items())
+    return f"{opening} {numbers}, on {last[f'{name}_pairs']:,} {pairs}"
+
+
 def held_out_name(facts: dict[str, Any]) -> str | None:
     """`str` or `None`: the held-out dataset that the verdict speaks of: one to evaluate on, or else the calibration pairs."""
     names = sorted(key.removesuffix("_accuracy") for key in facts if key.endswith("_accuracy"))

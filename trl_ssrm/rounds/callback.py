@@ -21,7 +21,7 @@ class RoundCallback(TrainerCallback):
     A [`~transformers.TrainerCallback`] that is told of rounds too. [`SSRMTrainer`] fires these events beside those of
     transformers, which it fires in every round. Each gets the arguments, state and control of the trainer, and:
 
-    - `on_round_begin`: `round`.
+    - `on_round_begin`: `round`, and `num_train_pairs`, the number of pairs that it trains on.
     - `on_round_end`: `round`, `facts` about it, and `round_history`, the facts of all rounds so far.
     - `on_labeling_begin`: `round`, the round that has ended, `facts` about it, and `settings`, the
       [`~trl_ssrm.rounds.settings.RoundSettings`] of the run.

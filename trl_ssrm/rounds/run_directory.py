@@ -168,9 +168,10 @@ class RunDirectory(RunRoot):
         """Keep the summary of a labeling for the report; see [`summarize_labeling`]."""
         self._write(self.round_dir(round) / "labeling.json", summary)
 
-    def write_end(self, termination_reason: str | None, kept_round: int) -> None:
-        """Keep why the run has ended, and the round that the model comes from."""
-        self._write(self.root / "end.json", {"termination_reason": termination_reason, "kept_round": kept_round})
+    def write_end(self, termination_reason: str | None, kept_round: int, trained_on: str) -> None:
+        """Keep why the run has ended, the round that the model comes from, and what it was trained on, in words."""
+        facts = {"termination_reason": termination_reason, "kept_round": kept_round, "trained_on": trained_on}
+        self._write(self.root / "end.json", facts)
 
     def state_path(self, round: int) -> Path:
         """`Path`: file with the state of the trainer at the end of a round. It exists once the round is trained."""

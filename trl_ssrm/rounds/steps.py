@@ -64,7 +64,7 @@ class RoundSteps(RoundTrainer):
         run, round = self.run, self.round
         if self._is_over:
             return
-        self._tell("on_round_begin", round=round)
+        self._tell("on_round_begin", round=round, num_train_pairs=len(self.train_dataset))
         if self.on_main_process(lambda: run.is_trained(round)):
             # The run was interrupted between training and measuring.
             run.read_weights(run.weights_path(round), self.unwrapped_model)
@@ -192,6 +192,18 @@ class RoundSteps(RoundTrainer):
         if self.settings.keeps_best_round:
             return best_round(self.round_history, self.settings)
         return self.round_history[-1]["round"]
+
+    @property
+    def _ends_of_rounds(self) -> list[dict[str, Any]]:
+        return [log for log in self.state.log_history if "train_loss" in log]
+
+    def _speed(self) -> dict[str, float]:
+        """Seconds of training over all rounds, and samples and steps a second, as [`~trl.RewardTrainer`] has them."""
+        ends = self._ends_of_rounds
+        seconds = sum(end["train_runtime"] for end in ends)
+        rates = ("train_samples_per_second", "train_steps_per_second")
+        totals = {name: sum(end[name] * end["train_runtime"] for end in ends) for name in rates}
+        return {"train_runtime": seconds, **{name: total / max(seconds, 1e-9) for name, total in totals.items()}}
 
     @property
     def _is_over(self) -> bool:
