@@ -1,12 +1,12 @@
 """The temperature that calibrates a model on held-out pairs, and what a round is measured by."""
 
 import logging
-import math
 from typing import Any
 
 import numpy as np
 
 from ..scoring.metrics import calibrated_metrics, paired_change, preference_metrics, reliability_curve
+from ..scoring.pair_scores import sigmoid
 from .select import precision_threshold
 from .settings import RoundSettings
 
@@ -14,8 +14,6 @@ from .settings import RoundSettings
 logger = logging.getLogger(__name__)
 
 TEMPERATURE_RANGE = (0.1, 100.0)
-NUM_TEMPERATURES = 100
-PRIOR_DEVIATION = 0.5
 
 
 def measure(
@@ -119,29 +117,57 @@ def best_round(round_history: list[dict[str, Any]], settings: RoundSettings) -> 
 
 def fit_temperature(logits: np.ndarray) -> float:
     """
-    Temperature for pairs whose preferred completion is known: the most probable one, if its logarithm is normal around 0 with
-    the standard deviation `PRIOR_DEVIATION` before the pairs are seen. A few lucky pairs so move it little, and many decide it.
+    Temperature with the lowest log-loss on pairs whose preferred completion is known.
+
+    The log-loss is convex in `1 / temperature`, so bisection finds the zero of its slope. If the best temperature is below
+    1, we use the largest value up to 1 whose log-loss is within one standard error of the best (the one-standard-error rule
+    of Breiman et al., Classification and Regression Trees, 1984), since a few lucky pairs are enough to ask for a
+    temperature below 1.
 
     Args:
         logits (`np.ndarray` of shape `(num_pairs,)`):
             Pair logits `z = r(chosen) - r(rejected)`.
 
     Returns:
-        `float`: the temperature, within `[0.1, 100]`.
+        `float`: the temperature, within `[0.1, 100]`. If an end of this range is reached, a warning is logged. If all pairs
+        are ranked right, no temperature can be fitted: it is 1, with a warning.
     """
     logits = logits.astype(np.float64)
+    if np.all(logits > 0):
+        logger.warning(
+            f"All {len(logits)} calibration pairs are ranked right, so they fit no temperature and 1 is used. Give "
+            "`calibration_dataset` more or harder pairs."
+        )
+        return 1.0
+    lowest, highest = (1 / temperature for temperature in reversed(TEMPERATURE_RANGE))
 
-    def loss(logarithm: float) -> float:
-        surprise = np.logaddexp(0.0, -logits / math.exp(logarithm)).sum()
-        return float(surprise + (logarithm / PRIOR_DEVIATION) ** 2 / 2)
+    def slope(inverse_temperature: float) -> float:
+        return float(np.mean(-logits * sigmoid(-inverse_temperature * logits)))
 
-    lowest, highest = map(math.log, TEMPERATURE_RANGE)
-    grid = np.linspace(lowest, highest, num=NUM_TEMPERATURES)
-    step = grid[1] - grid[0]
-    best = grid[int(np.argmin([loss(logarithm) for logarithm in grid]))]
-    low, high = max(lowest, best - step), min(highest, best + step)
-    # Between two points of the grid there is one minimum, which thirds close in on.
-    for _ in range(40):
-        first, second = low + (high - low) / 3, high - (high - low) / 3
-        low, high = (low, second) if loss(first) <= loss(second) else (first, high)
-    return float(np.exp((low + high) / 2))
+    for inverse_temperature, wrong_side in ((lowest, slope(lowest) >= 0), (highest, slope(highest) <= 0)):
+        if wrong_side:
+            temperature = _least_sharpening(logits, 1 / inverse_temperature)
+            logger.warning(
+                f"No temperature within {list(TEMPERATURE_RANGE)} is best for the {len(logits)} calibration pairs; "
+                f"{temperature:g} is used. Give `calibration_dataset` more pairs."
+            )
+            return temperature
+    for _ in range(60):
+        middle = (lowest * highest) ** 0.5
+        lowest, highest = (middle, highest) if slope(middle) < 0 else (lowest, middle)
+    return _least_sharpening(logits, 1 / middle)
+
+
+def _least_sharpening(logits: np.ndarray, best: float) -> float:
+    """
+    The highest temperature from the best one to 1 whose log-loss is within one standard error of the lowest. If the best
+    one is not below 1, it is returned.
+    """
+    if best >= 1:
+        return best
+    lowest_losses = np.logaddexp(0.0, -logits / best)
+    for temperature in np.geomspace(1.0, best, num=50):
+        excess = np.logaddexp(0.0, -logits / temperature) - lowest_losses
+        if excess.mean() <= excess.std(ddof=1) / np.sqrt(len(logits)):
+            return float(temperature)
+    return best
