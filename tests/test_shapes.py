@@ -77,6 +77,17 @@ def test_rated_completions():
     assert pool["completions"][:][0] == ["bad", "good", "so-so"] and pool["prompt"][:] == ["p", "q", "t"]
 
 
+def test_dialogues_become_conversations():
+    start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2 + 2?"
+    data = Dataset.from_dict(
+        {"chosen": [f"{start}\n\nAssistant: 4"], "rejected": [f"{start}\n\nAssistant: 5\n\nSure."]}
+    )
+    row = with_known_columns(data, "hh", False, NO_MAP)[0]
+    assert [message["role"] for message in row["prompt"]] == ["user", "assistant", "user"]
+    assert row["chosen"] == [{"role": "assistant", "content": "4"}]
+    assert row["rejected"] == [{"role": "assistant", "content": "5\n\nSure."}]
+
+
 def test_columns_can_be_named():
     data = Dataset.from_dict({"ask": ["p", "q"], "good": ["good", "fine"], "bad": ["bad", "poor"]})
     named = {"prompt": "ask", "chosen": "good", "rejected": "bad"}

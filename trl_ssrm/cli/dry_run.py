@@ -1,5 +1,7 @@
 """What a run would cost, counted on its tokenized data, before a step is made."""
 
+import itertools
+import time
 from dataclasses import astuple, dataclass
 from math import ceil
 
@@ -64,6 +66,9 @@ class RoundCost:
     training_tokens: int
     is_exact: bool
     scoring: Work
+
+
+NUM_TIMED_BATCHES = 3
 
 
 def round_costs(trainer: SSRMTrainer) -> list[RoundCost]:
@@ -145,6 +150,7 @@ def dry_run(trainer: SSRMTrainer) -> str:
         f"Tokens in all: {_mark(all(cost.is_exact for cost in costs))}"
         f"{sum(cost.training_tokens for cost in costs):,} to train, {sum(cost.scoring.tokens for cost in costs):,} to score.",
         *_pretraining(trainer, costs[0]),
+        _duration(trainer, costs),
         "Training is what all models of a round read in an epoch; ≤ is where the selection decides. Models: the round's own, "
         "and one for each fold.",
     ]
@@ -170,6 +176,33 @@ def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> list[str]:
     if trainer.settings.pretrains == "if_better":
         line += f" If it helps, the {first.num_models - 1} fold models are trained a second time, from its weights."
     return [line]
+
+
+def _duration(trainer: SSRMTrainer, costs: list[RoundCost]) -> str:
+    """How long the rounds take, from the time of a few batches of the labeled pairs in this process."""
+    model, seconds, tokens = trainer.model, 0.0, 0
+    model.train()
+    for number, inputs in enumerate(itertools.islice(trainer.get_train_dataloader(), 1 + NUM_TIMED_BATCHES)):
+        start = time.perf_counter()
+        with trainer.accelerator.autocast():
+            loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(inputs)))
+        loss.backward()
+        model.zero_grad()
+        # The first batch is slower than the others.
+        if number > 0 or len(trainer.train_dataset) <= trainer.args.train_batch_size:
+            seconds += time.perf_counter() - start
+            tokens += int(inputs["attention_mask"].sum())
+    batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    steps = sum(
+        trainer.args.max_steps * cost.num_models
+        if cost.num_epochs is None
+        else ceil(cost.num_epochs * cost.training.pairs / batch)
+        for cost in costs
+    )
+    # A step reads a token three times as long as scoring does.
+    read = sum(cost.training_tokens + cost.scoring.tokens / 3 for cost in costs)
+    minutes = read * seconds / max(tokens, 1) / trainer.args.world_size / 60
+    return f"Steps: about {steps:,}. Time: about {max(minutes, 0.1):.1f} minutes, by the speed of {NUM_TIMED_BATCHES} batches here."
 
 
 def _table(costs: list[RoundCost], max_steps: int) -> list[str]:

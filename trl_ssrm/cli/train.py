@@ -5,6 +5,7 @@ With arguments for `accelerate launch`, or several accelerators, the command sta
 `trl reward` does. Otherwise it trains in its own process.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -28,6 +29,8 @@ from .. import SSRMConfig, SSRMTrainer
 from ..io.hub import check_model_is_there
 from ..io.shapes import with_known_columns
 from ..io.sources import load_data, load_splits
+from ..models.calibration import load_temperature
+from ..models.loading import suppress_load_report
 from .arguments import TrainingParser
 from .dry_run import dry_run
 from .errors import ERROR, INTERRUPTED, sentence, take_debug, tell
@@ -64,6 +67,8 @@ class TrainArguments:
             without it; see [`~trl_ssrm.io.shapes.with_known_columns`].
         padding_token (`str`, *optional*):
             Padding token. PPO needs one that differs from the end token. If `None`, the tokenizer's own.
+        verbose (`bool`, *optional*, defaults to `False`):
+            Whether the logs of the steps and of the libraries are shown on the console.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to check data, model and settings, print the cost of each round, and train nothing.
     """
@@ -102,6 +107,9 @@ class TrainArguments:
         default=None,
         metadata={"help": "Padding token. PPO needs one that differs from the end token. Default: the tokenizer's."},
     )
+    verbose: bool = field(
+        default=False, metadata={"help": "Show the logs of the steps, and what libraries have to say, on the console."}
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check data, model and settings, print the cost of each round, and train nothing."},
@@ -137,6 +145,8 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
         raise ValueError("Pass `--model_name_or_path`, the model to start from.")
     if train_args.dataset_name is None:
         raise ValueError("Pass `--dataset_name`, the labeled pairs.")
+    if train_args.verbose:
+        training_args.log_level = "info"
     # The parser has turned text into a dictionary.
     given = training_args.model_init_kwargs
     training_args.model_init_kwargs = {
@@ -150,14 +160,15 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
     tokenizer = None
     if train_args.padding_token is not None:
         tokenizer = _load_tokenizer(train_args.padding_token, training_args, model_args)
-    return SSRMTrainer(
-        model=str(model_args.model_name_or_path),
-        args=training_args,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
-        **data,
-    )
+    with contextlib.nullcontext() if train_args.verbose else suppress_load_report():
+        return SSRMTrainer(
+            model=str(model_args.model_name_or_path),
+            args=training_args,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+            quantization_config=get_quantization_config(model_args),
+            **data,
+        )
 
 
 def _load_tokenizer(padding_token: str, training_args: SSRMConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:
@@ -253,7 +264,8 @@ def train(train_args: TrainArguments, training_args: SSRMConfig, model_args: Mod
     # The same command resumes an interrupted run.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model: {training_args.output_dir}")
+    temperature = load_temperature(str(training_args.output_dir)) if trainer.args.should_save else 1.0
+    trainer.accelerator.print(f"Model: {training_args.output_dir}, saved with the temperature {temperature:.3f}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=train_args.dataset_name)
 

@@ -1,6 +1,7 @@
 """The usual shapes of preference files, and columns with other names, turned into the columns that TRL reads."""
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ PAIRS = tuple(
 )
 WINNERS = ("winner", "preferred", "preference", "label", "better")
 SCORES = ("overall_score", "score", "rating")
+_TURN = "\n\n"
 TIES = ("tie", "tie (bothbad)", "both", "equal", "same", "none", "")
 
 
@@ -24,8 +26,8 @@ def with_known_columns(dataset: Dataset, name: str, is_pool: bool, columns: dict
     """
     Give the columns of a dataset the names that TRL reads, and say so in the log.
 
-    Two shapes are converted besides: two completions with a column that names the better one, and a list of rated completions.
-    Of these, labeled rows become `chosen` and `rejected`, without the ties, and rows of a pool lose their label.
+    Three shapes are converted besides: two completions with a column that names the better one, a list of rated completions, and
+    two dialogues of `Human:` and `Assistant:`, which become conversations. Of the first two, labeled rows become `chosen` and `rejected`, without the ties, and rows of a pool lose their label.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -54,9 +56,37 @@ def with_known_columns(dataset: Dataset, name: str, is_pool: bool, columns: dict
                 f"{name} has a column `{target}` already, so `{given}` can't stand for it; leave one out."
             )
     dataset = dataset.rename_columns(renamed) if renamed else dataset
+    if {"chosen", "rejected"} <= set(dataset.column_names) and _are_dialogues(dataset):
+        _say(name, ["chosen", "rejected"], "conversations: they are dialogues of `Human:` and `Assistant:`")
+        return dataset.map(_as_conversations, remove_columns=["chosen", "rejected"])
     if not {"chosen", "rejected"} & set(dataset.column_names):
         dataset = _converted(dataset, name, is_pool)
     return dataset
+
+
+def _are_dialogues(dataset: Dataset) -> bool:
+    """Whether both completions of the first row are dialogues as those of HH, which begin with a turn of a person."""
+    row = dataset[0]
+    texts = [row["chosen"], row["rejected"]]
+    return all(isinstance(text, str) and text.startswith(f"{_TURN}Human:") for text in texts) and "prompt" not in row
+
+
+def _as_conversations(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of HH with `prompt`, the messages in common, and the other messages of `chosen` and `rejected`."""
+    chosen, rejected = (_messages(row[name]) for name in ("chosen", "rejected"))
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
+
+
+def _messages(text: str) -> list[dict[str, str]]:
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = re.split(rf"{_TURN}(Human|Assistant):", text)[1:]
+    return [
+        {"role": roles[speaker], "content": content.strip()}
+        for speaker, content in zip(turns[::2], turns[1::2], strict=True)
+    ]
 
 
 def _converted(dataset: Dataset, name: str, is_pool: bool) -> Dataset:

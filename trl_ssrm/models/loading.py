@@ -273,13 +273,16 @@ def _output_embedding(
 
 @contextlib.contextmanager
 def suppress_load_report() -> Iterator[None]:
-    """Silence the warning of transformers about a missing score layer, where the caller sets its weights."""
-    verbosity = logging.get_verbosity()
+    """Load without a bar, and without the warning of transformers about a missing score layer, which is trained."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def load_policy(

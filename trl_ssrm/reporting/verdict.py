@@ -1,5 +1,6 @@
 """The verdict on a run in a few sentences: did the pool help, where does the model come from, and what to do next."""
 
+import math
 from typing import Any
 
 
@@ -123,9 +124,11 @@ def _selection(reason: str | None, last: dict[str, Any]) -> str | None:
     if reason != "nothing_selected":
         return None
     if "highest_precision" in last:
+        floor = math.floor(last["highest_precision"] * 100) / 100
+        lower = f"Set it to {floor:.2f}, or g" if floor > 0.5 else "G"
         return (
             f"The held-out labels can confirm that at most {_number(last['highest_precision'])} of the pseudo-labels are right, "
-            f"and `target_precision` asks for {_number(last['target_precision'])}. Lower it, or give more labels."
+            f"and `target_precision` asks for {_number(last['target_precision'])}. {lower}ive more labels."
         )
     return "Lower `confidence_threshold`, or train round 0 longer. `pseudo_label_type='soft'` without a threshold uses every pair."
 
