@@ -168,3 +168,12 @@ def test_labels_of_a_part_never_reach_its_model(make_trainer, labeled, tmp_path)
     # The labels are turned, and so are the logits of chosen over rejected.
     assert np.array_equal(without[0], -without[1])
     assert not np.array_equal(np.abs(with_part[0]), np.abs(with_part[1]))
+
+
+def test_labels_that_teach_nothing_end_the_rounds(make_trainer, held_out):
+    # The calibration pairs are labeled against what the model learns.
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in held_out]
+    settings = {"pseudo_label_type": "soft", "confidence_threshold": None, "num_train_epochs": 8, "num_rounds": 1}
+    trainer = make_trainer(**settings, calibration_dataset=turned)
+    trainer.train()
+    assert trainer.termination_reason == "nothing_learned" and len(trainer.round_history) == 1

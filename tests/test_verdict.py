@@ -69,6 +69,14 @@ def test_what_the_labels_can_confirm_is_said_where_nothing_was_selected():
     assert "Lower `confidence_threshold`" in " ".join(verdict(history(0, 0)[:1], "nothing_selected", 0))
 
 
+def test_labels_that_taught_nothing_are_named():
+    words = " ".join(verdict(history(0, 0)[:1], "nothing_learned", 0))
+    assert (
+        "After round 0 the model was no better than chance on labels that it had not seen; the model is from round 0"
+        in words
+    )
+
+
 def test_round_is_one_line():
     assert round_line(history(0.05, -0.1)[:1]) == (
         "Round 0: accuracy 0.650, log-loss 0.700, on 400 held-out pairs (`eval_dataset`)"

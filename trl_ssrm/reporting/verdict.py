@@ -16,7 +16,7 @@ def verdict(round_history: list[dict[str, Any]], termination_reason: str | None,
         round_history (`list[dict[str, Any]]`):
             Facts of each round, as in [`SSRMTrainer.round_history`].
         termination_reason (`str` or `None`):
-            `"max_rounds"`, `"nothing_selected"`, `"no_change"`, or the reason of a callback that ended the rounds. `None` if
+            `"max_rounds"`, `"nothing_selected"`, `"nothing_learned"`, `"no_change"`, or the reason of a callback that ended the rounds. `None` if
             that callback gave no reason.
         kept_round (`int`):
             The round whose weights the model has.
@@ -109,6 +109,7 @@ def _origin(reason: str | None, last: int, kept: int, first: dict[str, Any]) -> 
     reasons = {
         "max_rounds": f"Round {last} was the last one",
         "nothing_selected": f"After round {last} nothing was selected",
+        "nothing_learned": f"After round {last} the model was no better than chance on labels that it had not seen",
         "no_change": f"After round {last} the same pairs were kept with the same labels as before",
         None: f"The rounds ended after round {last}",
     }

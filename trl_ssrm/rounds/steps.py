@@ -12,7 +12,7 @@ from ..io.storage import content_hash
 from ..scoring.pair_scores import PairScores
 from ..scoring.score import NonFiniteScoreError
 from .annotation import most_useful, write_for_labeling
-from .calibrate import best_round, changes, measure, reliability
+from .calibrate import TEMPERATURE_RANGE, best_round, changes, measure, reliability
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .folds import Folds
 from .label import (
@@ -179,6 +179,9 @@ class RoundSteps(RoundTrainer):
         """`str` or `None`: why the next round is not trained, if it is not."""
         if not len(labels["pair"]):
             return "nothing_selected"
+        if self.settings.has_soft_labels and self.round_history[self.round]["temperature"] >= TEMPERATURE_RANGE[1]:
+            # The best that calibration can make of this model is to call every pair even.
+            return "nothing_learned"
         if self.control.should_training_stop:
             return "callback"
         if self.round == 0 or self.args.pool_per_round == "shard":
