@@ -155,7 +155,7 @@ def test_environment(capsys):
         (["train", "--num_rounds", "many"], "argument --num_rounds/--num-rounds: invalid int value: 'many'"),
         (["train", "--num_rounds", "-1"], "`num_rounds` must be at least 0, got -1."),
         (["train", "--config", "one.yaml", "--config=two.yaml"], "pass `--config` once, followed by one file"),
-        (["train", "--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
+        (["train", "--config", "none.yaml"], "There is no file none.yaml; `--config` takes a YAML file"),
         (["train", "--accelerate_config", "none"], "Accelerate config none is neither a file nor"),
         (["train", "--dry_run"], "Pass `--model_name_or_path`, the model to start from."),
         (["train", "--dry_run", "--model_name_or_path", "none"], "Pass `--dataset_name`, the labeled pairs."),

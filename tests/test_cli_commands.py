@@ -77,12 +77,14 @@ def test_label_writes_what_dpo_reads(llama, tmp_path, capsys):
     assert main(argv) == 0
     assert re.search(r"pairs out of 12 rows, mean confidence 0\.\d+: .*train\.parquet", capsys.readouterr().out)
     labeled = load_dataset(str(tmp_path / "labels"), split="train")
-    assert set(labeled.column_names) == {"prompt", "chosen", "rejected", "margin", "confidence"}
+    assert set(labeled.column_names) == {"prompt", "chosen", "rejected", "reward_margin", "confidence"}
     assert 12 < len(labeled) <= 36 and min(labeled["confidence"]) >= 0.501
     # The settings arrive: at another temperature, the same margins have another confidence.
     assert main([*argv[:-2], "--temperature", "1", "--output_dir", str(tmp_path / "other"), "--disable_tqdm"]) == 0
     other = load_dataset(str(tmp_path / "other"), split="train")
-    assert max(other["confidence"]) < max(labeled["confidence"]) and max(other["margin"]) == max(labeled["margin"])
+    assert max(other["confidence"]) < max(labeled["confidence"]) and max(other["reward_margin"]) == max(
+        labeled["reward_margin"]
+    )
 
 
 def recorder(calls: dict, name: str, result=None):
@@ -162,7 +164,7 @@ def test_quickstart_trains_a_real_model_on_real_text(tmp_path, capsys):
     settings |= {"num_train_epochs": 1, "num_rounds": 1, "confidence_threshold": 0.5, "use_cpu": True}
     assert main(["quickstart", *flags({**settings, "all_labels_num_train_epochs": 1, "disable_tqdm": True})]) == 0
     output = capsys.readouterr().out
-    table = output[output.index("log-loss") :].splitlines()
+    table = output[output.index("accuracy  log-loss") :].splitlines()
     assert [line[:16].strip() for line in table[1:4]] == ["labeled only", "SSRM, round 1", "all labels"]
     assert "What does " in output
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=1)

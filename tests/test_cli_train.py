@@ -124,7 +124,15 @@ def test_process_that_trains_tells_its_error_in_one_line(run_settings, capsys, m
 def test_one_process_trains_without_a_launcher(run_settings, capsys):
     assert main(["train", *flags({**run_settings, "disable_tqdm": True})]) == 0
     # Only what this process prints is captured.
-    assert capsys.readouterr().out.endswith(f"Model: {run_settings['output_dir']}\n")
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"Model: {run_settings['output_dir']}, saved with the temperature 1.000\n")
+    # Three lines a round.
+    lines = [line for line in printed.splitlines() if line.startswith("Round 0: ")]
+    assert (
+        len(lines) == 3
+        and lines[0] == "Round 0: training on 16 labeled pairs"
+        and lines[2].startswith("Round 0: kept")
+    )
     AutoModelForSequenceClassification.from_pretrained(run_settings["output_dir"], num_labels=1)
 
 
@@ -136,7 +144,7 @@ def test_interrupted_training_is_resumed(launcher, run_settings, data, tmp_path,
     arguments = ["--config", str(tmp_path / "train.yaml"), "--seed", "3"]
     process = start("train", *arguments, *launcher)
     # Round 0 is over, and the pool is labeled for the next one.
-    assert any("'pool_size'" in line for line in process.stdout), process.communicate()[1][-3000:]
+    assert any(" pairs of the pool" in line for line in process.stdout), process.communicate()[1][-3000:]
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors[-3000:]
@@ -147,8 +155,8 @@ def test_interrupted_training_is_resumed(launcher, run_settings, data, tmp_path,
     parsed, _ = make_train_parser().parse(arguments)
     train(*parsed)
     printed = capsys.readouterr().out
-    assert f"Resuming the run in {tmp_path / 'run'} after round 0." in printed and "Round 1, kept" in printed
-    assert printed.endswith(f"Model: {tmp_path / 'run'}\n")
+    assert f"Resuming the run in {tmp_path / 'run'} after round 0." in printed and "Round 1: accuracy" in printed
+    assert f"Model: {tmp_path / 'run'}, saved with the temperature " in printed
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=1)
 
 

@@ -71,7 +71,7 @@ OF_OTHERS = {
     "amx_bf16",
     "round_N",  # the number of a round in a path
 }
-EXTENSIONS = "cff|csv|gitignore|html|json|jsonl|md|parquet|pt|pth|py|sh|yaml"
+EXTENSIONS = "cff|csv|gitignore|html|ipynb|json|jsonl|md|parquet|pt|pth|py|sh|yaml"
 
 
 @functools.cache

@@ -238,7 +238,8 @@ def test_both_orders_teach_that_the_order_says_nothing(
 
 
 def test_folds_of_a_pairwise_model_are_asked_in_both_orders(causal, pairwise_config, labeled, unlabeled):
-    args = pairwise_config(num_folds=2, num_rounds=0, comparison_orders="both", num_train_epochs=10)
+    settings = {"num_folds": 2, "num_rounds": 0, "pretrain_on_pool": False}
+    args = pairwise_config(**settings, comparison_orders="both", num_train_epochs=10)
     trainer = SSRMTrainer(causal(), args, train_dataset=labeled, unlabeled_dataset=unlabeled)
     scores, real = [], trainer.score_pairs
     trainer.score_pairs = lambda pairs, name, **kwargs: scores.append(real(pairs, name, **kwargs)) or scores[-1]

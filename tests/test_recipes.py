@@ -43,7 +43,7 @@ def test_recommendation_learns_from_clicks_and_ranks_books(bert, tmp_path):
         "all_labels_num_train_epochs": 1,
     }
     output = run_recipe("recommendation", **settings)
-    table = output[output.index("log-loss") :].splitlines()
+    table = output[output.index("accuracy  log-loss") :].splitlines()
     titles = ["labeled only", "SSRM, round 1", "all labels", "liking itself"]
     assert [line[:16].strip() for line in table[1:5]] == titles
     first, mean, best = map(

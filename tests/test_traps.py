@@ -58,7 +58,7 @@ TRAPS = {
                 {"prompt": row["prompt"], "chosen": row["chosen"], "rejectd": row["rejected"]} for row in LABELS
             ]
         },
-        "Did you mean `rejectd`?",
+        "Did you mean",
     ),
     "file": ({"lables.csv": LABELS, "labels.csv": None}, "Did you mean"),
     "thresholds": ({}, "both choose the threshold; set one of them"),

@@ -132,7 +132,18 @@ class PairwiseJudge:
         return self.comparison.max_length
 
     def tokenize_pair(self, prompt: Any, first: Any, second: Any) -> tuple[list[int], list[int]]:
-        """`tuple[list[int], list[int]]`: token IDs of both orders of a comparison."""
+        """
+        Token IDs of a prompt with each of two completions, in the form that a teacher of a pool gives them.
+
+        Args:
+            prompt (`str` or `list[dict[str, Any]]`):
+                Text or conversation.
+            first, second (`str` or `list[dict[str, Any]]`):
+                The completions, as text or messages.
+
+        Returns:
+            `tuple[list[int], list[int]]`: the token IDs of both orders of the comparison.
+        """
         return self.comparison.tokenize(self.processing_class, prompt, first, second)
 
     def judge(self, prompts: Sequence, pairs: Sequence[tuple[Any, Any]]) -> list[float]:

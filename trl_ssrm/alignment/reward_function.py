@@ -149,7 +149,18 @@ class SSRMRewardFunction:
         return self.num_positions
 
     def tokenize_pair(self, prompt, first, second) -> tuple[list[int], list[int]]:
-        """`tuple[list[int], list[int]]`: token IDs of a prompt with each of two completions."""
+        """
+        Token IDs of a prompt with each of two completions, in the form that a teacher of a pool gives them.
+
+        Args:
+            prompt (`str` or `list[dict[str, Any]]`):
+                Text or conversation.
+            first, second (`str` or `list[dict[str, Any]]`):
+                The completions, as text or messages.
+
+        Returns:
+            `tuple[list[int], list[int]]`: the token IDs of each sequence.
+        """
         return self.tokenize(prompt, first), self.tokenize(prompt, second)
 
     def __call__(self, prompts: list, completions: list, **kwargs: Any) -> list[float]:
