@@ -112,7 +112,7 @@ def main(script_args: RecommendationArguments, training_args: SSRMConfig, model_
     trainer.save_model(training_args.output_dir)
     columns, rows = ("num_train_pairs", "eval_accuracy", "eval_log_loss"), []
     for number, facts in enumerate(trainer.round_history):
-        rows.append((f"SSRM, round {number}" if number else "labeled only", *(facts[name] for name in columns)))
+        rows.append((f"SSRM, round {number}" if number else "labels alone", *(facts[name] for name in columns)))
 
     # The reference: a model that is trained with the hidden clicks.
     directory = os.path.join(training_args.output_dir, "all_labels")
@@ -125,9 +125,9 @@ def main(script_args: RecommendationArguments, training_args: SSRMConfig, model_
     odds = np.array(held_out["odds"])
     rows.append(("liking itself", 0, np.mean(odds > 0), np.mean(np.logaddexp(0, -odds))))
 
-    print(f"\n{'':16} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
+    print(f"\n{'':22} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
     for title, pairs, accuracy, log_loss in rows:
-        print(f"{title:16} {pairs:6} {accuracy:9.3f} {log_loss:9.3f}")
+        print(f"{title:22} {pairs:6} {accuracy:9.3f} {log_loss:9.3f}")
 
     # Use the model: order twenty books for readers that were in no training.
     reward, firsts = SSRMRewardFunction(training_args.output_dir), []

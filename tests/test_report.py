@@ -409,3 +409,27 @@ def test_script_in_a_prompt_does_not_run_even_were_it_not_escaped(browser, copy)
     path.write_text(raw.replace("Content-Security-Policy", "nothing"), encoding="utf-8")
     opened(browser, path)
     assert browser.title == "run"
+
+
+def test_run_with_the_default_settings_has_a_report(llama, held_out, tmp_path):
+    args = SSRMConfig(
+        output_dir=str(tmp_path / "run"),
+        report_to="none",
+        bf16=False,
+        gradient_checkpointing=False,
+        learning_rate=3e-3,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    data = {
+        name: Dataset.from_list(preference_rows(size, seed))
+        for name, size, seed in (("train", 16, 1), ("unlabeled", 30, 2))
+    }
+    trainer = SSRMTrainer(
+        llama, args, train_dataset=data["train"], unlabeled_dataset=data["unlabeled"], eval_dataset=held_out
+    )
+    trainer.train()
+    page = Page(tmp_path / "run" / "report.html")
+    assert "held-out pairs (`eval_dataset`)" in page.text and "Trained from " in page.text
+    assert page.tags["svg"] >= 5

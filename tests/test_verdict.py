@@ -25,11 +25,11 @@ def history(accuracy_change: float, log_loss_change: float, error: float = 0.01)
 @pytest.mark.parametrize(
     ("changed", "opening", "advice"),
     [
-        ((0.05, -0.1), "The pool helped: accuracy 0.650 to 0.700 (+0.050 ± 0.020), log-loss 0.700 to 0.600 (−0.100 ± 0.020)", "larger pool"),
-        ((0.01, -0.1), "The pool helped", "larger pool"),
-        ((0.01, -0.01), "The pool made no difference that these pairs can show", "label more pairs"),
-        ((-0.05, 0.0), "The pool did harm", "go back to round 0"),
-        ((0.05, 0.4), "The pool raised the accuracy and made the probabilities worse", "pseudo_label_type='soft'"),
+        ((0.05, -0.1), "The pseudo-labels helped: accuracy 0.650 to 0.700 (+0.050 ± 0.020), log-loss 0.700 to 0.600 (−0.100 ± 0.020)", "larger pool"),
+        ((0.01, -0.1), "The pseudo-labels helped", "larger pool"),
+        ((0.01, -0.01), "The pseudo-labels made no difference that these pairs can show", "label more pairs"),
+        ((-0.05, 0.0), "The pseudo-labels did harm", "go back to round 0"),
+        ((0.05, 0.4), "The pseudo-labels raised the accuracy and made the probabilities worse", "pseudo_label_type='soft'"),
     ],
 )  # fmt: skip
 def test_first_sentence_says_whether_the_pool_helped(changed, opening, advice):
@@ -45,7 +45,7 @@ def test_kept_round_is_named_with_the_reason():
     )
     assert words[1] == (
         "Round 1 was the last one; round 0 had the lowest log-loss on `calibration_dataset`, so the model is from round 0, "
-        "the 96 labels alone."
+        "which was trained on the 96 labels."
     )
 
 
@@ -102,4 +102,4 @@ def test_changes_are_paired(caplog):
     found = changes({"eval": after, "new": after}, {"eval": before}, 1)
     assert found == {f"eval_{name}": value for name, value in facts.items()} and not caplog.text
     changes({"eval": before}, {"eval": after}, 1)
-    assert "Round 1 is worse than the labels alone on `eval_dataset`: accuracy -0.080" in caplog.text
+    assert "Round 1 is worse than round 0 on `eval_dataset`: accuracy -0.080" in caplog.text

@@ -24,6 +24,7 @@ from .models.backbone import freeze_backbone
 from .models.calibration import save_temperature
 from .models.classifier import complete_config
 from .models.comparison import Comparison
+from .models.loading import suppress_load_report
 from .models.sharding import check_sharding
 from .models.tokenizers import model_id
 from .reporting.card import add_rounds, copy_card, trained_on
@@ -182,21 +183,22 @@ class SSRMTrainer(RoundSteps):
         given.load_adapter()
         if given.is_pairwise:
             self.comparison = given.prepare_pairwise(data_collator)
-        super().__init__(
-            model=given.model,
-            args=given.args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=given.processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=given.quantization_config,
-            peft_config=given.peft_config,
-        )
+        with suppress_load_report() if self.has_pool else contextlib.nullcontext():
+            super().__init__(
+                model=given.model,
+                args=given.args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=given.processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=given.quantization_config,
+                peft_config=given.peft_config,
+            )
         self._prepare_model(given.is_quantized)
         if data_collator is None and (self.has_pool or self.comparison is not None):
             self.data_collator = self._default_collator()

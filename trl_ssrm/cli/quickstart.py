@@ -195,9 +195,10 @@ def load_pairs(args: QuickstartArguments, seed: int) -> tuple[Dataset, Dataset, 
 
 def print_comparison(round_history: list[dict[str, Any]], all_labels: dict[str, float]) -> None:
     """Print the held-out metrics of each round, and those of the reference model."""
-    print(f"\n{'':16} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
+    print(f"\n{'':22} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
     for facts in round_history:
-        title = "labeled only" if facts["round"] == 0 else f"SSRM, round {facts['round']}"
-        print(f"{title:16} {facts['num_train_pairs']:6} {facts['eval_accuracy']:9.3f} {facts['eval_log_loss']:9.3f}")
+        first = "pretraining and labels" if facts.get("is_pretrained") else "labels alone"
+        title = first if facts["round"] == 0 else f"SSRM, round {facts['round']}"
+        print(f"{title:22} {facts['num_train_pairs']:6} {facts['eval_accuracy']:9.3f} {facts['eval_log_loss']:9.3f}")
     metrics = f"{all_labels['accuracy']:9.3f} {all_labels['log_loss']:9.3f}"
-    print(f"{'all labels':16} {all_labels['num_train_pairs']:6} {metrics}")
+    print(f"{'all labels':22} {all_labels['num_train_pairs']:6} {metrics}")

@@ -5,7 +5,6 @@ With arguments for `accelerate launch`, or several accelerators, the command sta
 `trl reward` does. Otherwise it trains in its own process.
 """
 
-import contextlib
 import logging
 import os
 import signal
@@ -30,7 +29,6 @@ from ..io.hub import check_model_is_there
 from ..io.shapes import with_known_columns
 from ..io.sources import load_data, load_splits
 from ..models.calibration import load_temperature
-from ..models.loading import suppress_load_report
 from .arguments import TrainingParser
 from .dry_run import dry_run
 from .errors import ERROR, INTERRUPTED, sentence, take_debug, tell
@@ -160,15 +158,14 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
     tokenizer = None
     if train_args.padding_token is not None:
         tokenizer = _load_tokenizer(train_args.padding_token, training_args, model_args)
-    with contextlib.nullcontext() if train_args.verbose else suppress_load_report():
-        return SSRMTrainer(
-            model=str(model_args.model_name_or_path),
-            args=training_args,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-            quantization_config=get_quantization_config(model_args),
-            **data,
-        )
+    return SSRMTrainer(
+        model=str(model_args.model_name_or_path),
+        args=training_args,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+        **data,
+    )
 
 
 def _load_tokenizer(padding_token: str, training_args: SSRMConfig, model_args: ModelConfig) -> PreTrainedTokenizerBase:

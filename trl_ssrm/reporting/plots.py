@@ -196,20 +196,21 @@ def _metric_plot(history: list[dict[str, Any]], metric: str) -> Plot | None:
         if (calibrated := f"{name}_calibrated_{metric}") in history[0]:
             kinds.append((calibrated, f"{in_words(name)}, calibrated", {"ls": ":", "mfc": "none"}))
         for key, label, style in kinds:
-            values = [facts[key] for facts in history]
-            axes.plot(rounds, values, color=color, marker=marker, label=label, **style)
-            described.append(f"{label} {_numbers(values)}")
-        if len(rounds) > 1:
+            # Fold models measure round 0 alone, and a temperature of 1 calibrates nothing.
+            known = {facts["round"]: facts[key] for facts in history if key in facts}
+            axes.plot(list(known), list(known.values()), color=color, marker=marker, label=label, **style)
+            described.append(f"{label} {_numbers(list(known.values()))}")
+        if f"{name}_{metric}" in history[-1] and len(rounds) > 1:
             # One entry of the legend stands for the lines of all datasets.
             axes.axhline(
                 history[0][f"{name}_{metric}"],
                 color=GRAY if len(names) == 1 else color,
                 ls="--",
-                label="labeled only" if number == len(names) - 1 else None,
+                label="round 0" if number == len(names) - 1 else None,
             )
     axes.set(xlabel="round", ylabel=f"held-out {words}", xticks=rounds)
     _legend(axes)
-    reference = " Dashed: round 0, trained on the labels alone." if len(rounds) > 1 else ""
+    reference = " Dashed: round 0, before the first pseudo-labels." if len(rounds) > 1 else ""
     return Plot(metric, f"Held-out {words} from round 0 on: {'; '.join(described)}.{reference}", figure)
 
 

@@ -42,14 +42,14 @@ def round_line(round_history: list[dict[str, Any]]) -> str:
             Facts of each round so far, as in [`SSRMTrainer.round_history`].
 
     Returns:
-        `str`: accuracy and log-loss on the first held-out dataset, and their changes against the labels alone; those on the
-        labels that fold models have not seen, if nothing is held out.
+        `str`: accuracy and log-loss on the first held-out dataset, and their changes since round 0; those on the labels that fold models have not seen, if nothing is held out.
     """
     first, last = round_history[0], round_history[-1]
     name, opening = held_out_name(first), f"Round {last['round']}:"
     if name is not None and last["round"] > 0:
         changes = ", ".join(_change(first, last, name, key, words) for key, words in _METRICS.items())
-        return f"{opening} {changes}, against the labels alone, on {first[f'{name}_pairs']:,} held-out pairs (`{name}_dataset`)"
+        pairs = f"{first[f'{name}_pairs']:,} held-out pairs (`{name}_dataset`)"
+        return f"{opening} {changes}, against {_baseline(first)}, on {pairs}"
     name = name or ("cross_fit" if last["round"] == 0 and "cross_fit_accuracy" in first else None)
     if name is None:
         return f"{opening} trained on {last['num_train_pairs']:,} pairs; nothing is held out to measure it"
@@ -71,21 +71,26 @@ def _effect(first: dict[str, Any], kept: dict[str, Any], name: str | None) -> st
     pairs = f"{first[f'{name}_pairs']:,} held-out pairs (`{name}_dataset`)"
     if kept["round"] == 0:
         numbers = " and ".join(f"{words} {_number(first[f'{name}_{key}'])}" for key, words in _METRICS.items())
-        return f"The model has learned from the labels alone: {numbers} on {pairs}."
+        return f"The model has learned from {_baseline(first)}: {numbers} on {pairs}."
     effects = [_direction(kept, name, "accuracy", 1), _direction(kept, name, "log_loss", -1)]
     opening = {
-        (1, 1): "The pool helped",
-        (0, 1): "The pool helped",
-        (1, 0): "The pool helped",
-        (0, 0): "The pool made no difference that these pairs can show",
-        (0, -1): "The pool did harm",
-        (-1, 0): "The pool did harm",
-        (-1, -1): "The pool did harm",
-        (1, -1): "The pool raised the accuracy and made the probabilities worse",
-        (-1, 1): "The pool lowered the accuracy and made the probabilities better",
+        (1, 1): "The pseudo-labels helped",
+        (0, 1): "The pseudo-labels helped",
+        (1, 0): "The pseudo-labels helped",
+        (0, 0): "The pseudo-labels made no difference that these pairs can show",
+        (0, -1): "The pseudo-labels did harm",
+        (-1, 0): "The pseudo-labels did harm",
+        (-1, -1): "The pseudo-labels did harm",
+        (1, -1): "The pseudo-labels raised the accuracy and made the probabilities worse",
+        (-1, 1): "The pseudo-labels lowered the accuracy and made the probabilities better",
     }[effects[0], effects[1]]
     changes = ", ".join(_change(first, kept, name, key, words) for key, words in _METRICS.items())
-    return f"{opening}: {changes}, against the labels alone, on {pairs}."
+    return f"{opening}: {changes}, against {_baseline(first)}, on {pairs}."
+
+
+def _baseline(first: dict[str, Any]) -> str:
+    """What round 0 has learned from, which later rounds are compared with."""
+    return "pretraining and the labels" if first.get("is_pretrained") else "the labels alone"
 
 
 _METRICS = {"accuracy": "accuracy", "log_loss": "log-loss"}
@@ -114,7 +119,9 @@ def _origin(reason: str | None, last: int, kept: int, first: dict[str, Any]) -> 
         None: f"The rounds ended after round {last}",
     }
     why = reasons.get(reason, f"The rounds ended after round {last} ({reason})")
-    model = f"from round {kept}" if kept else f"from round 0, the {first['num_train_pairs']:,} labels alone"
+    model = (
+        f"from round {kept}" if kept else f"from round 0, which was trained on the {first['num_train_pairs']:,} labels"
+    )
     if kept == last:
         return f"{why}; the model is {model}."
     return f"{why}; round {kept} had the lowest log-loss on `calibration_dataset`, so the model is {model}."

@@ -60,7 +60,7 @@ def measure(
 
 def changes(logits_of: dict[str, np.ndarray], before: dict[str, np.ndarray], round: int) -> dict[str, Any]:
     """
-    What has changed on the held-out pairs since round 0, the labels alone. A warning is logged if a round is worse.
+    What has changed on the held-out pairs since round 0. A warning is logged if a round is worse.
 
     Args:
         logits_of, before (`dict[str, np.ndarray]` of shape `(num_pairs,)` each):
@@ -80,7 +80,7 @@ def changes(logits_of: dict[str, np.ndarray], before: dict[str, np.ndarray], rou
         for metric, sign, words in (("accuracy", 1, "accuracy"), ("log_loss", -1, "log-loss")):
             if sign * change[f"{metric}_change"] < -2 * change[f"{metric}_change_error"]:
                 logger.warning(
-                    f"Round {round} is worse than the labels alone on `{name}_dataset`: {words} {change[f'{metric}_change']:+.3f}, "
+                    f"Round {round} is worse than round 0 on `{name}_dataset`: {words} {change[f'{metric}_change']:+.3f}, "
                     f"standard error {change[f'{metric}_change_error']:.3f}. To keep the better round, pass `calibration_dataset`; "
                     "for the labels alone, set `num_rounds=0`."
                 )
