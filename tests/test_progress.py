@@ -74,7 +74,7 @@ def test_plain_lines_without_a_terminal_or_without_bars(is_terminal, capsys):
 
 
 def test_run_shows_its_rounds_and_bars_in_a_terminal(llama, config, labeled, unlabeled, capsys, monkeypatch):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr("trl_ssrm.reporting.progress.Console", lambda: Console(force_terminal=True))
     args = config(disable_tqdm=False, num_train_epochs=1, num_folds=2, num_rounds=1, confidence_threshold=0.5)
     args.pretrain_on_pool = False
     trainer = SSRMTrainer(llama, args, train_dataset=labeled, unlabeled_dataset=unlabeled)
