@@ -128,6 +128,7 @@ class SSRMTrainer(RoundSteps):
         ValueError: If the data, the settings or the output directory can't be used; the message says what to change.
     """
 
+    comparison: Comparison | None = None
     # Files or dataset IDs of `"labels"` and `"pool"`, for the model card and the report.
     sources: dict[str, str] = {}
 
@@ -171,7 +172,6 @@ class SSRMTrainer(RoundSteps):
         calibration_dataset: Dataset | None = None,
     ):
         self.has_pool = unlabeled_dataset is not None
-        self.comparison: Comparison | None = None
         given = Arguments(model, args, processing_class, quantization_config, peft_config, self.has_pool)
         is_conversational = None
         if self.has_pool:
