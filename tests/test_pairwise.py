@@ -25,6 +25,7 @@ from trl_ssrm import (
     SSRMTrainer,
     load_pairwise_model,
 )
+from trl_ssrm.rounds.run_directory import INITIAL
 from trl_ssrm.scoring.preference import orders_agree, pairwise_logits
 
 
@@ -246,7 +247,7 @@ def test_folds_of_a_pairwise_model_are_asked_in_both_orders(causal, pairwise_con
     trainer.train()
     for fold in range(2):
         assert scores[fold].orders_agree is not None
-        assert np.array_equal(trainer.run.read_fold(fold, -2), scores[fold].logits)
+        assert np.array_equal(trainer.run.read_fold(fold, INITIAL), scores[fold].logits)
 
 
 def test_pool_labels_change_nothing_for_a_pairwise_model(causal, pairwise_config, labeled, unlabeled, tmp_path):

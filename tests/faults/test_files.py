@@ -19,7 +19,7 @@ from trl_ssrm.io.files import WriteError, delete_left_aside, read_record, write_
 from trl_ssrm.io.storage import changed_facts, write_rows
 from trl_ssrm.reporting.report import read_run
 from trl_ssrm.rounds.checkpoints import CHECKPOINT_MARKER
-from trl_ssrm.rounds.run_directory import RunDirectory
+from trl_ssrm.rounds.run_directory import INITIAL, RunDirectory
 from trl_ssrm.rounds.run_identity import run_identity
 
 
@@ -52,7 +52,7 @@ def make_run(output_dir, seed: int = 1) -> RunDirectory:
     for round in (0, 1):
         weights = {"weight": torch.full((1, 64), float(10 * seed + round))}
         run.write_weights(run.weights_path(round), weights)
-        run.write_fold(round, -2, np.full(8, 10.0 * seed + round))
+        run.write_fold(round, INITIAL, np.full(8, 10.0 * seed + round))
         run.write_state(round, TrainerState(global_step=10 * seed + round))
         run.write_round(round, {"round": round, "temperature": 1.0 * seed}, [], {})
         run.write_labeling(round, {"examples": []})
@@ -75,7 +75,7 @@ def read_all(run: RunDirectory, round: int) -> dict:
         return model.weight[0, 0].item()
 
     def logits() -> float | None:
-        return None if (found := run.read_fold(round, -2)) is None else found[0].item()
+        return None if (found := run.read_fold(round, INITIAL)) is None else found[0].item()
 
     def pairs() -> list | None:
         return None if (found := run.read_pseudo_labels(round)) is None else found[0]["pair"][:]

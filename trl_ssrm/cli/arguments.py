@@ -94,14 +94,11 @@ class TrainingParser(OneLineParser, TrlParser):
         for argument in unknown:
             name = argument.split("=", 1)[0]
             nearest = difflib.get_close_matches(
-                name.replace("-", "_"), [f"__{dest}" for dest in self._dests()], 1, 0.75
+                name.replace("-", "_"), [f"__{each.dest}" for each in self._actions], 1, 0.75
             )
             if name.startswith("--") and nearest:
                 return f" (did you mean `--{nearest[0][2:]}`?)"
         return ""
-
-    def _dests(self) -> list[str]:
-        return [action.dest for action in self._actions]
 
     def parse(self, argv: list[str]) -> tuple[list[Any], list[str]]:
         """

@@ -14,12 +14,12 @@ def label(args: Namespace) -> None:
     from .. import PairwiseJudge, SSRMRewardFunction, label_preferences
     from ..io.files import written_aside
     from ..io.hub import check_model_is_there
-    from ..io.shapes import with_known_columns
+    from ..io.shapes import named_columns, with_known_columns
     from ..io.sources import load_data
     from ..models.comparison import Comparison
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
-    named = {"prompt": args.prompt_column, "chosen": args.chosen_column, "rejected": args.rejected_column}
+    named = named_columns(args)
     dataset = with_known_columns(dataset, args.dataset_name, True, named)
     check_model_is_there(args.model_name_or_path)
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "batch_tokens": args.batch_tokens}
@@ -51,11 +51,11 @@ def evaluate(args: Namespace) -> None:
     from .. import evaluate as evaluate_model
     from .. import evaluation_table
     from ..io.hub import check_model_is_there
-    from ..io.shapes import with_known_columns
+    from ..io.shapes import named_columns, with_known_columns
     from ..io.sources import load_data
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
-    named = {"prompt": args.prompt_column, "chosen": args.chosen_column, "rejected": args.rejected_column}
+    named = named_columns(args)
     dataset = with_known_columns(dataset, args.dataset_name, False, named)
     for model in args.model_name_or_path:
         check_model_is_there(model)

@@ -184,6 +184,7 @@ def _duration(trainer: SSRMTrainer, costs: list[RoundCost]) -> str:
     model.train()
     for number, inputs in enumerate(itertools.islice(trainer.get_train_dataloader(), 1 + NUM_TIMED_BATCHES)):
         start = time.perf_counter()
+        # Private in `Trainer`: what moves a batch to the device, as a step of training does.
         with trainer.accelerator.autocast():
             loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(inputs)))
         loss.backward()

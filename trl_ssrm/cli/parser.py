@@ -157,6 +157,7 @@ def _add_switch(command: argparse.ArgumentParser, name: str, words: str) -> None
 
 
 def _truth(text: str) -> bool:
+    # As `string_to_bool` of transformers, whose import takes seconds: the help of a command comes before it.
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")

@@ -26,7 +26,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .. import SSRMConfig, SSRMTrainer
 from ..io.hub import check_model_is_there
-from ..io.shapes import with_known_columns
+from ..io.shapes import named_columns, with_known_columns
 from ..io.sources import load_data, load_splits
 from ..models.calibration import load_temperature
 from .arguments import TrainingParser
@@ -205,7 +205,7 @@ def load_pairs(args: TrainArguments, seed: int) -> dict[str, Dataset]:
     if rows is None:
         # Accepts a file, which is one split of any name, and raises for any other dataset.
         rows = load_data(args.dataset_name, args.dataset_train_split, args.dataset_config)
-    named = {"prompt": args.prompt_column, "chosen": args.chosen_column, "rejected": args.rejected_column}
+    named = named_columns(args)
     rows = with_known_columns(rows, args.dataset_name, False, named)
     data = _split_rows(rows, args, seed)
     if args.unlabeled_dataset_name is not None:

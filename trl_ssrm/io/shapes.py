@@ -22,6 +22,11 @@ _TURN = "\n\n"
 TIES = ("tie", "tie (bothbad)", "both", "equal", "same", "none", "")
 
 
+def named_columns(args: Any) -> dict[str, str | None]:
+    """`dict[str, str | None]`: the arguments `prompt_column`, `chosen_column` and `rejected_column` of a command."""
+    return {name: getattr(args, f"{name}_column") for name in ("prompt", "chosen", "rejected")}
+
+
 def with_known_columns(dataset: Dataset, name: str, is_pool: bool, columns: dict[str, str | None]) -> Dataset:
     """
     Give the columns of a dataset the names that TRL reads, and say so in the log.
