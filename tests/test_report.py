@@ -351,8 +351,8 @@ def opened(browser, path: Path, width: int = 1280, scheme: str = "light") -> dic
         for name in ("requestWillBeSent", "loadingFailed")
     }
     refused = {event["requestId"]: event.get("blockedReason") for event in of["loadingFailed"]}
-    # Its own start page may still be loading.
-    sent = [event for event in of["requestWillBeSent"] if not event["request"]["url"].startswith("chrome://")]
+    # The browser's own start page may still be loading.
+    sent = [event for event in of["requestWillBeSent"] if event["documentURL"] == path.as_uri()]
     return {event["request"]["url"]: refused.get(event["requestId"]) for event in sent}
 
 
