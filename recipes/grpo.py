@@ -29,6 +29,7 @@ from trl import (
 )
 
 from trl_ssrm import SSRMRewardFunction
+from trl_ssrm.cli.errors import one_line_errors
 
 
 @dataclass
@@ -76,4 +77,5 @@ def main(script_args: GRPOScriptArguments, training_args: GRPOConfig, model_args
 
 if __name__ == "__main__":
     parser = TrlParser((GRPOScriptArguments, GRPOConfig, ModelConfig))
-    main(*parser.parse_args_and_config())
+    with one_line_errors():
+        main(*parser.parse_args_and_config())

@@ -21,6 +21,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from trl_ssrm import SSRMRewardFunction
+from trl_ssrm.cli.errors import one_line_errors
 
 
 @dataclass
@@ -83,4 +84,5 @@ def main(script_args: OnlineDPOScriptArguments, training_args: OnlineDPOConfig, 
 
 if __name__ == "__main__":
     parser = TrlParser((OnlineDPOScriptArguments, OnlineDPOConfig, ModelConfig))
-    main(*parser.parse_args_and_config())
+    with one_line_errors():
+        main(*parser.parse_args_and_config())

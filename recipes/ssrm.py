@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm.cli.errors import one_line_errors
 
 
 @dataclass
@@ -86,4 +87,5 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
 
 if __name__ == "__main__":
     parser = TrlParser((SSRMScriptArguments, SSRMConfig, ModelConfig))
-    main(*parser.parse_args_and_config())
+    with one_line_errors():
+        main(*parser.parse_args_and_config())

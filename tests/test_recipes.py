@@ -199,9 +199,9 @@ def test_ppo_says_what_to_install_where_trl_has_none():
 @pytest.mark.parametrize("name", POLICY_RECIPES)
 def test_reward_model_that_was_not_trained_is_refused_before_any_work(name, policy, letters, tmp_path):
     settings = policy_settings(name, policy, letters, policy, tmp_path / "trained")
-    with pytest.raises(ValueError, match="holds no weights for score.weight, which would be random"):
+    with pytest.raises(SystemExit, match="error: .*holds no weights for score.weight, which would be random"):
         run_recipe(name, **settings)
-    with pytest.raises(ValueError, match="Pass `--reward_model_name_or_path`"):
+    with pytest.raises(SystemExit, match=rf"^{name}.py: error: Pass `--reward_model_name_or_path`"):
         del settings["reward_model_name_or_path"]
         run_recipe(name, **settings)
     assert not (tmp_path / "trained" / "_completions").exists()
@@ -222,12 +222,13 @@ def test_pairwise_model_is_trained_by_the_same_recipe(policy, letters, tmp_path)
 def test_more_rows_than_there_are_and_unknown_padding_are_refused(policy, letters, tmp_path):
     settings = reward_model_settings(policy, letters, tmp_path)
     with pytest.raises(
-        ValueError, match="332 labeled pairs are asked for, and the data has 256; lower the two numbers"
+        SystemExit,
+        match="^ssrm.py: error: 332 labeled pairs are asked for, and the data has 256; lower the two numbers",
     ):
         run_recipe("ssrm", **{**settings, "num_labeled": 300})
-    with pytest.raises(ValueError, match="All rows are labeled pairs; lower `num_labeled`"):
+    with pytest.raises(SystemExit, match="error: All rows are labeled pairs; lower `num_labeled`"):
         run_recipe("ssrm", **{**settings, "num_labeled": 224})
-    with pytest.raises(ValueError, match="`padding_token` '<none>' is not in the vocabulary"):
+    with pytest.raises(SystemExit, match="error: `padding_token` '<none>' is not in the vocabulary"):
         run_recipe("ssrm", **{**settings, "padding_token": "<none>"})
 
 
@@ -289,7 +290,7 @@ def test_pipeline_ends_with_a_policy_that_wins(method, policy, letters, tmp_path
     again = run_recipe("pipeline", **settings)
     assert first.splitlines()[-2:] == again.splitlines()[-2:] and "train_loss" not in again
     with pytest.raises(
-        ValueError, match=r"was made with other settings: `policy_learning_rate` \(0.003 then, 1.0 now\)"
+        SystemExit, match=r"error: .*was made with other settings: `policy_learning_rate` \(0.003 then, 1.0 now\)"
     ):
         run_recipe("pipeline", **{**settings, "policy_learning_rate": 1.0})
 

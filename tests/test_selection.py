@@ -5,6 +5,7 @@ from trl_ssrm import PairScores
 from trl_ssrm.rounds.select import (
     above_threshold,
     candidates,
+    labels_needed,
     precision_threshold,
     wilson_lower_bound,
 )
@@ -53,6 +54,14 @@ def test_lower_bound_is_that_of_the_published_interval():
 def test_how_many_labels_a_target_takes(num_pairs, target, reaches):
     threshold, _ = precision_threshold(np.linspace(0.1, 5, num_pairs), 1.0, target)
     assert threshold == (0.5 if reaches else None)
+
+
+def test_how_many_labels_would_confirm_a_target():
+    # All of 40 are right: as many as in the test above. Of 100 equally sure ones, 90 are right: 2.7055 * .85 * .15 / .05².
+    assert labels_needed(np.linspace(0.1, 5, 40), 1.0, 0.95) == 52
+    logits = np.repeat([1.0, -1.0], [90, 10])
+    assert labels_needed(logits, 1.0, 0.85) == 138
+    assert labels_needed(logits, 1.0, 0.9) is None
 
 
 def test_pseudo_labels_above_the_threshold_are_right_as_often_as_wanted():

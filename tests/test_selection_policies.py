@@ -185,6 +185,6 @@ def test_recipe_trains_with_each_policy(policy, num_folds, settings):
 
 def test_recipe_names_the_columns_if_the_source_is_none_of_them(settings):
     with pytest.raises(
-        ValueError, match="Set `source_column` to a column of the pool; it has prompt, completions, source"
+        SystemExit, match="Set `source_column` to a column of the pool; it has prompt, completions, source"
     ):
         run_recipe("selection_policies", **settings, policy="quota_by_source", source_column="domain")

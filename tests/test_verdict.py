@@ -66,6 +66,9 @@ def test_what_the_labels_can_confirm_is_said_where_nothing_was_selected():
     first = {**history(0, 0)[0], "highest_precision": 0.86, "target_precision": 0.9}
     words = " ".join(verdict([first], "nothing_selected", 0))
     assert "at most 0.860 of the pseudo-labels are right, and `target_precision` asks for 0.900" in words
+    assert "Set it to 0.86, or give more labels." in words
+    words = " ".join(verdict([{**first, "labels_needed": 240}], "nothing_selected", 0))
+    assert "Set it to 0.86, or give about 240 labels in all." in words
     assert "Lower `confidence_threshold`" in " ".join(verdict(history(0, 0)[:1], "nothing_selected", 0))
 
 

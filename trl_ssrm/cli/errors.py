@@ -1,8 +1,10 @@
 """Errors of the commands: one sentence on the standard error, or the traceback with `--debug`."""
 
+import contextlib
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -63,6 +65,20 @@ def exit_status(function: Callable[[], int | None], prog: str, debug: bool = Fal
             raise
         tell(prog, f"error: {sentence(error)}")
         return ERROR
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """
+    End a script after wrong input as the commands do: with one line on the standard error. With `python -X dev`, and for any
+    other error, Python prints its traceback.
+    """
+    try:
+        yield
+    except _EXPECTED as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence(error)}")
 
 
 def take_debug(argv: list[str]) -> tuple[bool, list[str]]:

@@ -133,10 +133,12 @@ def _selection(reason: str | None, last: dict[str, Any]) -> str | None:
         return None
     if "highest_precision" in last:
         floor = math.floor(last["highest_precision"] * 100) / 100
-        lower = f"Set it to {floor:.2f}, or g" if floor > 0.5 else "G"
+        more = f"about {last['labels_needed']:,}" if "labels_needed" in last else "more"
+        give = f"give {more} labels" + (" in all" if more != "more" else "")
+        lower = f"Set it to {floor:.2f}, or {give}" if floor > 0.5 else give.capitalize()
         return (
             f"The held-out labels can confirm that at most {_number(last['highest_precision'])} of the pseudo-labels are right, "
-            f"and `target_precision` asks for {_number(last['target_precision'])}. {lower}ive more labels."
+            f"and `target_precision` asks for {_number(last['target_precision'])}. {lower}."
         )
     return "Lower `confidence_threshold`, or train round 0 longer. `pseudo_label_type='soft'` without a threshold uses every pair."
 

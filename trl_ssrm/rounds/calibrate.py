@@ -7,7 +7,7 @@ import numpy as np
 
 from ..scoring.metrics import calibrated_metrics, paired_change, preference_metrics, reliability_curve
 from ..scoring.pair_scores import sigmoid
-from .select import precision_threshold
+from .select import labels_needed, precision_threshold
 from .settings import RoundSettings
 
 
@@ -47,10 +47,11 @@ def measure(
     if settings.target_precision is not None:
         if is_fitted:
             assert calibrated_by is not None
-            threshold, highest = precision_threshold(
-                logits_of[calibrated_by], facts["temperature"], settings.target_precision
-            )
+            own = logits_of[calibrated_by], facts["temperature"], settings.target_precision
+            threshold, highest = precision_threshold(*own)
             facts["precision_threshold"] = 1.0 if threshold is None else threshold
+            if threshold is None and (needed := labels_needed(*own)) is not None:
+                facts["labels_needed"] = needed
             facts |= {"highest_precision": highest, "target_precision": settings.target_precision}
         else:
             names = ("precision_threshold", "highest_precision", "target_precision")

@@ -53,21 +53,51 @@ def precision_threshold(logits: np.ndarray, temperature: float, target_precision
         `tuple[float | None, float]`: the threshold, for [`above_threshold`], or `None` if no confidence is high enough; and the
         highest precision that these labels confirm at any threshold.
     """
-    confidence = sigmoid(np.abs(logits.astype(np.float64)) / temperature)
-    values = np.unique(np.concatenate([[0.5], confidence]))[::-1]
-    # The pairs above each value.
-    order = np.argsort(-confidence, kind="stable")
-    count = np.searchsorted(-confidence[order], -values, side="left")
-    right = np.concatenate([[0], np.cumsum(logits[order] > 0)])[count]
+    values, right, count = _pairs_above(logits, temperature)
     bounds = wilson_lower_bound(right, count)
     reaches = bounds >= target_precision
     return (float(values[reaches].min()) if reaches.any() else None), float(bounds.max())
 
 
+def labels_needed(logits: np.ndarray, temperature: float, target_precision: float) -> int | None:
+    """
+    About how many held-out labels would confirm a precision, if the shares of right ones stay as they are.
+
+    The lower bound of Wilson reaches `p` for a share `s > p` from `q² p (1 - p) / (s - p)²` pairs on, where `q` is its quantile.
+
+    Args:
+        logits, temperature, target_precision:
+            As for [`precision_threshold`].
+
+    Returns:
+        `int` or `None`: number of held-out labels, for the threshold that needs the fewest; `None` if above no threshold the
+        share is higher than the target.
+    """
+    _, right, count = _pairs_above(logits, temperature)
+    excess = right / np.maximum(count, 1) - target_precision
+    if not (excess > 0).any():
+        return None
+    excess, count = excess[excess > 0], count[excess > 0]
+    due = _QUANTILE**2 * target_precision * (1 - target_precision) / excess**2
+    return int(np.ceil(len(logits) * (due / count).min()))
+
+
+def _pairs_above(logits: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every value of the confidence from the highest down, and the numbers of pairs above it: those ranked right, and all."""
+    confidence = sigmoid(np.abs(logits.astype(np.float64)) / temperature)
+    values = np.unique(np.concatenate([[0.5], confidence]))[::-1]
+    order = np.argsort(-confidence, kind="stable")
+    count = np.searchsorted(-confidence[order], -values, side="left")
+    return values, np.concatenate([[0], np.cumsum(logits[order] > 0)])[count], count
+
+
+# Of the normal distribution, for a one-sided 95 % interval.
+_QUANTILE = 1.6448536269514722
+
+
 def wilson_lower_bound(right: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Lower end of Wilson's one-sided 95 % interval for a share; 0 for a share of nothing."""
-    quantile = 1.6448536269514722
     share, number = right / np.maximum(count, 1), np.maximum(count, 1)
-    center = share + quantile**2 / (2 * number)
-    spread = quantile * np.sqrt(share * (1 - share) / number + quantile**2 / (4 * number**2))
-    return np.where(count > 0, (center - spread) / (1 + quantile**2 / number), 0.0)
+    center = share + _QUANTILE**2 / (2 * number)
+    spread = _QUANTILE * np.sqrt(share * (1 - share) / number + _QUANTILE**2 / (4 * number**2))
+    return np.where(count > 0, (center - spread) / (1 + _QUANTILE**2 / number), 0.0)
