@@ -10,11 +10,12 @@ import pytest
 import torch
 import trl
 from cli_runs import error_line, flags
+from huggingface_hub import HfApi
 
 import trl_ssrm
 from trl_ssrm import SSRMConfig
 from trl_ssrm.alignment.labeling import PAIRINGS as LABEL_PAIRINGS
-from trl_ssrm.cli.errors import take_debug
+from trl_ssrm.cli.errors import sentence, take_debug
 from trl_ssrm.cli.main import main
 from trl_ssrm.cli.parser import BENCHMARKS, PAIRINGS
 from trl_ssrm.cli.train import TrainArguments
@@ -210,3 +211,11 @@ def test_debug_lets_an_error_through(place):
 )
 def test_debug_is_taken_out_unless_it_has_a_value(argv, left):
     assert take_debug(argv) == ((False, argv) if left is None else (True, left))
+
+
+def test_hub_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    # Nothing listens on the port for discarding.
+    with pytest.raises(Exception) as error:
+        HfApi(endpoint="http://127.0.0.1:9").create_repo("somebody/model", token="hf_none")
+    assert sentence(error.value).startswith("The hub can't be reached (")

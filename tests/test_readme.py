@@ -170,6 +170,9 @@ OUTCOMES: dict[str, Callable[[dict], bool]] = {
         and len(names["preferences"]) > 0
         and names["trainer"].args.output_dir == "taught-model"
     ),
+    "run_files": lambda names: all(
+        Path("reward-model", f"model_of_round_{n}", "model.safetensors").is_file() for n in (0, 1)
+    ),
     "evaluation": lambda names: Path("reward-model-v4", "config.json").is_file(),
     "alignment": lambda names: (
         {"completion", "reward"} <= set(names["best"].column_names)

@@ -14,6 +14,7 @@ _HOME_OF = {
     "PairScores": "scoring.pair_scores",
     "PairwiseJudge": "alignment.judge",
     "PseudoLabelingCallback": "rounds.callback",
+    "RoundCallback": "rounds.callback",
     "SSRMConfig": "config",
     "SSRMRewardFunction": "alignment.reward_function",
     "SSRMTrainer": "trainer",
@@ -40,6 +41,7 @@ __all__ = [
     "PairScores",
     "PairwiseJudge",
     "PseudoLabelingCallback",
+    "RoundCallback",
     "SSRMConfig",
     "SSRMRewardFunction",
     "SSRMTrainer",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from .reporting.report import write_report as write_report
     from .rounds.annotation import load_labels as load_labels
     from .rounds.callback import PseudoLabelingCallback as PseudoLabelingCallback
+    from .rounds.callback import RoundCallback as RoundCallback
     from .scoring.pair_scores import PairScores as PairScores
     from .scoring.score import NonFiniteScoreError as NonFiniteScoreError
     from .scoring.score import NonFiniteWeightError as NonFiniteWeightError

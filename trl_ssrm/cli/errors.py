@@ -27,6 +27,9 @@ def sentence(error: BaseException) -> str:
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, _EXPECTED):
         return message
+    # What huggingface_hub lets through from its HTTP client, httpx or httpx2.
+    if type(error).__module__.startswith("httpx"):
+        return f"The hub can't be reached ({message}); check the connection, or leave out what needs it."
     return f"{type(error).__name__}: {message} (pass `--debug` to see where)"
 
 

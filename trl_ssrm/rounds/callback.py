@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class RoundCallback(TrainerCallback):
     """
     A [`~transformers.TrainerCallback`] that is told of rounds too. [`SSRMTrainer`] fires these events beside those of
-    transformers, which it fires in every round. Each gets the arguments, state and control of the trainer, and:
+    transformers, which it fires in every round. Each gets the arguments, state and control of the trainer, `model`, and:
 
     - `on_round_begin`: `round`, and `num_train_pairs`, the number of pairs that it trains on.
     - `on_round_end`: `round`, `facts` about it, and `round_history`, the facts of all rounds so far.
@@ -30,16 +30,16 @@ class RoundCallback(TrainerCallback):
     """
 
     def on_round_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        pass
+        """A round begins to train."""
 
     def on_round_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        pass
+        """A round has been trained and measured."""
 
     def on_labeling_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        pass
+        """The pool is labeled now."""
 
     def on_labeling_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        pass
+        """The pool has been labeled."""
 
 
 class RoundCallbackHandler(CallbackHandler):
@@ -75,7 +75,7 @@ class RoundCallbackHandler(CallbackHandler):
         """
         for callback in self.callbacks:
             if isinstance(callback, RoundCallback):
-                control = getattr(callback, event)(args, state, control, **facts) or control
+                control = getattr(callback, event)(args, state, control, model=self.model, **facts) or control
         return control
 
     def on_train_end(  # type: ignore[override]
