@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, log_loss
 
-from trl_ssrm.rounds.calibrate import fit_temperature
+from trl_ssrm.rounds.calibrate import TEMPERATURES, fit_temperature
 from trl_ssrm.scoring.metrics import (
     adaptive_calibration_error,
     calibrated_metrics,
@@ -58,35 +58,43 @@ def test_ece_floor_is_that_of_labels_drawn_from_the_confidence(num_pairs):
     assert np.mean(drawn) > 0.02
 
 
+def fitted(logits: np.ndarray) -> float:
+    """The temperature of pairs that have a prompt of their own each."""
+    return fit_temperature(logits, np.arange(len(logits)))
+
+
 def test_temperature_is_recovered(logits):
-    assert fit_temperature(logits) == pytest.approx(3.0, rel=0.05)
+    assert fitted(logits) == pytest.approx(3.0, rel=0.05)
+    assert fitted(logits / 6) == pytest.approx(0.5, rel=0.05)
 
 
 def test_fitted_temperature_has_the_lowest_log_loss(logits):
-    best = fit_temperature(logits)
-    losses = [preference_metrics(logits, temperature)["log_loss"] for temperature in (best, 0.98 * best, 1.02 * best)]
+    best = fitted(logits)
+    losses = [preference_metrics(logits, temperature)["log_loss"] for temperature in (best, 0.96 * best, 1.04 * best)]
     assert losses[0] == min(losses)
 
 
-def test_model_is_made_surer_only_where_many_pairs_ask_for_it(logits):
-    # Of the model whose logits are half of what they should be, few pairs and many.
-    unsure = logits / 6
-    assert fit_temperature(unsure) == pytest.approx(0.5, rel=0.1)
-    assert fit_temperature(unsure) > 0.5
-    few = [fit_temperature(unsure[start : start + 20]) for start in range(0, 2000, 20)]
-    assert min(few) > 0.1 and np.mean(np.array(few) >= 1) > 0.3
-    # Also where the best one is the lowest that is allowed.
-    assert 0.1 < fit_temperature(np.array([0.3, 0.3, 0.3, -0.05])) < 1
-    # Less sure it is made in any case.
-    assert fit_temperature(logits[:60]) > 1
+def test_few_pairs_move_the_temperature_by_little(logits):
+    def error(temperatures: list[float]) -> float:
+        return float(np.mean(np.abs(np.log(np.array(temperatures) / 1.5))))
+
+    few = [logits[start : start + 20] / 2 for start in range(0, 2000, 20)]
+    most_likely = [min(TEMPERATURES, key=lambda t: preference_metrics(part, t)["log_loss"]) for part in few]
+    assert error([fitted(part) for part in few]) < error(most_likely)
+    # From 1 towards what they ask for, and no further.
+    for part, wanted in zip(few, most_likely, strict=True):
+        assert min(1, wanted) - 0.01 <= fitted(part) <= max(1, wanted) + 0.01
 
 
-def test_pairs_that_are_all_right_leave_the_temperature_alone():
-    assert fit_temperature(np.array([0.1, 2.0, 3.0])) == 1.0
+def test_each_prompt_counts_once(logits):
+    part = logits[:30]
+    pairs, prompts = np.repeat(part, 4), np.repeat(np.arange(30), 4)
+    assert fit_temperature(pairs, prompts) == fitted(part) != fitted(pairs)
 
 
-def test_pairs_that_are_mostly_wrong_end_at_the_top_of_the_range():
-    assert fit_temperature(np.array([-5.0, -4.0, 0.1])) == 100.0
+def test_temperature_stays_near_1_where_every_pair_is_right_or_wrong():
+    assert 0.3 < fitted(np.array([0.1, 2.0, 3.0])) < 1
+    assert 1 < fitted(np.array([-5.0, -4.0, 0.1])) < 10
 
 
 def test_adaptive_ece_has_bins_of_as_many_pairs_each():

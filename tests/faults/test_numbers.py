@@ -257,7 +257,7 @@ def test_no_size_of_a_logit_makes_a_metric_that_is_no_number(size):
     draw = np.random.default_rng(size)
     for _ in range(20):
         logits = draw.choice(EXTREME, size) * draw.choice([-1, 1], size)
-        temperature = fit_temperature(logits)
+        temperature = fit_temperature(logits, draw.integers(0, 1 + size // 2, size))
         assert 0.1 <= temperature <= 100
         metrics = preference_metrics(logits, temperature)
         assert all(math.isfinite(value) and value >= 0 for value in metrics.values()), metrics

@@ -78,7 +78,10 @@ class Pretraining:
         if facts["pretraining_accuracy"] <= 0.5:
             return INITIAL, {**facts, "is_pretrained": False}
         self.folds.train(PRETRAINED, ignore_keys_for_eval)
-        losses = {start: held_out_log_loss(self.folds.held_out_logits(start)) for start in (INITIAL, PRETRAINED)}
+        prompts = trainer.data.prompts
+        losses = {
+            start: held_out_log_loss(self.folds.held_out_logits(start), prompts) for start in (INITIAL, PRETRAINED)
+        }
         facts |= {"log_loss_without_pretraining": losses[INITIAL], "log_loss_with_pretraining": losses[PRETRAINED]}
         start = PRETRAINED if losses[PRETRAINED] <= losses[INITIAL] - LEAST_GAIN else INITIAL
         return start, {**facts, "is_pretrained": start == PRETRAINED}
@@ -144,6 +147,6 @@ def pretraining_pairs(pool: Pool, seed: int) -> Iterator[dict[str, Any]]:
                 yield {"prompt": one["prompt"], "chosen": one["chosen"], "rejected": another["chosen"]}
 
 
-def held_out_log_loss(logits: np.ndarray) -> float:
-    """`float`: log-loss of held-out pairs at the temperature that they fit, from pair logits `(num_pairs,)`."""
-    return calibrated_metrics(logits, fit_temperature(logits))["calibrated_log_loss"]
+def held_out_log_loss(logits: np.ndarray, prompts: np.ndarray) -> float:
+    """`float`: log-loss of held-out pairs at the temperature that they fit; arguments as for [`fit_temperature`]."""
+    return calibrated_metrics(logits, fit_temperature(logits, prompts))["calibrated_log_loss"]

@@ -39,6 +39,8 @@ class RunData:
             Their margins.
         held_out (`dict[str, PairedSequences]`):
             Held-out labeled pairs by name: `"eval"`, or `"eval_..."` for each of several, and `"calibration"`.
+        calibration_prompts (`np.ndarray` of shape `(num_pairs,)`, int64, *optional*):
+            Number of the prompt of each of the pairs `"calibration"`.
         pool ([`Pool`]):
             Unlabeled pairs.
     """
@@ -47,6 +49,7 @@ class RunData:
     labeled_pairs: PairedSequences
     margins: list[float] | None
     held_out: dict[str, PairedSequences]
+    calibration_prompts: np.ndarray | None
     pool: Pool
 
     @functools.cached_property
@@ -152,7 +155,8 @@ def prepare_run_data(
     check_positions(pool.pairs, "unlabeled_dataset", model)
     labeled, labeled_pairs = prepared["train"], pairs_of.pop("train")
     margins = list(labeled["margin"]) if "margin" in labeled.column_names else None
-    return RunData(labeled, labeled_pairs, margins, pairs_of, pool)
+    calibration_prompts = prompt_groups(prepared["calibration"]) if "calibration" in pairs_of else None
+    return RunData(labeled, labeled_pairs, margins, pairs_of, calibration_prompts, pool)
 
 
 def report_too_long(name: str, num_given: int, num_left: int, max_length: int | None) -> None:

@@ -12,7 +12,7 @@ from ..io.storage import content_hash
 from ..scoring.pair_scores import PairScores
 from ..scoring.score import NonFiniteScoreError
 from .annotation import most_useful, write_for_labeling
-from .calibrate import TEMPERATURE_RANGE, best_round, changes, measure, reliability
+from .calibrate import best_round, changes, measure, reliability
 from .callback import PseudoLabelingCallback, RoundCallbackHandler
 from .folds import Folds
 from .label import (
@@ -91,7 +91,11 @@ class RoundSteps(RoundTrainer):
                 facts[f"{name}_order_disagreement"] = float(1 - scores.orders_agree.mean())
         if self.folds.num_folds and self.round == 0:
             logits_of["cross_fit"] = self.folds.held_out_logits(self.start)
-        facts |= measure(logits_of, self.settings, self.round_history)
+        prompts_of: dict[str | None, Any] = {
+            "cross_fit": self.data.prompts,
+            "calibration": self.data.calibration_prompts,
+        }
+        facts |= measure(logits_of, prompts_of.get(self.settings.calibrated_by), self.settings, self.round_history)
         if self.round == 0:
             facts |= self.start_facts
             if self.accelerator.is_main_process:
@@ -179,8 +183,7 @@ class RoundSteps(RoundTrainer):
         """`str` or `None`: why the next round is not trained, if it is not."""
         if not len(labels["pair"]):
             return "nothing_selected"
-        if self.settings.has_soft_labels and self.round_history[self.round]["temperature"] >= TEMPERATURE_RANGE[1]:
-            # The best that calibration can make of this model is to call every pair even.
+        if self.settings.has_soft_labels and not self.round_history[self.round].get("has_learned", True):
             return "nothing_learned"
         if self.control.should_training_stop:
             return "callback"
