@@ -65,7 +65,7 @@ IN_PYTHON = [
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, tokenizer) -> dict[str, str]:
+def places(tmp_path_factory, tokenizer, bert) -> dict[str, str]:
     """Where a name of the hub is, on this machine."""
     root = tmp_path_factory.mktemp("hub")
     set_seed(0)
@@ -73,7 +73,7 @@ def places(tmp_path_factory, tokenizer) -> dict[str, str]:
     config = llama_config(tokenizer, **sizes, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    found = {**dict.fromkeys(MODELS, str(root / "model")), "<|endoftext|>": "<|pad|>"}
+    found = {**dict.fromkeys(MODELS, str(root / "model")), "sentence-transformers/all-MiniLM-L6-v2": bert}
     prompts = [{"prompt": row["prompt"]} for row in map(as_messages, preference_rows(6, seed=7))]
     bench = [{**row, "subset": "donotanswer"} for row in preference_rows(4, seed=8)]
     for name, split, rows in (
@@ -344,9 +344,10 @@ def shell(places, reward_model, tmp_path, monkeypatch) -> Shell:
 PROGRAMS = {
     README: {"trl-ssrm", "trl", "python3", "pip"},
     RECIPES: {"python", "sbatch"},
-    TUTORIAL: {"trl-ssrm", "trl", "python", "pip", "mkdir", "cp"},
+    TUTORIAL: {"trl-ssrm", "trl", "python", "mkdir", "cp"},
     GUIDES / "alignment.md": {"trl"},
     GUIDES / "evaluation.md": {"trl-ssrm"},
+    GUIDES / "paper.md": {"accelerate", "python"},
     GUIDES / "processes.md": {"accelerate", "sbatch"},
     GUIDES / "reliability.md": {"python", "pytest", "pip"},
     GUIDES / "results.md": {"python"},

@@ -19,6 +19,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, get_peft_config
 
@@ -26,7 +27,7 @@ from .. import SSRMConfig, SSRMTrainer
 from ..data.sequences import PairedSequences
 from ..io.sources import load_data
 from ..reporting.plots import plot_rounds
-from ..scoring.metrics import preference_metrics
+from ..scoring.metrics import paired_change, preference_metrics
 from .arguments import TrainingParser
 from .help import QUICKSTART_EPILOG, QUICKSTART_HELP
 
@@ -47,7 +48,7 @@ class QuickstartArguments:
             Split of `dataset_name` to use.
         num_labeled (`int`, *optional*, defaults to `96`):
             Number of labeled pairs.
-        num_unlabeled (`int`, *optional*, defaults to `1200`):
+        num_unlabeled (`int`, *optional*, defaults to `600`):
             Number of pairs whose labels are hidden.
         num_held_out (`int`, *optional*, defaults to `400`):
             Number of pairs to evaluate on. No setting is chosen on them.
@@ -61,7 +62,7 @@ class QuickstartArguments:
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of `dataset_name` to use."})
     num_labeled: int = field(default=96, metadata={"help": "Number of labeled pairs."})
-    num_unlabeled: int = field(default=1200, metadata={"help": "Number of pairs whose labels are hidden."})
+    num_unlabeled: int = field(default=600, metadata={"help": "Number of pairs whose labels are hidden."})
     num_held_out: int = field(default=400, metadata={"help": "Number of pairs to evaluate on."})
     all_labels_num_train_epochs: float = field(
         default=2.0, metadata={"help": "Number of epochs of the reference model, which is trained on all labels."}
@@ -132,7 +133,7 @@ def bundled_model() -> str:
 
 
 def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:
-    """Train on few labels and a pool, then on the labels of both, and print the metrics of each round and model."""
+    """Train on few labels and a pool, on the labels alone, and on the labels of both, and print the metrics of each."""
     model = model_args.model_name_or_path
     if model is None:
         model = bundled_model()
@@ -155,25 +156,29 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
 
-    # The reference shows how much the hidden labels are worth. Without a pool, the trainer is a `RewardTrainer`.
-    reference = SSRMTrainer(
-        model=model,
-        args=replace(
-            training_args,
-            output_dir=os.path.join(str(training_args.output_dir), "all_labels"),
-            num_train_epochs=script_args.all_labels_num_train_epochs,
-        ),
-        train_dataset=concatenate_datasets([labeled, unlabeled]),
-        eval_dataset=held_out,
-        peft_config=get_peft_config(model_args),
-    )
-    reference.train()
-    pairs = PairedSequences.from_tokenized(reference.eval_dataset)
-    all_labels = preference_metrics(reference.score_pairs(pairs, "held-out pairs").logits)
+    held_out_pairs = PairedSequences.from_tokenized(trainer.eval_dataset)
+    logits_of = {"SSRM": trainer.score_pairs(held_out_pairs, "held-out pairs").logits}
+    # The references show what the pool adds, and how much its hidden labels are worth. Without a pool, the trainer is a
+    # `RewardTrainer`.
+    num_pairs, epochs = {}, {"labels alone": training_args.num_train_epochs}
+    epochs["all labels"] = script_args.all_labels_num_train_epochs
+    for name, labels in (("labels alone", labeled), ("all labels", concatenate_datasets([labeled, unlabeled]))):
+        directory = os.path.join(str(training_args.output_dir), name.replace(" ", "_"))
+        reference = SSRMTrainer(
+            model=model,
+            args=replace(training_args, output_dir=directory, num_train_epochs=epochs[name]),
+            train_dataset=labels,
+            eval_dataset=held_out,
+            peft_config=get_peft_config(model_args),
+        )
+        reference.train()
+        logits_of[name] = reference.score_pairs(held_out_pairs, "held-out pairs").logits
+        num_pairs[name] = len(reference.train_dataset)
 
     plot = os.path.join(str(training_args.output_dir), "rounds.png")
-    plot_rounds(trainer.round_history, plot, references={"all labels": all_labels})
-    print_comparison(trainer.round_history, {**all_labels, "num_train_pairs": len(reference.train_dataset)})
+    metrics = {name: {**preference_metrics(logits_of[name]), "num_train_pairs": num_pairs[name]} for name in num_pairs}
+    plot_rounds(trainer.round_history, plot, references=metrics)
+    print_comparison(trainer.round_history, metrics, logits_of)
     print(f"\nModel: {training_args.output_dir}  Plot: {plot}")
 
 
@@ -193,12 +198,24 @@ def load_pairs(args: QuickstartArguments, seed: int) -> tuple[Dataset, Dataset, 
     return labeled, unlabeled, held_out
 
 
-def print_comparison(round_history: list[dict[str, Any]], all_labels: dict[str, float]) -> None:
-    """Print the held-out metrics of each round, and those of the reference model."""
-    print(f"\n{'':22} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
+def print_comparison(
+    round_history: list[dict[str, Any]], references: dict[str, dict[str, float]], logits_of: dict[str, np.ndarray]
+) -> None:
+    """Print the held-out metrics of the references and of each round, and what the pool has added to the labels alone."""
+    rows = [("labels alone", references["labels alone"])]
     for facts in round_history:
-        first = "pretraining and labels" if facts.get("is_pretrained") else "labels alone"
-        title = first if facts["round"] == 0 else f"SSRM, round {facts['round']}"
-        print(f"{title:22} {facts['num_train_pairs']:6} {facts['eval_accuracy']:9.3f} {facts['eval_log_loss']:9.3f}")
-    metrics = f"{all_labels['accuracy']:9.3f} {all_labels['log_loss']:9.3f}"
-    print(f"{'all labels':22} {all_labels['num_train_pairs']:6} {metrics}")
+        own = {name: facts[f"eval_{name}"] for name in ("accuracy", "log_loss")}
+        if facts["round"] > 0:
+            rows.append((f"SSRM, round {facts['round']}", {**facts, **own}))
+        elif facts.get("is_pretrained"):
+            rows.append(("pretraining and labels", {**facts, **own}))
+    rows.append(("all labels", references["all labels"]))
+    print(f"\n{'':22} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
+    for title, facts in rows:
+        print(f"{title:22} {facts['num_train_pairs']:6} {facts['accuracy']:9.3f} {facts['log_loss']:9.3f}")
+    change = paired_change(logits_of["SSRM"], logits_of["labels alone"])
+    words = [
+        f"{name} {change[f'{key}_change']:+.3f} ± {1.96 * change[f'{key}_change_error']:.3f}"
+        for key, name in (("accuracy", "accuracy"), ("log_loss", "log-loss"))
+    ]
+    print(f"\nSSRM against the labels alone: {', '.join(words)} (95 % over {len(logits_of['SSRM'])} held-out pairs)")
