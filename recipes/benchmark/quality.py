@@ -5,7 +5,7 @@ What the pool gains: accuracy, log-loss and calibration of each arm, over tasks,
 
 The pairs are split into train, dev and test, always in the same way; a seed draws the groups that keep their labels. Some
 of the lowest layers can be frozen (`--num_frozen_layers`). What they compute of a sequence is kept, so that a run takes a
-third of the time. The number of steps on the labels is chosen for each task and share on the dev part, with a seed of its
+third of the time; without it, decoders can be trained too. The number of steps on the labels is chosen for each task and share on the dev part, with a seed of its
 own; all arms use it. The arm with all labels has its own number, chosen in the same way. The table shows the test part,
 which chose nothing. Results are kept line by line in `output_dir/results.jsonl`, and are not measured again.
 """
