@@ -66,7 +66,7 @@ def test_rewards_speed_and_throughput_are_measured(llama, tmp_path):
 def test_quality_and_rounds_are_measured_and_a_second_call_goes_on(llama, tmp_path):
     record, table = run_part(2, llama, tmp_path)
     assert not errors_of(record)
-    assert len(record["steps"]["quality, pairs"]["figures"]) == 2 * 3 + 2
+    assert len(record["steps"]["quality, pairs"]["figures"]) == 3 + 2
     assert "| default, " in table and "(against the labels alone)" in table
     ways = record["steps"]["rounds, float32"]["figures"]["ways"]
     # Nothing is sharded on a CPU, so nothing differs.
@@ -80,13 +80,15 @@ def test_quality_and_rounds_are_measured_and_a_second_call_goes_on(llama, tmp_pa
 def test_a_step_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(RECIPES / "benchmark"))
     gpu = importlib.import_module("gpu")
-    (tmp_path / "good.json").write_text('{"pairs": 3, "spread": 1.5, "ways": {}}')
-    slow = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    steps = {"speed": "raise ValueError('no | pair')", "quality, slow": slow, "rewards": "print('done')"}
-    lanes = [
-        [gpu.Step(name, ["-c", code], tmp_path / ("good.json" if name == "rewards" else "none.json"))]
-        for name, code in steps.items()
-    ]
+    figures = json.dumps({"pairs": 3, "spread": 1.5, "ways": {}})
+    codes = {
+        "speed": "raise ValueError('no | pair')",
+        "quality, slow": "import subprocess; subprocess.run(['sleep', '60'])",
+        "rewards": f"open('good.json', 'w').write({figures!r})",
+    }
+    monkeypatch.chdir(tmp_path)
+    paths = {"rewards": Path("good.json")}
+    lanes = [[gpu.Step(name, ["-c", code], paths.get(name, Path("none.json")))] for name, code in codes.items()]
     record = {"device": "NVIDIA H100 80GB HBM3", "versions": {}, "steps": {}}
     gpu.run_lanes(lanes, tmp_path, gpu.time.time() + 3, lambda step, entry: record["steps"].update({step.name: entry}))
     assert record["steps"]["speed"]["error"] == "ValueError: no | pair"
@@ -99,7 +101,7 @@ def test_a_step_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path):
 
 def test_errors_are_those_of_the_script_and_not_of_its_launcher(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES / "benchmark"))
-    error_line = importlib.import_module("gpu_steps").error_line
+    error_line = importlib.import_module("gpu").error_line
     launcher = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\nssrm.py FAILED\n"
     assert error_line(f"[rank0]: RuntimeError: out of luck\nTraceback:\n{launcher}", 1) == "RuntimeError: out of luck"
     assert (

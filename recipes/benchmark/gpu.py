@@ -10,6 +10,7 @@ is not done again, and a step of quality.py that was stopped goes on where it wa
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -21,16 +22,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from common import interval
-from gpu_steps import HERE, MEASURES, GpuArguments, LeftOut, error_line
-from transformers import AutoTokenizer
 from trl import TrlParser
 
 
+HERE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "flash-attn", "kernels", "deepspeed")
 # Dense products in bfloat16, in TFLOP/s: data sheets of NVIDIA's H100, H200, A100, L40S and L4, half of the figure where
 # it is one with sparsity. The first name that the name of a device contains counts.
@@ -38,12 +38,36 @@ PEAKS = {
     **{"H100 NVL": 835.5, "H100 PCIe": 756.5, "H100": 989.5, "H200 NVL": 835.5, "H200": 989.5},
     **{"A100": 312, "L40S": 362, "NVIDIA L4": 121},
 }
+FLASH = "rewards, flash attention"
 ARMS = ("labels", "default", "all labels")
 METRICS = {"accuracy": "accuracy", "log_loss": "log-loss", "ece": "ECE"}
 # Settings of quality.py besides those of its file, and those for a trial.
 QUALITY = ["--num_frozen_layers", "0", "--learning_rate", "5e-5", "--score_batch_tokens", "16384"]
 SMALL_QUALITY = ["--label_fractions", "0.25", "--max_pairs", "48", "--steps", "2", "--all_labels_epochs", "1"]
 SMALL_SPEED = ["--pools", "pairs", "--num_train_pairs", "4", "--num_repeats", "1"]
+
+# Numbers of pairs and sizes of batches; those for a trial on a CPU are behind the others.
+SIZES = {
+    **{"reward_pairs": (300, 8), "speed_pairs": (300, 6), "pool_pairs": (3000, 12), "train_pairs": (512, 8)},
+    **{"train_batch": (32, 4), "score_tokens": ((16_384, 65_536, 262_144), (512,)), "max_length": (384, 384)},
+    **{"num_labeled": (64, 16), "num_pool": (192, 24), "num_held_out": (64, 8), "learning_rate": (1e-5, 3e-3)},
+}
+
+
+@dataclass
+class GpuArguments:
+    """Arguments of the benchmark."""
+
+    model_name_or_path: str = field(metadata={"help": "Decoder, such as SmolLM2-135M-Instruct; a directory."})
+    dataset_path: str = field(metadata={"help": "Parquet file with `prompt`, `chosen` and `rejected`, as messages."})
+    part: int = field(default=1, metadata={"help": "Part to run.", "choices": [1, 2]})
+    output_dir: str = field(default="gpu", metadata={"help": "Directory for figures, table and logs."})
+    small: bool = field(default=False, metadata={"help": "Whether to do each step with a few pairs, as a trial."})
+    time_limit: int = field(default=570, metadata={"help": "Seconds after which what still runs is stopped."})
+
+    def size(self, name: str):
+        """A number of [`SIZES`]."""
+        return SIZES[name][self.small]
 
 
 @dataclass
@@ -63,40 +87,54 @@ def peak_of(device: str) -> float | None:
     return next((peak * 1e12 for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
+def without_flash_attention() -> str | None:
+    """Why flash attention can't be measured, or `None`."""
+    if not torch.cuda.is_available():
+        return "it needs a GPU"
+    is_there = any(map(importlib.util.find_spec, ("flash_attn", "kernels")))
+    return None if is_there else "neither flash_attn nor kernels is installed"
+
+
 def lanes_of(args: GpuArguments) -> list[list[Step]]:
     """The steps of a part. The lists are worked on side by side; the steps of a list one after the other."""
     output_dir = Path(args.output_dir)
     given = ["--model_name_or_path", args.model_name_or_path]
 
     def measured(name: str) -> Step:
-        command = [str(HERE / "gpu.py"), *given, "--dataset_path", args.dataset_path]
-        command += ["--output_dir", args.output_dir, "--small", str(args.small), "--step", name]
-        return Step(name, command, result_path(args, name))
+        path = output_dir / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        command = [str(HERE / "gpu_steps.py"), *given, "--dataset_path", args.dataset_path]
+        return Step(name, [*command, "--small", str(args.small), "--step", name, "--output_file", str(path)], path)
 
     if args.part == 1:
         path = output_dir / "speed.jsonl"
         speed = [str(HERE / "speed.py"), *given, "--dataset_path", args.dataset_path, "--output_file", str(path)]
         speed += ["--models", "decoder", "--mixed_precision", "bf16", "--num_pairs", str(args.size("speed_pairs"))]
         speed += SMALL_SPEED if args.small else []
-        # One after the other, since times are measured.
-        steps = [measured(name) for name in MEASURES if not name.startswith("rounds")]
-        return [[*steps, Step("speed", speed, path)]]
+        names = ["rewards", *([FLASH] if without_flash_attention() is None else []), "throughput"]
+        steps = [*map(measured, names), Step("speed", speed, path)]
+        # One after the other, since times are measured. Those of a trial mean nothing.
+        return [[step] for step in steps] if args.small else [steps]
     is_cpu = not torch.cuda.is_available()
-    quality = [str(HERE / "quality.py"), "--config", str(HERE / "quality.yaml"), *given, *QUALITY]
-    quality += ["--eos_token", AutoTokenizer.from_pretrained(args.model_name_or_path).eos_token, "--arms", *ARMS]
-    quality += ["--use_cpu", str(is_cpu), "--bf16", str(not is_cpu), "--seeds", *("01" if args.small else "01234")]
+    quality = [str(HERE / "quality.py"), "--config", str(HERE / "quality.yaml"), *given, *QUALITY, "--arms", *ARMS]
+    quality += ["--use_cpu", str(is_cpu), "--bf16", str(not is_cpu), "--seeds", *("0" if args.small else "01234")]
     quality += SMALL_QUALITY if args.small else []
     lanes = []
     for task in [args.dataset_path] if args.small else ["documentation", "parameters", args.dataset_path]:
         own = output_dir / f"quality-{Path(task).stem}"
         command = [*quality, "--tasks", task, "--output_dir", str(own)]
         lanes.append([Step(f"quality, {Path(task).stem}", command, own / "results.jsonl", own / "run")])
-    # A trial runs without a launcher and with FSDP2 once.
+    # Float32 tells mistakes in sharding from rounding; bfloat16 is how people train.
     return [*lanes, *([measured(f"rounds, {name}")] for name in (["float32"] if args.small else ["float32", "bf16"]))]
 
 
-def result_path(args: GpuArguments, name: str) -> Path:
-    return Path(args.output_dir) / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+def error_line(log: str, status: int) -> str:
+    """The error that ended a process, from its output. What a launcher raises when its script fails is not it."""
+    pattern = r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception)\b.*|[\w.]+: error: .*)$"
+    of_launchers = ("subprocess.CalledProcessError", "torch.distributed.elastic")
+    found = [line for line in re.findall(pattern, log, re.MULTILINE) if not line.startswith(of_launchers)]
+    if status < 0:
+        return f"ended by signal {-status}"
+    return found[-1] if found else f"exit status {status}"
 
 
 def run_lanes(lanes: list[list[Step]], logs: Path, deadline: float, keep: Callable[[Step, dict], None]) -> None:
@@ -107,6 +145,8 @@ def run_lanes(lanes: list[list[Step]], logs: Path, deadline: float, keep: Callab
             for number, lane in enumerate(lanes):
                 if lane and number not in running:
                     step = lane.pop(0)
+                    if step.result.suffix == ".json":
+                        step.result.unlink(missing_ok=True)
                     print(f"{step.name} ...", flush=True)
                     with (logs / f"{step.name}.log").open("w") as log:
                         process = subprocess.Popen(
@@ -247,36 +287,21 @@ ROWS: dict[str, Callable] = {
 }
 
 
-def measure(args: GpuArguments) -> None:
-    """Do one step in this process, and write its figures."""
-    assert args.step is not None
-    # Of an earlier try.
-    result_path(args, args.step).unlink(missing_ok=True)
-    try:
-        figures = MEASURES[args.step](args)
-    except LeftOut as reason:
-        figures = {"left_out": str(reason)}
-    result_path(args, args.step).write_text(json.dumps(figures), encoding="utf-8")
-    failed = [f"{name}: {way['error']}" for name, way in figures.get("ways", {}).items() if "error" in way]
-    if failed:
-        sys.exit(f"gpu.py: error: {'; '.join(failed)}")
-
-
 def main(args: GpuArguments) -> None:
-    if args.step is not None:
-        measure(args)
-        return
     deadline = time.time() + args.time_limit
     output_dir = Path(args.output_dir)
     (output_dir / "logs").mkdir(parents=True, exist_ok=True)
     path = output_dir / "gpu.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"steps": {}}
+    given = {"model": args.model_name_or_path, "pairs": args.dataset_path, "small": args.small}
+    if any(record.get(name, value) != value for name, value in given.items()):
+        sys.exit(f"gpu.py: error: {path} was made with another model, other pairs or as a trial; pass another OUTPUT.")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = {}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    record |= {"device": device, "versions": versions, "small": args.small, "model": args.model_name_or_path}
+    record |= {"device": device, "versions": versions, **given}
 
     def keep(step: Step, entry: dict) -> None:
         if isinstance(entry["figures"], dict):
@@ -286,9 +311,14 @@ def main(args: GpuArguments) -> None:
         (output_dir / "gpu.md").write_text(table(record), encoding="utf-8")
         print(f"{step.name}: {entry.get('error', 'done')}, {entry['seconds']} s", flush=True)
 
+    if args.part == 1 and (reason := without_flash_attention()) is not None:
+        record["steps"][FLASH] = {"device": device, "figures": {"left_out": reason}}
+
     # Ended from outside, it ends its steps.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu.py: error: ended from outside"))
-    done = [name for name, entry in record["steps"].items() if "error" not in entry]
+    done = [
+        name for name, entry in record["steps"].items() if "error" not in entry and "left_out" not in entry["figures"]
+    ]
     lanes = [[step for step in lane if step.name not in done] for lane in lanes_of(args)]
     run_lanes(lanes, output_dir / "logs", deadline, keep)
     print(f"\n{table(record)}")

@@ -19,7 +19,7 @@
 #      throughput                 1 min
 #      speed                      3 to 5 min   most of it one sequence at a time
 #   2  quality, each of 3 tasks   5 to 9 min   side by side: about 5,500 steps each
-#      rounds, in 2 precisions    3 to 4 min   beside these: four starts of ssrm.py each
+#      rounds, in 2 precisions    1 to 2 min   beside these: four runs of ssrm.py each, also side by side
 set -euo pipefail
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -3,9 +3,8 @@ What gpu.py measures in processes of its own: rewards in bfloat16, throughput an
 """
 
 import contextlib
-import importlib.metadata
 import importlib.util
-import re
+import json
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,9 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from gpu import FLASH, HERE, GpuArguments, error_line
 from speed import SpeedArguments, make_model, make_pool, settings
+from trl import TrlParser
 
 from trl_ssrm import SSRMConfig, SSRMTrainer
 from trl_ssrm.data.sequences import PairedSequences
@@ -28,59 +29,29 @@ from trl_ssrm.scoring.rows import paired_rows, shared_rows
 from trl_ssrm.scoring.score import score_pairs, score_sequences
 
 
-HERE = Path(__file__).parent
 SHARDED = ("fsdp2", "zero2", "zero3")
 # Largest difference between rewards with and without a launcher that counts as rounding, in standard deviations of the
 # rewards. Training makes differences in the last digit larger, step by step.
 TOLERANCE = {"float32": 0.01, "bf16": 0.2}
-# Numbers of pairs and sizes of batches; those for a trial on a CPU are behind the others.
-SIZES = {
-    **{"reward_pairs": (300, 8), "speed_pairs": (300, 6), "pool_pairs": (3000, 12), "train_pairs": (512, 8)},
-    **{"train_batch": (32, 4), "score_tokens": ((16_384, 65_536, 262_144), (512,)), "max_length": (384, 384)},
-    **{"num_labeled": (64, 16), "num_pool": (192, 24), "num_held_out": (64, 8), "learning_rate": (1e-5, 3e-3)},
-}
 
 
 @dataclass
-class GpuArguments:
-    """Arguments of the benchmark."""
+class StepArguments(GpuArguments):
+    """Arguments of one step."""
 
-    model_name_or_path: str = field(metadata={"help": "Decoder, such as SmolLM2-135M-Instruct; a directory."})
-    dataset_path: str = field(metadata={"help": "Parquet file with `prompt`, `chosen` and `rejected`, as messages."})
-    part: int = field(default=1, metadata={"help": "Part to run.", "choices": [1, 2]})
-    output_dir: str = field(default="gpu", metadata={"help": "Directory for figures, table and logs."})
-    small: bool = field(default=False, metadata={"help": "Whether to do each step with a few pairs, as a trial."})
-    time_limit: int = field(default=570, metadata={"help": "Seconds after which what still runs is stopped."})
-    step: str | None = field(
-        default=None, metadata={"help": "Do this step alone, in this process; used by the benchmark itself."}
-    )
-
-    def size(self, name: str):
-        return SIZES[name][self.small]
+    step: str = field(default="rewards", metadata={"help": "Name of the step."})
+    output_file: str = field(default="step.json", metadata={"help": "File for its figures."})
 
     @property
-    def speed(self) -> SpeedArguments:
+    def of_speed(self) -> SpeedArguments:
+        """Arguments of speed.py, whose functions make the model and the pairs."""
         return SpeedArguments(self.dataset_path, self.model_name_or_path, mixed_precision="bf16")
 
 
-class LeftOut(Exception):
-    """A step that this machine can't do, with the reason."""
-
-
-def error_line(log: str, status: int) -> str:
-    """The error that ended a process, from its output. What a launcher raises when its script fails is not it."""
-    pattern = r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception)\b.*|[\w.]+: error: .*)$"
-    of_launchers = ("subprocess.CalledProcessError", "torch.distributed.elastic")
-    found = [line for line in re.findall(pattern, log, re.MULTILINE) if not line.startswith(of_launchers)]
-    if status < 0:
-        return f"ended by signal {-status}"
-    return found[-1] if found else f"exit status {status}"
-
-
-def load(args: GpuArguments, num_pairs: int):
+def load(args: StepArguments, num_pairs: int):
     """Model in float32 on the device, its tokenizer, and the first pairs that fit, as text."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = make_model("decoder", args.speed, device)
+    model, tokenizer = make_model("decoder", args.of_speed, device)
     longest = args.size("max_length")
     pool = make_pool("pairs", args.dataset_path, num_pairs, lambda text: len(tokenizer(text)["input_ids"]) < longest)
     if not pool:
@@ -108,13 +79,8 @@ def one_at_a_time(model, pairs: Dataset, autocast=contextlib.nullcontext) -> np.
     return np.array(scores).reshape(-1, 2)
 
 
-def measure_rewards(args: GpuArguments, attention: str) -> dict:
+def measure_rewards(args: StepArguments, attention: str) -> dict:
     """Differences of rewards to float32, one at a time, and the share of the pairs that are ranked alike."""
-    if attention != "sdpa":
-        if not torch.cuda.is_available():
-            raise LeftOut("flash attention needs a GPU")
-        if not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
-            raise LeftOut("neither flash_attn nor kernels is installed")
     model, tokenizer, pool = load(args, args.size("reward_pairs"))
     data, accelerator = tokenized(pool, tokenizer), Accelerator(mixed_precision="bf16")
     pairs, pad = PairedSequences.from_tokenized(data), tokenizer.pad_token_id
@@ -161,7 +127,7 @@ def peak_memory() -> float | None:
     return most
 
 
-def measure_throughput(args: GpuArguments) -> dict:
+def measure_throughput(args: StepArguments) -> dict:
     """Tokens a second, FLOPs a second and memory, of scoring by the size of a batch and of training."""
     model, tokenizer, pool = load(args, args.size("pool_pairs"))
     num_weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
@@ -195,9 +161,9 @@ def measure_throughput(args: GpuArguments) -> dict:
         with tempfile.TemporaryDirectory() as directory:
             more = {"gradient_checkpointing": checkpointing, "per_device_train_batch_size": args.size("train_batch")}
             trainer = SSRMTrainer(
-                model=make_model("decoder", args.speed, model.device)[0],
+                model=make_model("decoder", args.of_speed, model.device)[0],
                 args=SSRMConfig(
-                    **settings(directory, args.size("max_length"), args.speed, **more),
+                    **settings(directory, args.size("max_length"), args.of_speed, **more),
                     num_train_epochs=1,
                     share_prompts=True,
                 ),
@@ -214,7 +180,7 @@ def measure_throughput(args: GpuArguments) -> dict:
     return {"pairs": len(data), "weights": num_weights, "ways": ways}
 
 
-def measure_rounds(args: GpuArguments, precision: str) -> dict:
+def measure_rounds(args: StepArguments, precision: str) -> dict:
     """Rounds of ssrm.py under FSDP2 and DeepSpeed with one process, against those without a launcher."""
     model, tokenizer, rows = load(args, sum(args.size(f"num_{name}") for name in ("labeled", "pool", "held_out")))
     held_out, rows = rows[: args.size("num_held_out")], rows[args.size("num_held_out") :]
@@ -224,33 +190,31 @@ def measure_rounds(args: GpuArguments, precision: str) -> dict:
         root = Path(directory)
         for split, part in (("train", rows), ("test", held_out)):
             Dataset.from_list(part).to_parquet(root / "data" / f"{split}.parquet")
-        alone = rounds(args, precision, None, root, model, pairs)
-        for name in SHARDED:
-            if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-                figures[name] = {"left_out": "deepspeed is not installed"}
-                continue
+        names = [name for name in SHARDED if name.startswith("fsdp") or importlib.util.find_spec("deepspeed")]
+        figures |= {name: {"left_out": "deepspeed is not installed"} for name in SHARDED if name not in names}
+        # Side by side, since most of their time is that of starting.
+        running = {name: start_rounds(args, precision, name, root) for name in ("alone", *names)}
+        alone = end_rounds(running["alone"], root / "alone", model, pairs)
+        for name in names:
             try:
-                figures[name] = compared(rounds(args, precision, name, root, model, pairs), alone, precision)
+                found = end_rounds(running[name], root / name, model, pairs)
+                figures[name] = compared(found, alone, precision)
             except Exception as error:
                 figures[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     return {"pairs": len(rows), "precision": precision, "sharded": torch.cuda.is_available(), "ways": figures}
 
 
-def rounds(args: GpuArguments, precision: str, config: str | None, root: Path, model, pairs: PairedSequences) -> dict:
-    """Kept pairs of a run of ssrm.py with their logits, and the rewards of the model that it has saved on other pairs."""
-    output_dir = root / (config or "alone")
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(HERE.parent / f"accelerate_configs/{config}.yaml"),
-    ]
+def start_rounds(args: StepArguments, precision: str, name: str, root: Path) -> subprocess.Popen:
+    """A run of ssrm.py, under the launcher with the configuration of this name or, for `"alone"`, without one."""
+    config = str(HERE.parent / "accelerate_configs" / f"{name}.yaml")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config]
     launch += ["--num_processes", "1", "--main_process_port", "0"]
     launch += ["--mixed_precision", "bf16" if precision == "bf16" else "no"]
     on_cpu = not torch.cuda.is_available()
-    command = [sys.executable, *([*launch, *(["--cpu"] if on_cpu else [])] if config else [])]
+    launch += ["--cpu"] if on_cpu else []
+    command = [sys.executable, *(launch if name != "alone" else [])]
     given = {
-        **{"model_name_or_path": args.model_name_or_path, "dataset_name": root / "data", "output_dir": output_dir},
+        **{"model_name_or_path": args.model_name_or_path, "dataset_name": root / "data", "output_dir": root / name},
         **{
             "num_labeled": args.size("num_labeled"),
             "num_folds": 0,
@@ -266,17 +230,24 @@ def rounds(args: GpuArguments, precision: str, config: str | None, root: Path, m
         str(HERE.parent / "ssrm.py"),
         *(word for name, value in given.items() for word in (f"--{name}", str(value))),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    print(done.stdout, flush=True)
-    if done.returncode:
-        raise RuntimeError(error_line(done.stdout, done.returncode))
+    with (root / f"{name}.log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def end_rounds(process: subprocess.Popen, output_dir: Path, model, pairs: PairedSequences) -> dict:
+    """Kept pairs of a run with their logits, and the rewards of the model that it has saved on other pairs."""
+    status = process.wait()
+    log = output_dir.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+    print(f"--- {output_dir.name}\n{log}", flush=True)
+    if status:
+        raise RuntimeError(error_line(log, status))
     path = output_dir / "_rounds" / "round_1" / "pseudo_labels.parquet"
     if not path.is_file():
         raise ValueError("no pair was kept, so there is nothing to compare")
     kept = pq.read_table(path).to_pydict()
     # Without calibration the temperature is 1.
     logits = [np.log(each / (1 - each)) for each in np.clip(kept["confidence"], 0, 1 - 1e-12)]
-    saved = make_model("decoder", SpeedArguments(args.dataset_path, str(output_dir)), model.device)[0]
+    saved = make_model("decoder", SpeedArguments("", str(output_dir)), model.device)[0]
     rewards = score_sequences(saved, pairs.sequences[:]["input_ids"], saved.config.pad_token_id, choose_layout(saved))
     signs = [1 if each else -1 for each in kept["first_is_chosen"]]
     return {
@@ -298,10 +269,22 @@ def compared(run: dict, alone: dict, precision: str) -> dict:
     }
 
 
-MEASURES: dict[str, Callable[[GpuArguments], dict]] = {
+MEASURES: dict[str, Callable[[StepArguments], dict]] = {
     "rewards": lambda args: measure_rewards(args, "sdpa"),
-    "rewards, flash attention": lambda args: measure_rewards(args, "flash_attention_2"),
+    FLASH: lambda args: measure_rewards(args, "flash_attention_2"),
     "throughput": measure_throughput,
     "rounds, float32": lambda args: measure_rounds(args, "float32"),
     "rounds, bf16": lambda args: measure_rounds(args, "bf16"),
 }
+
+
+def main(args: StepArguments) -> None:
+    figures = MEASURES[args.step](args)
+    Path(args.output_file).write_text(json.dumps(figures), encoding="utf-8")
+    failed = [f"{name}: {way['error']}" for name, way in figures["ways"].items() if "error" in way]
+    if failed:
+        sys.exit(f"gpu_steps.py: error: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((StepArguments,)).parse_args_and_config())
