@@ -194,10 +194,11 @@ def measure_rounds(args: StepArguments, precision: str) -> dict:
         figures |= {name: {"left_out": "deepspeed is not installed"} for name in SHARDED if name not in names}
         # Side by side, since most of their time is that of starting.
         running = {name: start_rounds(args, precision, name, root) for name in ("alone", *names)}
-        alone = end_rounds(running["alone"], root / "alone", model, pairs)
+        status = {name: process.wait() for name, process in running.items()}
+        alone = end_rounds(status["alone"], root / "alone", model, pairs)
         for name in names:
             try:
-                found = end_rounds(running[name], root / name, model, pairs)
+                found = end_rounds(status[name], root / name, model, pairs)
                 figures[name] = compared(found, alone, precision)
             except Exception as error:
                 figures[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
@@ -215,28 +216,20 @@ def start_rounds(args: StepArguments, precision: str, name: str, root: Path) -> 
     command = [sys.executable, *(launch if name != "alone" else [])]
     given = {
         **{"model_name_or_path": args.model_name_or_path, "dataset_name": root / "data", "output_dir": root / name},
-        **{
-            "num_labeled": args.size("num_labeled"),
-            "num_folds": 0,
-            "pretrain_on_pool": False,
-            "round_init": "continue",
-        },
-        **{"pseudo_label_type": "hard", "confidence_threshold": 0.6, "learning_rate": args.size("learning_rate")},
-        **{"num_train_epochs": 2, "per_device_train_batch_size": 8, "max_length": args.size("max_length")},
+        **{"num_labeled": args.size("num_labeled"), "num_folds": 0, "pretrain_on_pool": False},
+        **{"pseudo_label_type": "hard", "confidence_threshold": 0.6, "round_init": "continue"},
+        **{"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": args.size("learning_rate")},
         **{"bf16": precision == "bf16", "dtype": "float32", "use_cpu": on_cpu, "gradient_checkpointing": False},
-        **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0},
+        **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "max_length": args.size("max_length")},
     }
-    command += [
-        str(HERE.parent / "ssrm.py"),
-        *(word for name, value in given.items() for word in (f"--{name}", str(value))),
-    ]
+    command += [str(HERE.parent / "ssrm.py")]
+    command += [word for setting, value in given.items() for word in (f"--{setting}", str(value))]
     with (root / f"{name}.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def end_rounds(process: subprocess.Popen, output_dir: Path, model, pairs: PairedSequences) -> dict:
+def end_rounds(status: int, output_dir: Path, model, pairs: PairedSequences) -> dict:
     """Kept pairs of a run with their logits, and the rewards of the model that it has saved on other pairs."""
-    status = process.wait()
     log = output_dir.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
     print(f"--- {output_dir.name}\n{log}", flush=True)
     if status:
