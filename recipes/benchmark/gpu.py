@@ -266,7 +266,10 @@ def quality_rows(figures: list[dict]) -> Iterator[tuple[str, str]]:
             change = interval([value[arm, seed][metric] - value["labels", seed][metric] for seed in seeds])
             cells.append(f"{title} {mean:.3f}" + (f" ({change})" if arm != "labels" else ""))
         against = " (against the labels alone)" if arm != "labels" else ""
-        yield f"{arm}, {value[arm, seeds[0]]['labels']} labels, {len(seeds)} seeds{against}", ", ".join(cells)
+        yield (
+            f"{arm}, {value[arm, seeds[0]]['labels']} labels, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}{against}",
+            ", ".join(cells),
+        )
 
 
 def rounds_rows(figures: dict) -> Iterator[tuple[str, str]]:
