@@ -323,6 +323,9 @@ class Shell:
     def sbatch(self, words: list[str]) -> None:
         assert (ROOT / words[0]).is_file()
 
+    def bash(self, words: list[str]) -> None:
+        subprocess.run(["bash", "-n", str(ROOT / words[0])], check=True)
+
 
 @pytest.fixture
 def shell(places, reward_model, tmp_path, monkeypatch) -> Shell:
@@ -351,7 +354,7 @@ PROGRAMS = {
     GUIDES / "processes.md": {"accelerate", "sbatch"},
     GUIDES / "reliability.md": {"python", "pytest", "pip"},
     GUIDES / "results.md": {"python"},
-    GUIDES / "speed.md": {"python"},
+    GUIDES / "speed.md": {"python", "bash"},
 }
 
 

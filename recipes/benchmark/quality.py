@@ -5,9 +5,9 @@ What the pool gains: accuracy, log-loss and calibration of each arm, over tasks,
 
 The pairs are split into train, dev and test, always in the same way; a seed draws the groups that keep their labels. Some
 of the lowest layers can be frozen (`--num_frozen_layers`). What they compute of a sequence is kept, so that a run takes a
-third of the time. The number of steps on the labels is chosen for each task and share on the dev part, with a seed of its
-own; all arms use it. The arm with all labels has its own number, chosen in the same way. The table shows the test part,
-which chose nothing. Results are kept line by line in `output_dir/results.jsonl`, and are not measured again.
+third of the time; with `--num_frozen_layers 0` the model can be a decoder. The number of steps on the labels is chosen for
+each task and share on the dev part, with a seed of its own; all arms use it. The arm with all labels has its own number,
+chosen in the same way. The table shows the test part, which chose nothing. Results are kept line by line in `output_dir/results.jsonl`, and are not measured again.
 """
 
 import hashlib
@@ -110,8 +110,11 @@ class Task:
     """The runs on one task."""
 
     def __init__(self, script_args: BenchmarkArguments, training_args: SSRMConfig, path: str, name: str):
-        self.script_args, self.training_args, self.path = script_args, training_args, path
+        self.script_args, self.path = script_args, path
         self.tokenizer = AutoTokenizer.from_pretrained(path)
+        # The file has the token of a BERT, whose tokenizer names none.
+        is_known = training_args.eos_token in self.tokenizer.get_vocab()
+        self.training_args = training_args if is_known else replace(training_args, eos_token=self.tokenizer.eos_token)
         self.parts = load_parts(
             name,
             self.tokenizer,

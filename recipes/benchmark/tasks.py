@@ -84,12 +84,15 @@ def load_parts(name: str, tokenizer, max_pairs: int, pairs_per_prompt: int, leng
     of an answer (from its start).
     """
 
+    # A decoder has no separator: a line ends between prompt and answer.
+    separator = f" {tokenizer.sep_token} " if tokenizer.sep_token is not None else "\n"
+
     def cut(text: str, size: slice) -> str:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return tokenizer.decode(ids[size]) if len(ids[size]) < len(ids) else text
 
     def cut_row(row: Row) -> Row:
-        prompt = cut(row["prompt"], slice(-lengths[0], None)) + f" {tokenizer.sep_token} "
+        prompt = cut(row["prompt"], slice(-lengths[0], None)) + separator
         return {"prompt": prompt, **{key: cut(row[key], slice(lengths[1])) for key in ("chosen", "rejected")}}
 
     groups = sorted(load_task(name).items())
