@@ -17,8 +17,7 @@ from datasets import Dataset
 from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
-from ..scoring.metrics import calibrated_metrics
-from .calibrate import fit_temperature
+from .calibrate import TEMPERATURES
 from .folds import Folds
 from .round_trainer import RoundTrainer
 from .run_directory import INITIAL, PRETRAINED
@@ -52,7 +51,7 @@ class Pretraining:
         Train the fold models, and choose the weights that the rounds start from.
 
         Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
-        pairs right. And the calibrated log-loss of fold models that start from them, on the labels that they have not seen, is
+        pairs right. And the log-loss, at its best temperature, of fold models that start from them, on the labels that they have not seen, is
         lower by `LEAST_GAIN` than that of fold models that start from the initial weights.
 
         Args:
@@ -78,10 +77,7 @@ class Pretraining:
         if facts["pretraining_accuracy"] <= 0.5:
             return INITIAL, {**facts, "is_pretrained": False}
         self.folds.train(PRETRAINED, ignore_keys_for_eval)
-        prompts = trainer.data.prompts
-        losses = {
-            start: held_out_log_loss(self.folds.held_out_logits(start), prompts) for start in (INITIAL, PRETRAINED)
-        }
+        losses = {start: held_out_log_loss(self.folds.held_out_logits(start)) for start in (INITIAL, PRETRAINED)}
         facts |= {"log_loss_without_pretraining": losses[INITIAL], "log_loss_with_pretraining": losses[PRETRAINED]}
         start = PRETRAINED if losses[PRETRAINED] <= losses[INITIAL] - LEAST_GAIN else INITIAL
         return start, {**facts, "is_pretrained": start == PRETRAINED}
@@ -147,6 +143,9 @@ def pretraining_pairs(pool: Pool, seed: int) -> Iterator[dict[str, Any]]:
                 yield {"prompt": one["prompt"], "chosen": one["chosen"], "rejected": another["chosen"]}
 
 
-def held_out_log_loss(logits: np.ndarray, prompts: np.ndarray) -> float:
-    """`float`: log-loss of held-out pairs at the temperature that they fit; arguments as for [`fit_temperature`]."""
-    return calibrated_metrics(logits, fit_temperature(logits, prompts))["calibrated_log_loss"]
+def held_out_log_loss(logits: np.ndarray) -> float:
+    """
+    `float`: lowest log-loss of held-out pairs over all temperatures, from pair logits `(num_pairs,)`. It asks how well the pairs
+    are ranked, and not how sure the model is, which the temperature mends later.
+    """
+    return min(float(np.logaddexp(0.0, -logits / temperature).mean()) for temperature in TEMPERATURES)
