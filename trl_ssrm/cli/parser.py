@@ -20,7 +20,10 @@ from .help import (
 SHELLS = ("bash", "zsh")
 # Equal to `labeling.PAIRINGS` and `benchmarks.BENCHMARKS`, whose modules import torch.
 PAIRINGS = ("best_vs_worst", "best_vs_random", "all")
-BENCHMARKS = ("preferences", "rewardbench", "rm_bench", "best_of_n")
+BENCHMARKS = (
+    *("preferences", "best_of_n", "rewardbench", "rm_bench"),
+    *("rewardbench_2", "judgebench", "llmbar", "rmb"),
+)
 DEBUG_HELP = "show the traceback of an error"
 # These commands have parsers of their own, made of dataclasses that import TRL.
 TRAINING = ("train", "quickstart")

@@ -19,9 +19,10 @@ from ..data.checks import (
 from ..data.formats import TEMPLATE_COLUMNS
 from ..data.prompts import with_prompt
 from ..scoring.preference import mean_win_probability
+from .published import PUBLISHED, REWARDBENCH_2_PARTS
 
 
-BENCHMARKS = ("preferences", "rewardbench", "rm_bench", "best_of_n")
+BENCHMARKS = ("preferences", "best_of_n", "rewardbench", "rm_bench", *PUBLISHED)
 ALL = "all"
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completions", "labels", *TEMPLATE_COLUMNS)
 
@@ -116,7 +117,7 @@ def check_rows(dataset: Dataset, benchmark: str, subset_column: str | None) -> N
         if check_preference_dataset(dataset, "dataset") is None:
             raise ValueError("`dataset` is tokenized; give it with the texts in `chosen` and `rejected`.")
         return
-    has_labels = benchmark == "best_of_n" and "completions" in dataset.column_names
+    has_labels = benchmark.startswith("best") and "completions" in dataset.column_names
     columns = ("completions", "labels") if has_labels else ("chosen", "rejected")
     check_columns(dataset, ("prompt", *columns), "dataset")
     shown = [column for column in TEMPLATE_COLUMNS if column in dataset.column_names]
@@ -165,6 +166,8 @@ def strata_of(benchmark: str, subsets: list[str], num_rows: int) -> tuple[list[s
             subset: final_score(section_scores({other: float(other == subset) for other in present}))
             for subset in present
         }
+    if benchmark == "rewardbench_2":
+        return subsets, dict.fromkeys(REWARDBENCH_2_PARTS, 1 / len(REWARDBENCH_2_PARTS))
     if benchmark == "rm_bench":
         domains = [subset.split("-")[0] for subset in subsets]
         present = sorted(set(domains))
@@ -203,6 +206,8 @@ def missing_strata(benchmark: str, strata: list[str]) -> list[str]:
         }
     if benchmark == "rm_bench":
         due = set(RM_BENCH_DOMAINS)
+    if benchmark == "rewardbench_2":
+        due = set(REWARDBENCH_2_PARTS)
     return sorted(due - set(strata))
 
 
@@ -214,32 +219,32 @@ def read_row(row: dict[str, Any], benchmark: str, as_messages: bool) -> Benchmar
         row (`dict[str, Any]`):
             Row of a dataset that passed [`check_rows`].
         benchmark (`str`):
-            One of `BENCHMARKS`.
+            Form of the row: one of `BENCHMARKS`, or what [`as_known_rows`] has made of it.
         as_messages (`bool`):
-            Whether to make conversations of the text prompts of the two published benchmarks.
+            Whether to make a conversation of a text prompt.
 
     Returns:
         [`BenchmarkRow`]: the row.
     """
     template = [row.get(name) for name in TEMPLATE_COLUMNS]
+    is_right: list[bool] = []
     if benchmark == "preferences":
         row = with_prompt(row)
-        return BenchmarkRow(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], [True, False], template)
-    prompt = row["prompt"]
-    if benchmark == "best_of_n":
+        completions, pairs, is_right = [row["chosen"], row["rejected"]], [(0, 1)], [True, False]
+    elif benchmark.startswith("best"):
         completions = row["completions"] if "completions" in row else row["chosen"] + row["rejected"]
-        pairs = list(itertools.combinations(range(len(completions)), 2))
-        return BenchmarkRow(prompt, completions, pairs, _is_right(row), template)
-    if benchmark == "rewardbench":
+        pairs, is_right = list(itertools.combinations(range(len(completions)), 2)), _is_right(row)
+    elif benchmark == "rewardbench":
         completions, pairs = [row["chosen"], row["rejected"]], [(0, 1)]
     else:
         completions = row["chosen"] + row["rejected"]
         pairs = [(chosen, 3 + rejected) for chosen in range(3) for rejected in range(3)]
+    prompt = row["prompt"]
     if isinstance(prompt, str) and as_messages:
         prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list):
+    if isinstance(prompt, list) and isinstance(completions[0], str):
         completions = [[{"role": "assistant", "content": completion}] for completion in completions]
-    return BenchmarkRow(prompt, completions, pairs, [], template)
+    return BenchmarkRow(prompt, completions, pairs, is_right, template)
 
 
 def section_scores(accuracies: dict[str, float]) -> dict[str, float]:

@@ -33,6 +33,7 @@ from .benchmarks import (
     section_scores,
     strata_of,
 )
+from .published import REWARDBENCH_2_PARTS, TIES, as_known_rows, ties_score
 from .table import Evaluation
 
 
@@ -88,11 +89,21 @@ def evaluate(
             - `"best_of_n"`: `prompt`, `completions` and `labels` (whether each is right), or `prompt` with a list of
               `chosen` and one of `rejected`. Share of rows whose best completion is right; if several share the first
               place, the row counts as the share of right ones among them.
+            - `"rewardbench_2"`: `id`, `prompt`, lists `chosen` and `rejected`, and `subset` of
+              [RewardBench 2](https://huggingface.co/papers/2506.01937) (`allenai/reward-bench-2`). As `"best_of_n"`; the
+              part Ties has a score of its own, see [`~trl_ssrm.evaluation.published.ties_score`]. The final score is the
+              mean of the six parts.
+            - `"judgebench"`: `question`, `response_A`, `response_B`, `label` and `source` of
+              [JudgeBench](https://huggingface.co/papers/2410.12784) (`ScalerLab/JudgeBench`), by domain.
+            - `"llmbar"`: `input`, `output_1`, `output_2` and `label` of [LLMBar](https://huggingface.co/papers/2310.07641).
+            - `"rmb"`: the pairs, or the best-of-n set, of [RMB](https://huggingface.co/papers/2410.09893), by goal. The best
+              completion has to beat every other.
 
-            If the tokenizer has a chat template, text prompts of the two published benchmarks become conversations.
+            If the tokenizer has a chat template, text prompts of published benchmarks become conversations.
         subset_column (`str`, *optional*):
             Column with the subset of each row; metrics are given for each subset. If `None`, `"subset"` for
-            `"rewardbench"`, `"domain"` for `"rm_bench"`, and no subsets for the others.
+            `"rewardbench"`, `"domain"` for `"rm_bench"`, the parts, domains or goals of the newer ones, and no subsets for
+            the others.
         batch_tokens (`int`, *optional*, defaults to `16384`):
             Size of a scoring batch in tokens, padding included. Only used if the model is loaded here.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
@@ -121,22 +132,27 @@ def evaluate(
         raise ValueError("`max_length` is for scalar models; set `max_length` of the judge's `comparison` instead.")
     subset_column = subset_column or {"rewardbench": "subset", "rm_bench": "domain"}.get(benchmark)
     check_is_dataset(dataset, "dataset")
-    dataset = unformatted(dataset)
-    check_rows(dataset, benchmark, subset_column)
+    dataset, form, subset_column = as_known_rows(unformatted(dataset), benchmark, subset_column)
+    check_rows(dataset, form, subset_column)
     subsets = [] if subset_column is None else [str(subset) for subset in dataset[subset_column]]
     strata, weights = strata_of(benchmark, subsets, len(dataset))
     scorer = _load(model, batch_tokens)
-    judged = _judge(scorer, dataset, benchmark, max_length, disable_tqdm)
-    results = _results(judged, benchmark, scorer.temperature)
+    judged = _judge(
+        scorer, dataset, form, max_length, disable_tqdm, form != benchmark or form not in ("preferences", "best_of_n")
+    )
+    results = _results(judged, form, scorer.temperature)
     if not results.is_judged.all():
         logger.warning(
             f"{(~results.is_judged).sum()} of {len(dataset)} rows of `dataset` have a text that is too long for the "
             "model; they count as ties."
         )
+    metrics = _metrics(results, benchmark, subsets, strata, weights)
+    if benchmark == "rewardbench_2":
+        _add_rewardbench_2(metrics, judged, dataset)
     return Evaluation(
         model=model if isinstance(model, str) else scorer.__name__,
         benchmark=benchmark,
-        metrics=_metrics(results, benchmark, subsets, strata, weights),
+        metrics=metrics,
         outcomes=results.outcomes.tolist(),
         prompts=prompt_groups(dataset).tolist(),
         strata=strata,
@@ -193,9 +209,11 @@ def _judge(
     benchmark: str,
     max_length: int | None,
     disable_tqdm: bool,
+    is_published: bool,
 ) -> _Judged:
-    # A judge makes a conversation of text as well.
-    as_messages = isinstance(scorer, PairwiseJudge) or scorer.processing_class.chat_template is not None
+    # The text of published benchmarks is what a user says. A judge makes a conversation of it as well.
+    has_template = isinstance(scorer, PairwiseJudge) or scorer.processing_class.chat_template is not None
+    as_messages = is_published and has_template
     judged = _Judged([], [], [])
     with tqdm(total=len(dataset), desc="Evaluating", unit="row", disable=disable_tqdm) as progress:
         for start in range(0, len(dataset), CHUNK_ROWS):
@@ -270,6 +288,11 @@ def _results(judged: _Judged, benchmark: str, temperature: float) -> _Results:
     if benchmark == "best_of_n":
         outcomes, is_tie = zip(*map(best_is_right, judged.logits, judged.is_right), strict=True)
         return _Results(np.array(outcomes), np.array(is_tie), is_judged, None, temperature)
+    if benchmark == "best_beats_all":
+        # The comparisons of the first completion come first.
+        first = [own[: len(right) - 1] for own, right in zip(judged.logits, judged.is_right, strict=True)]
+        wins = np.array([float((own > 0).all()) for own in first])
+        return _Results(wins, np.array([bool((own == 0).any()) for own in first]), is_judged, None, temperature)
     logits = np.stack(judged.logits)
     # A pair that is too long is a tie.
     cells = np.nan_to_num(logits)
@@ -295,9 +318,20 @@ def _metrics(
         overall |= {level: float(np.mean([by_subset[domain][level] for domain in weights])) for level in LEVELS}
     if missing := missing_strata(benchmark, strata):
         logger.warning(f"`dataset` has no rows of {', '.join(missing)}, so there is no final score of {benchmark}.")
-    elif benchmark in ("rewardbench", "rm_bench"):
+    elif benchmark in ("rewardbench", "rm_bench", "rewardbench_2"):
         overall["score"] = sum(weight * by_subset[part]["accuracy"] for part, weight in weights.items())
     return {ALL: overall, **sections, **by_subset}
+
+
+def _add_rewardbench_2(metrics: dict[str, dict[str, float]], judged: _Judged, dataset: Dataset) -> None:
+    """Put the score of the part Ties beside its accuracy, and into the final score in place of it."""
+    rows = [row for row, subset in enumerate(dataset["subset"]) if subset == TIES]
+    if not rows:
+        return
+    logits, is_right = ([np.nan_to_num(judged.logits[row]) for row in rows], [judged.is_right[row] for row in rows])
+    metrics[TIES]["score"] = ties_score([dataset[row]["id"] for row in rows], logits, is_right)
+    if "score" in metrics[ALL]:
+        metrics[ALL]["score"] += (metrics[TIES]["score"] - metrics[TIES]["accuracy"]) / len(REWARDBENCH_2_PARTS)
 
 
 def _metrics_of_rows(results: _Results, benchmark: str, rows: np.ndarray) -> dict[str, float]:

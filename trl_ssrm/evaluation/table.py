@@ -24,7 +24,10 @@ _COLUMNS = {
     "ties": "Ties",
     "not_judged": "Not judged",
 }
-_UNITS = {"preferences": "Pairs", "rewardbench": "Pairs", "rm_bench": "Prompts", "best_of_n": "Prompts"}
+_UNITS = {
+    **{"preferences": "Pairs", "rewardbench": "Pairs", "judgebench": "Pairs", "llmbar": "Pairs"},
+    **{"rm_bench": "Prompts", "best_of_n": "Prompts", "rewardbench_2": "Prompts", "rmb": "Rows"},
+}
 
 
 @dataclass(frozen=True)
