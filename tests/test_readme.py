@@ -21,7 +21,7 @@ from pages import GUIDES, PAGES, README, RECIPES, ROOT, TUTORIAL, blocks, comman
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, set_seed
 from trl import TrlParser
 
-from trl_ssrm import SSRMTrainer
+from trl_ssrm import Comparison, SSRMTrainer
 from trl_ssrm.cli.main import main
 from trl_ssrm.cli.quickstart import make_parser as make_quickstart_parser
 from trl_ssrm.cli.train import make_parser as make_train_parser
@@ -170,6 +170,7 @@ OUTCOMES: dict[str, Callable[[dict], bool]] = {
         and len(names["preferences"]) > 0
         and names["trainer"].args.output_dir == "taught-model"
     ),
+    "serving": lambda names: isinstance(names["reward"], float) and 0 < names["probability"] < 1,
     "run_files": lambda names: all(
         Path("reward-model", f"model_of_round_{n}", "model.safetensors").is_file() for n in (0, 1)
     ),
@@ -186,8 +187,11 @@ def test_every_page_with_python_is_run():
 
 
 @pytest.mark.parametrize("page", OUTCOMES)
-def test_python_runs_from_top_to_bottom(page, names, places, reward_model):
+def test_python_runs_from_top_to_bottom(page, names, places, reward_model, causal):
     save_models(reward_model, "reward-model", "other-reward-model")
+    if page == "serving":
+        save_models(causal(), "preference-model")
+        Comparison().save_pretrained("preference-model")
     for number, block in enumerate(blocks(GUIDES / f"{page}.md", "python")):
         if "trl.experimental.ppo" in block and not HAS_PPO:
             with pytest.raises(ImportError):
@@ -354,6 +358,7 @@ PROGRAMS = {
     GUIDES / "processes.md": {"accelerate", "sbatch"},
     GUIDES / "reliability.md": {"python", "pytest", "pip"},
     GUIDES / "results.md": {"python"},
+    GUIDES / "serving.md": {"pip", "python"},
     GUIDES / "speed.md": {"python", "bash"},
 }
 

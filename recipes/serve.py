@@ -1,0 +1,79 @@
+"""
+A reward model behind a URL, for OpenRLHF (`--remote_rm_url http://host:5000/get_reward`) and for anything that speaks JSON.
+
+    pip install fastapi uvicorn
+    python recipes/serve.py --model_name_or_path reward-model --port 5000
+
+A request has `query`, whole texts that are scored as they are (what OpenRLHF sends, with the chat template of the policy in them),
+or `prompts` and `completions`, as text or as messages, which are put together as in training. The answer has a reward for each.
+
+    curl http://localhost:5000/get_reward -H "Content-Type: application/json" \\
+        -d '{"prompts": ["Say hello."], "completions": ["Hello!"]}'
+
+A reward function of TRL that asks it:
+
+    def remote_reward(prompts, completions, **kwargs):
+        body = {"prompts": prompts, "completions": completions}
+        return requests.post("http://localhost:5000/get_reward", json=body, timeout=60).json()["rewards"]
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from trl import TrlParser
+
+from trl_ssrm import SSRMRewardFunction
+from trl_ssrm.cli.errors import one_line_errors
+
+
+@dataclass
+class ServeArguments:
+    """Arguments of the server."""
+
+    model_name_or_path: str = field(metadata={"help": "Scalar reward model: a directory or a model ID."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 is all of them."})
+    port: int = field(default=5000, metadata={"help": "Port to listen on."})
+    dtype: str = field(default="float32", metadata={"help": "Precision of the weights."})
+
+
+def rewards_of(function: SSRMRewardFunction, request: dict[str, Any]) -> list[float]:
+    """Rewards of a request."""
+    if texts := request.get("query"):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("`query` must be a list of texts.")
+        # The template of the policy has put all special tokens there.
+        ids = function.processing_class(texts, add_special_tokens=False)["input_ids"]
+        return function.score_tokenized(ids).tolist()
+    prompts, completions = request.get("prompts"), request.get("completions")
+    if not isinstance(prompts, list) or not isinstance(completions, list) or len(prompts) != len(completions):
+        raise ValueError("Send `query`, or `prompts` and as many `completions`, as lists.")
+    return function.score(prompts, completions).tolist()
+
+
+def make_app(function: SSRMRewardFunction) -> FastAPI:
+    """The application with its one endpoint."""
+    app = FastAPI()
+
+    # Not `async`, so that scoring does not block the answers to others.
+    @app.post("/get_reward")
+    def get_reward(request: dict[str, Any]) -> dict[str, list[float]]:
+        try:
+            return {"rewards": rewards_of(function, request)}
+        except (ValueError, TypeError) as error:
+            raise HTTPException(400, str(error)) from error
+
+    return app
+
+
+def main(args: ServeArguments) -> None:
+    uvicorn.run(
+        make_app(SSRMRewardFunction(args.model_name_or_path, dtype=args.dtype)), host=args.host, port=args.port
+    )
+
+
+if __name__ == "__main__":
+    parser = TrlParser(ServeArguments)
+    with one_line_errors():
+        main(*parser.parse_args_and_config())
