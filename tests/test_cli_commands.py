@@ -131,8 +131,11 @@ def test_each_flag_of_evaluate_reaches_its_function(tmp_path, monkeypatch, capsy
     assert (model, len(rows)) == (str(tmp_path), 2)
     names = ("benchmark", "subset_column", "max_length", "batch_tokens")
     assert given == {"disable_tqdm": True, **{name: settings[name] for name in names}}
-    assert calls["table"] == ((["an evaluation"],), {})
+    assert calls["table"] == ((["an evaluation"], "markdown"), {})
     assert capsys.readouterr().out == (tmp_path / "table.md").read_text(encoding="utf-8") == "the table\n"
+    settings["output_file"] = tmp_path / "table.html"
+    assert main(["evaluate", *flags(settings), "--disable_tqdm"]) == 0
+    assert calls["table"] == ((["an evaluation"], "html"), {})
 
 
 def test_label_recognizes_a_pairwise_model(policy, tmp_path):

@@ -56,3 +56,26 @@ def test_difference_weighs_the_parts_as_the_benchmark_does():
     line = evaluation_table([one, other]).splitlines()[-1]
     # Resampled within each part, nothing can vary here.
     assert "| +0.750 | +0.750 to +0.750 |" in line
+
+
+def test_several_benchmarks_have_one_table_first():
+    outcomes = [1.0] * 60 + [0.0] * 40
+    metrics = {"all": {"num_rows": 100, "accuracy": 0.6, "score": 0.65, "not_judged": 0}}
+    models = [made_up("one", outcomes), made_up("one", outcomes, benchmark="rewardbench", metrics=metrics)]
+    table = evaluation_table([*models, made_up("two", outcomes)])
+    assert table.splitlines()[0] == "| Model | preferences | rewardbench |"
+    cells = table.splitlines()[2].split(" | ")
+    low, high = map(float, cells[1][7:-1].split("–"))
+    # Of a mean of 60 ones and 40 zeros.
+    half = 1.96 * np.std(outcomes) / 10
+    assert cells[1].startswith("0.600 (") and (low, high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.015)
+    assert cells[2].startswith("0.650 (0.5") and table.splitlines()[3].endswith("| – |")
+
+
+def test_table_in_html_is_that_in_markdown():
+    one, other = made_up("<one>", [1.0, 0.0]), made_up("two", [0.0, 0.0], rows_hash="else")
+    page = evaluation_table([one, other], "html")
+    assert "<th>Model</th>" in page and "<td>&lt;one&gt;</td>" in page and "<one>" not in page
+    assert page.count("<tr>") == 3 and "<p>&lt;one&gt; and two were evaluated on different rows" in page
+    with pytest.raises(ValueError, match="`format` must be 'markdown' or 'html', got 'latex'"):
+        evaluation_table([one], "latex")

@@ -71,10 +71,11 @@ def evaluate(args: Namespace) -> None:
         )
         for model in args.model_name_or_path
     ]
-    table = evaluation_table(evaluations)
-    print(table)
+    print(evaluation_table(evaluations))
     if args.output_file is not None:
-        Path(args.output_file).write_text(f"{table}\n", encoding="utf-8")
+        path = Path(args.output_file)
+        table = evaluation_table(evaluations, "html" if path.suffix in (".html", ".htm") else "markdown")
+        path.write_text(f"{table}\n", encoding="utf-8")
 
 
 def report(args: Namespace) -> None:

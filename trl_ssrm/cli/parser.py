@@ -124,7 +124,9 @@ def _add_evaluate(commands) -> None:
     command.add_argument(
         "--max_length", type=int, help="longest sequence in tokens; a comparison with a longer one counts as a tie"
     )
-    command.add_argument("--output_file", help="Markdown file to write the table to")
+    command.add_argument(
+        "--output_file", help="file to write the table to, as Markdown, or as HTML if it ends in .html"
+    )
     _add_scoring(command)
 
 

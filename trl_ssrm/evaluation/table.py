@@ -1,5 +1,6 @@
 """The results of evaluations, compared in a table with paired tests."""
 
+import html
 import itertools
 import math
 from dataclasses import dataclass
@@ -65,26 +66,35 @@ class Evaluation:
     rows_hash: str
 
 
-def evaluation_table(evaluations: list[Evaluation]) -> str:
+def evaluation_table(evaluations: list[Evaluation], format: str = "markdown") -> str:
     """
-    Compare models in Markdown.
+    Compare models on one benchmark or several.
 
     Args:
         evaluations (`list[Evaluation]`):
             Evaluations, as from [`evaluate`].
+        format (`str`, *optional*, defaults to `"markdown"`):
+            `"markdown"` or `"html"`.
 
     Returns:
-        `str`: three tables for each benchmark: the metrics of its models, their accuracies by subset, and paired tests
+        `str`: with several benchmarks, first a table of the score of each model on each of them (the accuracy where there is
+        no score), with its 95 % interval (bootstrap over the prompts). Then three tables for each benchmark: the metrics of its models, their accuracies by subset, and paired tests
         between models that were evaluated on the same rows. A test gives the difference of the scores (of the
         accuracies where there is no score) with its 95 % interval (bootstrap over the prompts, within each part of the
         benchmark), the number of prompts on which each model is better, and the p-value of [`sign_test`] on these
         numbers. The p-values are not corrected for the number of tests.
     """
-    blocks = []
-    for benchmark in dict.fromkeys(evaluation.benchmark for evaluation in evaluations):
-        own = [evaluation for evaluation in evaluations if evaluation.benchmark == benchmark]
+    if format not in ("markdown", "html"):
+        raise ValueError(f"`format` must be 'markdown' or 'html', got {format!r}.")
+    by_benchmark: dict[str, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        by_benchmark.setdefault(evaluation.benchmark, []).append(evaluation)
+    blocks: list[str | list[list[str]]] = [_table_of_scores(by_benchmark)] if len(by_benchmark) > 1 else []
+    for own in by_benchmark.values():
         blocks += [_table_of_metrics(own), *_tables_of_subsets(own), *_tests_of_pairs(own)]
-    return "\n\n".join(blocks)
+    if format == "html":
+        return "\n".join(map(_html, blocks))
+    return "\n\n".join(block if isinstance(block, str) else _markdown(block) for block in blocks)
 
 
 def sign_test(won: int, lost: int) -> float:
@@ -110,7 +120,47 @@ def sign_test(won: int, lost: int) -> float:
     return min(1.0, 2 * total)
 
 
-def _table_of_metrics(evaluations: list[Evaluation]) -> str:
+def _table_of_scores(by_benchmark: dict[str, list[Evaluation]]) -> list[list[str]]:
+    """The score of each model on each benchmark."""
+    models = dict.fromkeys(evaluation.model for own in by_benchmark.values() for evaluation in own)
+    lines = [["Model", *by_benchmark]]
+    for model in models:
+        cells = []
+        for own in by_benchmark.values():
+            found = [evaluation for evaluation in own if evaluation.model == model]
+            cells.append(_score_in_cell(found[-1]) if found else "–")
+        lines.append([model, *cells])
+    return lines
+
+
+def _score_in_cell(evaluation: Evaluation) -> str:
+    overall = evaluation.metrics[ALL]
+    samples = _weighted_means(np.array(evaluation.outcomes), evaluation)[1]
+    value = overall.get("score", overall["accuracy"])
+    # What a score has besides its parts, as that of RewardBench 2 has, moves the interval with it.
+    low, high = np.quantile(samples, [0.025, 0.975]) - samples.mean() + value
+    return f"{value:.3f} ({low:.3f}–{high:.3f})"
+
+
+def _weighted_means(values: np.ndarray, evaluation: Evaluation) -> tuple[float, np.ndarray]:
+    """Weighted mean over the parts of a benchmark, of values by row, and the same for prompts that are drawn again."""
+    prompts, strata = np.array(evaluation.prompts), np.array(evaluation.strata)
+    draw = np.random.default_rng(0)
+    mean, samples = 0.0, np.zeros(NUM_BOOTSTRAP_SAMPLES)
+    for stratum, weight in evaluation.stratum_weights.items():
+        is_in = strata == stratum
+        if not is_in.any():
+            continue
+        _, group = np.unique(prompts[is_in], return_inverse=True)
+        sums, counts = np.bincount(group, weights=values[is_in]), np.bincount(group)
+        mean += weight * sums.sum() / counts.sum()
+        for number in range(NUM_BOOTSTRAP_SAMPLES):
+            drawn = draw.integers(len(sums), size=len(sums))
+            samples[number] += weight * sums[drawn].sum() / counts[drawn].sum()
+    return float(mean), samples
+
+
+def _table_of_metrics(evaluations: list[Evaluation]) -> list[list[str]]:
     overall = [evaluation.metrics[ALL] for evaluation in evaluations]
     names = [name for name in _COLUMNS if any(name in metrics for metrics in overall)]
     if not any(metrics["not_judged"] for metrics in overall):
@@ -118,10 +168,10 @@ def _table_of_metrics(evaluations: list[Evaluation]) -> str:
     lines = [["Model", _UNITS[evaluations[0].benchmark], *(_COLUMNS[name] for name in names)]]
     for evaluation, metrics in zip(evaluations, overall, strict=True):
         lines.append([evaluation.model, str(metrics["num_rows"]), *(_in_cell(metrics, name) for name in names)])
-    return _markdown(lines)
+    return lines
 
 
-def _tables_of_subsets(evaluations: list[Evaluation]) -> list[str]:
+def _tables_of_subsets(evaluations: list[Evaluation]) -> list[list[list[str]]]:
     """One table of accuracies by subset; none if there are no subsets."""
     subsets = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics if name != ALL))
     if not subsets:
@@ -131,10 +181,10 @@ def _tables_of_subsets(evaluations: list[Evaluation]) -> list[str]:
         cells = [evaluation.metrics.get(subset, {}) for evaluation in evaluations]
         numbers = {str(cell["num_rows"]) for cell in cells if "num_rows" in cell}
         lines.append([subset, " / ".join(sorted(numbers)) or "–", *(_in_cell(cell, "accuracy") for cell in cells)])
-    return [_markdown(lines)]
+    return [lines]
 
 
-def _tests_of_pairs(evaluations: list[Evaluation]) -> list[str]:
+def _tests_of_pairs(evaluations: list[Evaluation]) -> list[str | list[list[str]]]:
     """A sentence for each pair of models that were evaluated on different rows, and a table of tests of the others."""
     sentences = []
     lines = [["Models", "Difference", "95 % interval", "Better on", "Worse on", "p"]]
@@ -149,7 +199,7 @@ def _tests_of_pairs(evaluations: list[Evaluation]) -> list[str]:
         counts = [f"{test.won} prompts", f"{test.lost} prompts"]
         models = f"{one.model} over {other.model}"
         lines.append([models, f"{test.difference:+.3f}", interval, *counts, f"{test.p_value:.2g}"])
-    return [*sentences, _markdown(lines)] if len(lines) > 1 else sentences
+    return [*sentences, lines] if len(lines) > 1 else [*sentences]
 
 
 @dataclass(frozen=True)
@@ -166,23 +216,14 @@ class _PairedTest:
 
 def _paired_test(one: Evaluation, other: Evaluation) -> _PairedTest:
     margins = np.array(one.outcomes) - np.array(other.outcomes)
-    prompts, strata = np.array(one.prompts), np.array(one.strata)
+    prompts = np.array(one.prompts)
     # Rows with the same prompt are not independent, so the sign test counts prompts and the bootstrap draws prompts.
     # Rounded, since ninths that cancel leave a sum of 1e-17.
     of_prompts = np.round(np.bincount(prompts, weights=margins), 9)
     won, lost = int((of_prompts > 0).sum()), int((of_prompts < 0).sum())
-    draw = np.random.default_rng(0)
-    difference, samples = 0.0, np.zeros(NUM_BOOTSTRAP_SAMPLES)
-    for stratum, weight in one.stratum_weights.items():
-        is_in = strata == stratum
-        _, group = np.unique(prompts[is_in], return_inverse=True)
-        sums, counts = np.bincount(group, weights=margins[is_in]), np.bincount(group)
-        difference += weight * sums.sum() / counts.sum()
-        for number in range(NUM_BOOTSTRAP_SAMPLES):
-            drawn = draw.integers(len(sums), size=len(sums))
-            samples[number] += weight * sums[drawn].sum() / counts[drawn].sum()
+    difference, samples = _weighted_means(margins, one)
     low, high = np.quantile(samples, [0.025, 0.975])
-    return _PairedTest(float(difference), float(low), float(high), won, lost, sign_test(won, lost))
+    return _PairedTest(difference, float(low), float(high), won, lost, sign_test(won, lost))
 
 
 def _in_cell(metrics: dict[str, float], name: str) -> str:
@@ -199,3 +240,12 @@ def _markdown(lines: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(lines[0]) - 1)]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], rule, *escaped[1:]])
+
+
+def _html(block: str | list[list[str]]) -> str:
+    """A sentence or a table as HTML."""
+    if isinstance(block, str):
+        return f"<p>{html.escape(block)}</p>"
+    head, *rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in block)
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table>\n<thead><tr>{head.replace('td>', 'th>')}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
