@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from trl_ssrm import PairwiseJudge, SSRMRewardFunction, evaluate
+from trl_ssrm.cli.main import main
 from trl_ssrm.evaluation.published import ties_score
 
 
@@ -93,6 +94,25 @@ def test_domains_of_judgebench_are_those_of_its_sources(llama, ranked):
     assert {name: metrics[name]["accuracy"] for name in metrics} == pytest.approx(expected)
 
 
+def test_models_are_compared_on_the_parts_that_are_there(llama, ranked):
+    rows = [rewardbench_2_row("Math", ranked[:1], ranked[1:4]), rewardbench_2_row("Math", ranked[1:2], ranked[:1])]
+    found = evaluate(llama, Dataset.from_list(rows), "rewardbench_2", disable_tqdm=True)
+    assert found.stratum_weights == {"Math": 1.0}
+
+
+def test_equal_answers_are_wrong_in_a_published_benchmark(llama, ranked):
+    metrics = run(llama, [judgebench_row("livecodebench", ranked[0], ranked[0], "A>B")], "judgebench")
+    assert metrics["all"]["accuracy"] == 0 and metrics["all"]["ties"] == 1
+
+
+def test_command_reads_a_published_file(llama, ranked, tmp_path, capsys):
+    row = {"input": PROMPT, "output_1": ranked[1], "output_2": ranked[0], "label": 2}
+    Dataset.from_list([row] * 2).to_json(tmp_path / "dataset.json")
+    words = ["--model_name_or_path", llama, "--dataset_name", str(tmp_path / "dataset.json"), "--benchmark", "llmbar"]
+    assert main(["evaluate", *words, "--disable_tqdm"]) == 0
+    assert "| 2 | 1.000 (" in capsys.readouterr().out
+
+
 def test_llmbar_names_the_better_output_by_its_number(llama, ranked, causal):
     rows = [
         {"input": PROMPT, "output_1": ranked[0], "output_2": ranked[1], "label": 1, "part": "Natural"},
@@ -111,7 +131,7 @@ def test_llmbar_names_the_better_output_by_its_number(llama, ranked, causal):
 
 
 def rmb_row(goal: str, **answers) -> dict:
-    turns = [{"content": PROMPT, "language": "English", "role": "user"}]
+    turns = [{"content": text, "language": "English", "role": "user"} for text in (PROMPT, "")]
     path = f"Pairwise_set/{goal}/S1"
     return {"conversation_input": turns, "category_path": path, **answers}
 

@@ -55,8 +55,9 @@ def evaluate(args: Namespace) -> None:
     from ..io.sources import load_data
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
-    named = named_columns(args)
-    dataset = with_known_columns(dataset, args.dataset_name, False, named)
+    # The published benchmarks have columns of their own, which are no shape to convert.
+    if args.benchmark == "preferences":
+        dataset = with_known_columns(dataset, args.dataset_name, False, named_columns(args))
     for model in args.model_name_or_path:
         check_model_is_there(model)
     evaluations = [

@@ -167,7 +167,8 @@ def strata_of(benchmark: str, subsets: list[str], num_rows: int) -> tuple[list[s
             for subset in present
         }
     if benchmark == "rewardbench_2":
-        return subsets, dict.fromkeys(REWARDBENCH_2_PARTS, 1 / len(REWARDBENCH_2_PARTS))
+        parts = [part for part in REWARDBENCH_2_PARTS if part in subsets]
+        return subsets, dict.fromkeys(parts, 1 / len(parts))
     if benchmark == "rm_bench":
         domains = [subset.split("-")[0] for subset in subsets]
         present = sorted(set(domains))

@@ -76,7 +76,8 @@ def evaluate(
         benchmark (`str`, *optional*, defaults to `"preferences"`):
             Form of the rows, and how the scores are computed:
 
-            - `"preferences"`: preference pairs in any of TRL's formats. Accuracy; a tie counts as half.
+            - `"preferences"`: preference pairs in any of TRL's formats. Accuracy; a tie counts as half, and as wrong in the
+              published benchmarks below.
             - `"rewardbench"`: `prompt`, `chosen`, `rejected` and `subset` of
               [RewardBench](https://huggingface.co/papers/2403.13787) (`allenai/reward-bench`, split `filtered`), with
               or without the prior sets (`allenai/pref-test-sets`). As published, a tie is wrong. The score of a
@@ -140,7 +141,7 @@ def evaluate(
     judged = _judge(
         scorer, dataset, form, max_length, disable_tqdm, form != benchmark or form not in ("preferences", "best_of_n")
     )
-    results = _results(judged, form, scorer.temperature)
+    results = _results(judged, form, scorer.temperature, 0.5 if benchmark == "preferences" else 0.0)
     if not results.is_judged.all():
         logger.warning(
             f"{(~results.is_judged).sum()} of {len(dataset)} rows of `dataset` have a text that is too long for the "
@@ -283,7 +284,7 @@ class _Results:
     temperature: float
 
 
-def _results(judged: _Judged, benchmark: str, temperature: float) -> _Results:
+def _results(judged: _Judged, benchmark: str, temperature: float, of_tie: float) -> _Results:
     is_judged = np.array([not np.isnan(logits).any() for logits in judged.logits])
     if benchmark == "best_of_n":
         outcomes, is_tie = zip(*map(best_is_right, judged.logits, judged.is_right), strict=True)
@@ -296,7 +297,6 @@ def _results(judged: _Judged, benchmark: str, temperature: float) -> _Results:
     logits = np.stack(judged.logits)
     # A pair that is too long is a tie.
     cells = np.nan_to_num(logits)
-    of_tie = 0.5 if benchmark == "preferences" else 0.0
     outcomes = np.where(cells == 0, of_tie, cells > 0).mean(axis=1)
     return _Results(outcomes, (logits == 0).any(axis=1), is_judged, cells, temperature)
 

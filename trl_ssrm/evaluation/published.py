@@ -141,6 +141,8 @@ def _of_rewardbench_2(row: dict[str, Any], where: str) -> dict[str, Any]:
     for name in ("chosen", "rejected"):
         if not isinstance(row[name], list) or not row[name] or not all(isinstance(text, str) for text in row[name]):
             raise ValueError(f"`{name}` of {where} must be a list of texts, as in RewardBench 2.")
+    if row["subset"] != TIES and len(row["chosen"]) != 1:
+        raise ValueError(f"`chosen` of {where} has {len(row['chosen'])} texts; only the part Ties has more than one.")
     kind, _, number = str(row["id"]).partition(":")
     if row["subset"] == TIES and (kind not in ("ref", "tied") or not number):
         raise ValueError(f"`id` of {where} must be 'ref:N' or 'tied:N' in the part Ties, got {row['id']!r}.")
@@ -177,7 +179,8 @@ def _conversation(row: dict[str, Any], where: str) -> list[dict[str, str]]:
     turns = row["conversation_input"]
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"`conversation_input` of {where} must be a list of messages, as in RMB.")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    # A few published conversations have an empty turn, which says nothing.
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns if turn["content"]]
 
 
 def _goal(row: dict[str, Any]) -> str | None:
