@@ -50,6 +50,7 @@ def evaluate(args: Namespace) -> None:
     """Evaluate reward models on preference data, and print a table."""
     from .. import evaluate as evaluate_model
     from .. import evaluation_table
+    from ..data.ties import with_ties_settled
     from ..io.hub import check_model_is_there
     from ..io.shapes import named_columns, with_known_columns
     from ..io.sources import load_data
@@ -57,6 +58,8 @@ def evaluate(args: Namespace) -> None:
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     named = named_columns(args)
     dataset = with_known_columns(dataset, args.dataset_name, False, named)
+    if {"chosen", "rejected"} <= set(dataset.column_names):
+        dataset = with_ties_settled(dataset, args.dataset_name, False)
     for model in args.model_name_or_path:
         check_model_is_there(model)
     evaluations = [

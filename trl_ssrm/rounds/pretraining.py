@@ -52,7 +52,7 @@ class Pretraining:
         Train the fold models, and choose the weights that the rounds start from.
 
         Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
-        pairs right. And the calibrated log-loss of fold models that start from them, on the labels that they have not seen, is
+        pairs but ties right. And the calibrated log-loss of fold models that start from them, on the labels that they have not seen, is
         lower by `LEAST_GAIN` than that of fold models that start from the initial weights.
 
         Args:
@@ -69,7 +69,7 @@ class Pretraining:
             return INITIAL, facts
         self._train(pairs, ignore_keys_for_eval)
         trainer = self.trainer
-        logits = trainer.score_pairs(trainer.data.labeled_pairs, "train_dataset").logits
+        logits = trainer.score_pairs(trainer.data.labeled_pairs, "train_dataset").logits[~trainer.data.is_tie]
         facts = {"pretraining_pairs": len(pairs), "pretraining_accuracy": float((logits > 0).mean())}
         if pretrains == "always":
             self.folds.train(PRETRAINED, ignore_keys_for_eval)
@@ -78,7 +78,7 @@ class Pretraining:
         if facts["pretraining_accuracy"] <= 0.5:
             return INITIAL, {**facts, "is_pretrained": False}
         self.folds.train(PRETRAINED, ignore_keys_for_eval)
-        prompts = trainer.data.prompts
+        prompts = trainer.data.prompts[~trainer.data.is_tie]
         losses = {
             start: held_out_log_loss(self.folds.held_out_logits(start), prompts) for start in (INITIAL, PRETRAINED)
         }
