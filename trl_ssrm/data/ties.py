@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 
 from .checks import unformatted
 
@@ -33,7 +33,9 @@ def ties_of(dataset: Any, name: str) -> np.ndarray:
     """
     if isinstance(dataset, IterableDataset):
         if TIE in (dataset.column_names or next(iter(dataset), {})):
-            raise ValueError(f"`{name}` is a stream, whose `{TIE}` is not read; make it a `Dataset`, or drop the column.")
+            raise ValueError(
+                f"`{name}` is a stream, whose `{TIE}` is not read; make it a `Dataset`, or drop the column."
+            )
         return np.zeros(0, dtype=bool)
     if TIE not in dataset.column_names:
         return np.zeros(len(dataset), dtype=bool)
