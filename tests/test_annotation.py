@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 from conftest import as_messages, preference_rows
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from trl_ssrm import PairScores, SSRMTrainer, load_labels
 from trl_ssrm.rounds.annotation import most_useful
@@ -29,13 +29,15 @@ def test_labels_that_people_gave_come_back_as_labeled_pairs(trainer, unlabeled, 
     answered.append(rows[4])
     path.write_text("\n".join(json.dumps(row) for row in answered))
     labels = load_labels(str(path))
-    assert labels.to_list() == [
-        {name: gold[row["prompt"]][name] for name in ("prompt", "chosen", "rejected")} for row in rows[:3]
-    ]
+    named = [{name: gold[row["prompt"]][name] for name in ("prompt", "chosen", "rejected")} for row in rows[:3]]
+    assert labels.select(range(3)).to_list() == [{**row, "tie": False} for row in named]
+    tie = {"prompt": rows[3]["prompt"], "chosen": rows[3]["completion_a"], "rejected": rows[3]["completion_b"]}
+    assert labels[3] == {**tie, "tie": True} and len(labels) == 4
     # Beside the others they are no longer in the pool.
-    more = Dataset.from_list([*labeled.to_list(), *labels.to_list()])
+    more = concatenate_datasets([labeled, labels])
     again = SSRMTrainer(llama, config(num_rounds=1), train_dataset=more, unlabeled_dataset=unlabeled)
-    assert again.data.pool.dropped == {"overlap with the labeled pairs": 3}
+    assert again.data.pool.dropped == {"overlap with the labeled pairs": 4}
+    assert again.data.is_tie.tolist() == [False] * 19 + [True]
 
 
 def test_pairs_that_are_asked_for_are_uncertain_and_of_different_prompts(trainer):

@@ -105,8 +105,13 @@ def test_comparisons_of_the_published_data_are_taken_apart(monkeypatch):
             "prompt": prompt,
             **{name: [{"role": "assistant", "content": text}] for name, text in of.items()},
         }
-    messages[0]["content"] = messages[0]["content"].replace("two", "two [RESPONSE B] three")
-    assert as_pair({"messages": messages})["prompt"] is None
+    question = messages[0]["content"]
+    for broken in (
+        question.replace("two", "two [RESPONSE B] three"),
+        question.replace("<turn> user", "<turn> someone"),
+    ):
+        messages[0]["content"] = broken
+        assert as_pair({"messages": messages})["prompt"] is None
 
 
 @pytest.mark.parametrize("kind", ["gemma", "llama"])
@@ -151,6 +156,8 @@ def test_killed_experiment_goes_on(model, data, tmp_path):
     facts = [
         json.loads((tmp_path / name / "labels_0.2500" / "facts.json").read_text()) for name in ("killed", "whole")
     ]
+    # Killed right after the measure of round 0, the run has the models of all rounds all the same.
+    assert all((share / f"model_of_round_{round}" / "model.safetensors").is_file() for round in range(3))
     metrics = [[each["eval_log_loss"] for each in one["rounds"]] for one in facts]
     assert metrics[0] == metrics[1] and len(metrics[0]) == 3
 

@@ -39,12 +39,21 @@ def test_better_completion_is_the_chosen_one(names, winners, caplog):
     assert hidden["completion_a"][:] == ["good", "poor"]
 
 
-def test_ties_are_left_out_and_counted(caplog):
-    rows = {"prompt": ["p", "t", "q"], "answer_a": ["good", "x", "poor"], "answer_b": ["bad", "y", "fine"]}
-    data = Dataset.from_dict({**rows, "winner": ["a", "tie", "b"]})
-    assert (
-        columns_of(with_known_columns(data, "f.csv", False, NO_MAP)) == WANTED and "1 ties are left out" in caplog.text
-    )
+@pytest.mark.parametrize("tie", ["tie", "Tie (bothbad)", "both_bad", "winner_tie", "neither"])
+def test_ties_keep_their_pair_and_rows_without_a_label_are_left_out(tie, caplog):
+    rows = {"prompt": ["p", "t", "q", "n"], "answer_a": ["good", "x", "poor", "?"]}
+    rows["answer_b"] = ["bad", "y", "fine", "!"]
+    data = Dataset.from_dict({**rows, "winner": ["winner_model_a", tie, "b", None]})
+    found = with_known_columns(data, "f.csv", False, NO_MAP)
+    assert found["tie"][:] == [False, True, False] and {found[1]["chosen"], found[1]["rejected"]} == {"x", "y"}
+    assert columns_of(found.select([0, 2])) == WANTED
+    assert "1 ties have `tie`. 1 rows without a label are left out." in caplog.text
+
+
+def test_tie_may_have_a_column_of_its_own_beside_the_winner():
+    rows = {"prompt": ["p", "t"], "answer_a": ["good", "x"], "answer_b": ["bad", "y"], "winner": ["a", None]}
+    found = with_known_columns(Dataset.from_dict({**rows, "tie": ["", "TRUE"]}), "f.csv", False, NO_MAP)
+    assert found["tie"][:] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +62,7 @@ def test_ties_are_left_out_and_counted(caplog):
         (["a", "left"], "Row 1 of f.csv has 'left' in the column `winner`, which names neither completion"),
         (["1", "1"], "has no number but 1, which may be the first or the second"),
         (["0", "2"], "Row 1 of f.csv has '2'"),
-        (["tie", ""], "Every row of f.csv is a tie"),
+        (["tie", ""], "No row of f.csv has a better completion"),
     ],
 )
 def test_value_that_may_mean_something_else_is_refused(winners, message):

@@ -88,10 +88,12 @@ class SSRMTrainer(RoundSteps):
             [`ConfidenceFilteredDataCollator`], which is also the default.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Labeled pairs, in any of the preference formats of [`~trl.RewardTrainer`]. With `unlabeled_dataset` it has
-            to be a [`~datasets.Dataset`].
+            to be a [`~datasets.Dataset`]. A pair whose column `tie` is `True` is one that people called a tie: its two
+            completions stand in any order, and it is trained on with the target probability 0.5.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], [`~datasets.DatasetDict`], [`~datasets.IterableDatasetDict`] or `dict[str, Dataset | IterableDataset]`, *optional*):
             Held-out labeled pairs. Besides the evaluation of [`~trl.RewardTrainer`], accuracy, log-loss, ECE and Brier
-            score on them are logged at the end of each round.
+            score on them are logged at the end of each round. Ties are left out of all held-out figures: accuracy,
+            log-loss, calibration errors, temperature and thresholds.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer, as in [`~trl.RewardTrainer`].
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
@@ -200,8 +202,7 @@ class SSRMTrainer(RoundSteps):
                 peft_config=given.peft_config,
             )
         self._prepare_model(given.is_quantized)
-        if data_collator is None and (self.has_pool or self.comparison is not None):
-            self.data_collator = self._default_collator()
+        self._complete_collator(data_collator)
         raw = {"train": train_dataset, **by_name(eval_dataset, "eval")}
         if self.has_pool:
             raw |= by_name(calibration_dataset, "calibration")
@@ -216,7 +217,7 @@ class SSRMTrainer(RoundSteps):
             made = {"train": self.train_dataset, **by_name(self.eval_dataset, "eval")}
             for name, data in raw.items():
                 if isinstance(data, Dataset):
-                    report_too_long(f"{name}_dataset", len(data), len(made[name]), self.args.max_length)
+                    report_too_long(f"{name}_dataset", data, len(made[name]), self.args.max_length)
 
     def _prepare_model(self, is_quantized: bool) -> None:
         if is_quantized and is_peft_model(self.model):

@@ -32,6 +32,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from figures import draw, table
 from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config, maybe_extract_prompt
 
 from trl_ssrm import (
@@ -45,6 +46,7 @@ from trl_ssrm import (
     label_preferences,
 )
 from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.io.files import write_json
 from trl_ssrm.io.sources import load_data
 
 
@@ -93,27 +95,32 @@ def as_pair(row: dict[str, Any]) -> dict[str, Any]:
         return {name: row[name] for name in ("prompt", "chosen", "rejected")}
     question, answer = (message["content"] for message in row["messages"])
     parts, letter = COMPARISON.fullmatch(question), answer.strip()
-    # A text that holds a mark itself can't be taken apart.
-    if (
-        parts is None
-        or letter not in ("A", "B")
-        or question.count("[RESPONSE A]") + question.count("[RESPONSE B]") != 2
-    ):
-        return {"prompt": None, "chosen": None, "rejected": None}
-    _, *turns = TURN.split(parts[1].removesuffix("\n"))
+    nothing: dict[str, Any] = {"prompt": None, "chosen": None, "rejected": None}
+    if parts is None or letter not in ("A", "B"):
+        return nothing
+    before, *turns = TURN.split(parts[1].removesuffix("\n"))
     prompt = [{"role": role, "content": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
+    # A text that holds a mark itself can't be taken apart.
+    if before or [turn["role"] for turn in prompt[::2]] != ["user"] * -(-len(prompt) // 2) or not len(prompt) % 2:
+        return nothing
+    if question.count("[RESPONSE A]") + question.count("[RESPONSE B]") != 2:
+        return nothing
     chosen, rejected = (parts[2], parts[3]) if letter == "A" else (parts[3], parts[2])
     of = {"chosen": chosen, "rejected": rejected}
     return {"prompt": prompt, **{name: [{"role": "assistant", "content": text}] for name, text in of.items()}}
 
 
 class KeepRounds(RoundCallback):
-    """Saves the model of each round, for RewardBench and for the policies."""
+    """
+    Saves the model of each round, for RewardBench and for the policies. That of a round is saved when the next one begins, since
+    a run that is killed there comes to this point again; the script saves the last one.
+    """
 
     trainer: SSRMTrainer
 
-    def on_round_end(self, args, state, control, round, **kwargs):
-        self.trainer.save_model(str(Path(args.output_dir) / f"model_of_round_{round}"))
+    def on_round_begin(self, args, state, control, round, **kwargs):
+        if round > 0:
+            self.trainer.save_model(str(Path(args.output_dir) / f"model_of_round_{round - 1}"))
 
 
 class Paper:
@@ -195,13 +202,17 @@ class Paper:
             )
             for callback in callbacks:
                 callback.trainer = trainer
-            trainer.train(resume_from_checkpoint=bool(callbacks) and trainer.run.has_run)
-            if not callbacks:
-                trainer.save_model(str(directory / "model_of_round_0"))
+            trainer.train(resume_from_checkpoint=trainer.run.has_run if callbacks else self.has_checkpoint(directory))
+            last = trainer.round_history[-1]["round"] if callbacks else 0
+            trainer.save_model(str(directory / f"model_of_round_{last}"))
             self.state.wait_for_everyone()
             if self.state.is_main_process:
                 self.write_facts(directory, fraction, len(labeled), trainer)
             self.state.wait_for_everyone()
+
+    @staticmethod
+    def has_checkpoint(directory: Path) -> bool:
+        return get_last_checkpoint(str(directory)) is not None if directory.is_dir() else False
 
     def write_facts(self, directory: Path, fraction: float, num_labels: int, trainer: SSRMTrainer) -> None:
         """Write what is known of the rounds of a share into one file, the sign that it is trained."""
@@ -216,7 +227,7 @@ class Paper:
                 )
                 rounds.append({**facts, "reliability": curves["eval"]["before"], "confidence": histogram})
         facts = {"fraction": fraction, "num_labels": num_labels, "rounds": rounds}
-        (directory / "facts.json").write_text(json.dumps(facts))
+        write_json(directory / "facts.json", facts)
 
     def trained(self) -> list[dict[str, Any]]:
         """Facts of the shares that are trained, from the smallest on."""

@@ -17,12 +17,13 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
     the probability that the sequence under `"chosen_ids"` is the preferred one, as a model predicts it. `None`, or no
     such key, marks a labeled pair. If the probability is below 0.5, the two sequences are exchanged. A pair is left out
     of the batch if its confidence, `max(probability, 1 - probability)`, does not exceed the threshold. If no example
-    passes, the first one stays with weight 0, so that every process has a batch.
+    passes, the first one stays with weight 0, so that every process has a batch. A labeled pair whose key `"tie"` is true
+    is one that people called a tie.
 
-    If any example has the key `"probability"`, the returned dictionary has, besides the keys of
+    If any example has the key `"probability"` or is a tie, the returned dictionary has, besides the keys of
     [`~trl.trainer.reward_trainer.DataCollatorForPreference`]:
     - `"label"`: Tensor of shape `(batch,)`, float32. Target probability that the first sequence of the pair is
-        preferred: 1 for a labeled pair or a hard pseudo-label, the confidence for a soft one.
+        preferred: 1 for a labeled pair or a hard pseudo-label, the confidence for a soft one, 0.5 for a tie.
     - `"weight"`: Tensor of shape `(batch,)`, float32. Weight of the pair in the loss, 1 for a labeled pair.
 
     Args:
@@ -78,7 +79,9 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
     comparison_orders: str = "random"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.comparison_seed is None and not any("probability" in example for example in examples):
+        is_tie = np.array([bool(example.get("tie")) for example in examples])
+        is_plain = not is_tie.any() and not any("probability" in example for example in examples)
+        if self.comparison_seed is None and is_plain:
             return super().torch_call(examples)
         given = [example.get("probability") for example in examples]
         is_labeled = np.array([value is None for value in given])
@@ -89,6 +92,7 @@ class ConfidenceFilteredDataCollator(DataCollatorForPreference):
         if not passes.any():
             passes[0], weight[0] = True, 0.0
         label = confidence if self.pseudo_label_type == "soft" else np.ones(len(examples))
+        label = np.where(is_labeled & is_tie, 0.5, label)
         kept = np.flatnonzero(passes)
         output = super().torch_call([_oriented(examples[place], probability[place]) for place in kept])
         output["label"] = torch.tensor(label[kept], dtype=torch.float)

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 # Columns that are read, and those of the labels that this package writes beside the text.
 _READ = frozenset(
     ("prompt", "chosen", "rejected", "completions", "completion_a", "completion_b", "margin", "tools")
-    + ("chat_template_kwargs", "probability", "confidence", "label", "labels", "subset")
+    + ("chat_template_kwargs", "probability", "confidence", "label", "labels", "subset", "tie")
 )
 
 

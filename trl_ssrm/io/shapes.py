@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,9 @@ PAIRS = tuple(
 WINNERS = ("winner", "preferred", "preference", "label", "better")
 SCORES = ("overall_score", "score", "rating")
 _TURN = "\n\n"
-TIES = ("tie", "tie (bothbad)", "both", "equal", "same", "none", "")
+TIES = ("tie", "tie (bothbad)", "both_bad", "both", "neither", "equal", "same")
+NO_LABEL = ("none", "")
+_TRUTH = {"true": True, "1": True, "false": False, "0": False, "": None}
 
 
 def named_columns(args: Any) -> dict[str, str | None]:
@@ -32,7 +34,9 @@ def with_known_columns(dataset: Dataset, name: str, is_pool: bool, columns: dict
     Give the columns of a dataset the names that TRL reads, and say so in the log.
 
     Three shapes are converted besides: two completions with a column that names the better one, a list of rated completions, and
-    two dialogues of `Human:` and `Assistant:`, which become conversations. Of the first two, labeled rows become `chosen` and `rejected`, without the ties, and rows of a pool lose their label.
+    two dialogues of `Human:` and `Assistant:`, which become conversations. Of the first two, labeled rows become `chosen` and `rejected`, and rows of a pool lose their label. A tie of
+    the first shape gets `tie`, which is true where neither completion is better. Text in a column of this name is read as true
+    or false.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -48,7 +52,7 @@ def with_known_columns(dataset: Dataset, name: str, is_pool: bool, columns: dict
         [`~datasets.Dataset`]: the rows; the dataset itself if its columns have the right names.
 
     Raises:
-        ValueError: If a column is not there, or a value does not say which completion is better.
+        ValueError: If a column is not there, a value does not say which completion is better, or `tie` is neither true nor false.
     """
     renamed = {given: target for target, given in columns.items() if given is not None and given != target}
     for given, target in renamed.items():
@@ -61,12 +65,21 @@ def with_known_columns(dataset: Dataset, name: str, is_pool: bool, columns: dict
                 f"{name} has a column `{target}` already, so `{given}` can't stand for it; leave one out."
             )
     dataset = dataset.rename_columns(renamed) if renamed else dataset
+    if not is_pool and dataset.features.get("tie") == Value("string"):
+        dataset = dataset.remove_columns("tie").add_column("tie", _truth(dataset["tie"], name))
     if {"chosen", "rejected"} <= set(dataset.column_names) and _are_dialogues(dataset):
         _say(name, ["chosen", "rejected"], "conversations: they are dialogues of `Human:` and `Assistant:`")
         return dataset.map(_as_conversations, remove_columns=["chosen", "rejected"])
     if not {"chosen", "rejected"} & set(dataset.column_names):
         dataset = _converted(dataset, name, is_pool)
     return dataset
+
+
+def _truth(values: Sequence[str | None], name: str) -> list[bool | None]:
+    words = [(value or "").strip().lower() for value in values]
+    if (odd := next((number for number, word in enumerate(words) if word not in _TRUTH), None)) is not None:
+        raise ValueError(f"Row {odd} of {name} has {values[odd]!r:.50} in the column `tie`; write true or false.")
+    return [_TRUTH[word] for word in words]
 
 
 def _are_dialogues(dataset: Dataset) -> bool:
@@ -117,10 +130,16 @@ def _converted(dataset: Dataset, name: str, is_pool: bool) -> Dataset:
         if read or renamed:
             _say(name, [*read, *pair], "`prompt`, `completion_a` and `completion_b`")
         return dataset
-    first_is_better = [_first_is_better(*each, pair) for each in _known_values(dataset[winner], name, winner, pair)]
-    kept = [number for number, better in enumerate(first_is_better) if better is not None]
-    if not kept:
-        raise ValueError(f"Every row of {name} is a tie in its column `{winner}`, so no label is left.")
+    values = dataset[winner][:]
+    if "tie" in names:
+        values = ["tie" if is_tie else value for value, is_tie in zip(values, dataset["tie"], strict=True)]
+        dataset = dataset.remove_columns("tie")
+    words = _known_values(values, name, winner, pair)
+    first_is_better = [_first_is_better(*each, pair) for each in words]
+    if all(better is None for better in first_is_better):
+        raise ValueError(f"No row of {name} has a better completion in its column `{winner}`, so no label is left.")
+    kept = [number for number, (word, _) in enumerate(words) if word not in NO_LABEL]
+    is_tie = [first_is_better[number] is None for number in kept]
     rows = dataset.select(kept)
     texts = [rows[column] for column in pair]
     chosen, rejected = (
@@ -128,13 +147,15 @@ def _converted(dataset: Dataset, name: str, is_pool: bool) -> Dataset:
         for is_second in (False, True)
     )
     rows = rows.remove_columns([*pair, winner]).add_column("chosen", chosen).add_column("rejected", rejected)
-    _say(name, [*read, *pair, winner], "`prompt`, `chosen` and `rejected`", len(dataset) - len(kept))
-    return rows
+    left_out = {"without a label": len(dataset) - len(kept)}
+    _say(name, [*read, *pair, winner], "`prompt`, `chosen` and `rejected`", left_out, sum(is_tie))
+    return rows.add_column("tie", is_tie) if any(is_tie) else rows
 
 
 def _known_values(values: Sequence[Any], name: str, winner: str, pair: tuple[str, str]) -> list[tuple[str, bool]]:
     """Each value of the column that names the better completion, in lower case, and whether numbers count from 0."""
-    words = [str(value).strip().lower() for value in ("" if value is None else value for value in values)]
+    # The classes of some arena data are `winner_model_a`, `winner_model_b` and `winner_tie`.
+    words = ["" if value is None else str(value).strip().lower().removeprefix("winner_") for value in values]
     numbers = {word for word in words if word.isdigit()}
     if numbers == {"1"} and not pair[0].endswith(("0", "1")):
         raise ValueError(
@@ -142,7 +163,7 @@ def _known_values(values: Sequence[Any], name: str, winner: str, pair: tuple[str
             f"`{pair[0]}` or `{pair[1]}`."
         )
     from_zero = "0" in numbers or (numbers == {"1"} and pair[0].endswith("0"))
-    known = {*TIES, "a", "b", *pair, "model_a", "model_b", *(("0", "1") if from_zero else ("1", "2"))}
+    known = {*TIES, *NO_LABEL, "a", "b", *pair, "model_a", "model_b", *(("0", "1") if from_zero else ("1", "2"))}
     for number, word in enumerate(words):
         if word not in known:
             raise ValueError(
@@ -153,7 +174,7 @@ def _known_values(values: Sequence[Any], name: str, winner: str, pair: tuple[str
 
 
 def _first_is_better(word: str, from_zero: bool, pair: tuple[str, str]) -> bool | None:
-    if word in TIES:
+    if word in TIES or word in NO_LABEL:
         return None
     return word in ("a", pair[0], "model_a", "0" if from_zero else "1")
 
@@ -182,11 +203,12 @@ def _from_ratings(dataset: Dataset, name: str, is_pool: bool, read: list[str]) -
         name,
         read,
         f"`prompt`, with the best and the worst by `{score}` as `chosen` and `rejected`",
-        len(dataset) - len(kept),
+        {"rated alike": len(dataset) - len(kept)},
     )
     return rows.add_column("rejected", rejected)
 
 
-def _say(name: str, read: list[str], target: str, num_ties: int = 0) -> None:
-    ties = f" {num_ties} ties are left out." if num_ties else ""
+def _say(name: str, read: list[str], target: str, left_out: dict[str, int] | None = None, num_ties: int = 0) -> None:
+    ties = f" {num_ties} ties have `tie`." if num_ties else ""
+    ties += "".join(f" {count} rows {reason} are left out." for reason, count in (left_out or {}).items() if count)
     logger.warning(f"{name}: {', '.join(f'`{column}`' for column in read)} are read as {target}.{ties}")

@@ -14,6 +14,7 @@ from ..data.checks import check_row
 from ..data.formats import report_dropped
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
+from ..data.ties import TIE
 from ..io.files import written_aside
 from ..scoring.pair_scores import PairScores
 
@@ -105,18 +106,18 @@ def load_labels(path: str) -> Dataset:
             completion, `"tie"` if neither is better, `null` for a pair that is not labeled.
 
     Returns:
-        [`~datasets.Dataset`]: `prompt`, `chosen` and `rejected`. Ties and pairs without a label are left out, and
-        counted in the log.
+        [`~datasets.Dataset`]: `prompt`, `chosen` and `rejected`, and `tie` (bool) if there is a tie, whose two completions stand
+        in any order. Pairs without a label are left out, and counted in the log.
 
     Raises:
         ValueError: If a line is no such object or has another label, a pair has no text, or no pair is labeled. The
             message names the line.
     """
     rows: list[dict[str, Any]] = []
-    left_out = {"a tie": 0, "without a label": 0}
+    num_left_out, is_tie = 0, []
     for where, row in _rows_of(path):
-        if row["label"] is None or row["label"] == "tie":
-            left_out["a tie" if row["label"] else "without a label"] += 1
+        if row["label"] is None:
+            num_left_out += 1
             continue
         pair = _oriented(row, where)
         first = rows[0] if rows else pair
@@ -126,11 +127,13 @@ def load_labels(path: str) -> Dataset:
                 f"{where} has {'a' if 'prompt' in pair else 'no'} `prompt`, unlike the lines before; give it to all or none."
             )
         rows.append(pair)
-    report_dropped(path, left_out)
+        is_tie.append(row["label"] == "tie")
+    report_dropped(path, {"without a label": num_left_out})
     if not rows:
-        raise ValueError(f"{path} has no pair with a label; write 'a' or 'b' into `label`.")
+        raise ValueError(f"{path} has no pair with a label; write 'a', 'b' or 'tie' into `label`.")
     try:
-        return Dataset.from_list(rows)
+        labels = Dataset.from_list(rows)
+        return labels.add_column(TIE, is_tie) if any(is_tie) else labels
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise ValueError(
             f"The messages in {path} have fields of different types ({error}); give all the same."
@@ -162,8 +165,8 @@ def _rows_of(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _oriented(row: dict[str, Any], where: str) -> dict[str, Any]:
     """A labeled row as a preference pair."""
-    if row["label"] not in ("a", "b"):
+    if row["label"] not in ("a", "b", TIE):
         raise ValueError(f"{where} has the label {row['label']!r}; make it 'a', 'b', 'tie' or null.")
-    other = "b" if row["label"] == "a" else "a"
+    chosen, rejected = ("b", "a") if row["label"] == "b" else ("a", "b")
     prompt = {} if row.get("prompt") is None else {"prompt": row["prompt"]}
-    return {**prompt, "chosen": row[f"completion_{row['label']}"], "rejected": row[f"completion_{other}"]}
+    return {**prompt, "chosen": row[f"completion_{chosen}"], "rejected": row[f"completion_{rejected}"]}

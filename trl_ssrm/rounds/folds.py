@@ -60,19 +60,19 @@ class Folds:
 
     def held_out_logits(self, start: int) -> np.ndarray:
         """
-        Predictions for all labeled pairs, each by the model that was trained without it.
+        Predictions for all labeled pairs but ties, each by the model that was trained without it.
 
         Args:
             start (`int`):
                 Weights that these models have started from, `INITIAL` or `PRETRAINED`.
 
         Returns:
-            `np.ndarray` of shape `(num_labeled,)`, float64: pair logits `z = r(chosen) - r(rejected)`.
+            `np.ndarray` of shape `(num_pairs,)`, float64: pair logits `z = r(chosen) - r(rejected)`.
         """
         logits = np.empty(len(self.fold_of))
         for fold in range(self.num_folds):
             logits[self.fold_of == fold] = self._read(fold, start)
-        return logits
+        return logits[~self.trainer.data.is_tie]
 
     def _read(self, fold: int, start: int) -> np.ndarray:
         logits = self.trainer.on_main_process(lambda: self.trainer.run.read_fold(fold, start))

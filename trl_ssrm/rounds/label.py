@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 
 from ..data.pool import Pool
 from ..data.sequences import in_memory, select_rows
+from ..data.ties import TIE
 from ..scoring.pair_scores import PairScores
 
 
@@ -156,19 +157,21 @@ def join(labeled: Dataset, pseudo_labeled: Dataset) -> Dataset:
 
     Args:
         labeled ([`~datasets.Dataset`]):
-            Columns `chosen_ids`, `rejected_ids` and, optionally, `margin`.
+            Columns `chosen_ids`, `rejected_ids` and, optionally, `margin` and `tie`.
         pseudo_labeled ([`~datasets.Dataset`]):
-            What [`training_rows`] gave. Their margin is 0.
+            What [`training_rows`] gave. Their margin is 0, and none is a tie.
 
     Returns:
         [`~datasets.Dataset`]: rows for [`ConfidenceFilteredDataCollator`], with a `probability` of `None` for labeled
         pairs.
     """
-    own = ("chosen_ids", "rejected_ids", "margin")
+    own = ("chosen_ids", "rejected_ids", "margin", TIE)
     labeled = labeled.select_columns([name for name in own if name in labeled.column_names])
     features = Features({**labeled.features, "probability": Value("float64")})
     if "margin" in features:
         pseudo_labeled = pseudo_labeled.add_column("margin", np.zeros(len(pseudo_labeled)))
+    if TIE in features:
+        pseudo_labeled = pseudo_labeled.add_column(TIE, np.zeros(len(pseudo_labeled), dtype=bool))
     labeled = labeled.add_column("probability", [None] * len(labeled))
     parts = [part.select_columns(list(features)) for part in (labeled, pseudo_labeled)]
     return concatenate_datasets([part if part.features == features else part.cast(features) for part in parts])

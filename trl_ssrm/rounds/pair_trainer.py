@@ -15,6 +15,7 @@ from trl import RewardTrainer
 from ..config import SSRMConfig
 from ..data.collator import ConfidenceFilteredDataCollator
 from ..data.sequences import PairedSequences
+from ..data.ties import TIE, ties_of, with_ties_settled
 from ..data.tokenization import tokenized_or_refused, with_literal_messages
 from ..io.storage import mapping
 from ..models.comparison import Comparison, tokenize_comparisons
@@ -43,6 +44,8 @@ class PairTrainer(RewardTrainer):
     _signature_columns: list[str]  # type: ignore[assignment]
     has_pool: bool
     comparison: Comparison | None
+    # A dataset to evaluate on may have the name "train", too.
+    _has_prepared_train = False
 
     @property
     def unwrapped_model(self) -> Any:
@@ -67,11 +70,27 @@ class PairTrainer(RewardTrainer):
         is_plain = not args.torch_compile and args.n_gpu <= 1 and args.disable_dropout
         return self.layout if is_on and has_pairs and is_plain else "padded"
 
+    def _complete_collator(self, given: Any) -> None:
+        """Take the default collator where that of `RewardTrainer` is not enough, and refuse one that would not see ties."""
+        has_ties = TIE in (getattr(self.train_dataset, "column_names", None) or [])
+        if given is None and (self.has_pool or self.comparison is not None or has_ties):
+            self.data_collator = self._default_collator()
+        elif has_ties and not isinstance(self.data_collator, ConfidenceFilteredDataCollator):
+            raise ValueError(
+                "`train_dataset` has ties, which `data_collator` would not see; leave it out, or give a "
+                "`ConfidenceFilteredDataCollator`."
+            )
+
     def _default_collator(self) -> ConfidenceFilteredDataCollator:
+        padding: dict[str, Any] = {
+            "pad_token_id": self.processing_class.pad_token_id,
+            "pad_to_multiple_of": self.args.pad_to_multiple_of,
+        }
+        if not isinstance(self.args, SSRMConfig):
+            return ConfidenceFilteredDataCollator(**padding)
         # The selection has chosen the pairs, so the threshold of the collator leaves out none.
         return ConfidenceFilteredDataCollator(
-            pad_token_id=self.processing_class.pad_token_id,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type]  # `"auto"` is resolved
+            **padding,
             pseudo_label_type=self.args.pseudo_label_type,
             pseudo_label_weight=self.args.pseudo_label_weight,
             comparison_seed=None if self.comparison is None else self.args.seed,
@@ -161,10 +180,17 @@ class PairTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        is_train = dataset_name == "train" and not self._has_prepared_train
+        self._has_prepared_train = self._has_prepared_train or is_train
+        is_one = is_train or dataset_name in ("eval", "calibration", "unlabeled")
+        name = f"{dataset_name}_dataset" if is_one else f"eval_dataset_{dataset_name}"
+        # Before rows that are too long are left out, so that the message has the number of the row.
+        ties_of(dataset, name)
         with mapping(dataset):
-            return self._tokenized(dataset, processing_class, args, dataset_name)
+            dataset = self._tokenized(dataset, processing_class, args, dataset_name, name)
+        return with_ties_settled(dataset, name, is_train)
 
-    def _tokenized(self, dataset, processing_class, args, dataset_name):
+    def _tokenized(self, dataset, processing_class, args, dataset_name, name):
         # The collator would take the column for a pseudo-label.
         is_ours = self.has_pool or self.comparison is not None
         if is_ours and "probability" in (dataset.column_names or []):
@@ -176,8 +202,6 @@ class PairTrainer(RewardTrainer):
             )
         if not self.has_pool:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        is_one = dataset_name in ("train", "eval", "calibration", "unlabeled")
-        name = f"{dataset_name}_dataset" if is_one else f"eval_dataset_{dataset_name}"
         prepare = super()._prepare_dataset
         return tokenized_or_refused(
             lambda rows: prepare(rows, processing_class, args, dataset_name),
@@ -207,8 +231,7 @@ class PairTrainer(RewardTrainer):
     def _set_signature_columns_if_needed(self):
         # Private in `Trainer`: the only place that says which columns reach the collator.
         super()._set_signature_columns_if_needed()
-        if "probability" not in self._signature_columns:
-            self._signature_columns += ["probability"]
+        self._signature_columns += [name for name in ("probability", TIE) if name not in self._signature_columns]
 
     # Both are private in `Trainer`: the only place that sees the dataset before its columns are left out.
     def _get_train_sampler(self, train_dataset=None):

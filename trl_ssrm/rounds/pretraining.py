@@ -51,8 +51,8 @@ class Pretraining:
         Train the fold models, and choose the weights that the rounds start from.
 
         Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
-        pairs right. And the log-loss, at its best temperature, of fold models that start from them, on the labels that they have not seen, is
-        lower by `LEAST_GAIN` than that of fold models that start from the initial weights.
+        pairs but ties right. And the log-loss, at its best temperature, of fold models that start from them, on the labels that
+        they have not seen, is lower by `LEAST_GAIN` than that of fold models that start from the initial weights.
 
         Args:
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -68,7 +68,7 @@ class Pretraining:
             return INITIAL, facts
         self._train(pairs, ignore_keys_for_eval)
         trainer = self.trainer
-        logits = trainer.score_pairs(trainer.data.labeled_pairs, "train_dataset").logits
+        logits = trainer.score_pairs(trainer.data.labeled_pairs, "train_dataset").logits[~trainer.data.is_tie]
         facts = {"pretraining_pairs": len(pairs), "pretraining_accuracy": float((logits > 0).mean())}
         if pretrains == "always":
             self.folds.train(PRETRAINED, ignore_keys_for_eval)

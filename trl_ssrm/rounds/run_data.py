@@ -16,6 +16,7 @@ from ..data.pool import Pool
 from ..data.prompt_columns import check_same_form
 from ..data.prompts import prompt_groups, prompt_keys
 from ..data.sequences import PairedSequences, select_rows
+from ..data.ties import ties_of
 from ..io.storage import content_hash
 from ..models.classifier import num_positions
 from ..scoring.inputs import check_vocabulary
@@ -38,7 +39,7 @@ class RunData:
         margins (`list[float]`, *optional*):
             Their margins.
         held_out (`dict[str, PairedSequences]`):
-            Held-out labeled pairs by name: `"eval"`, or `"eval_..."` for each of several, and `"calibration"`.
+            Held-out labeled pairs but ties by name: `"eval"`, or `"eval_..."` for each of several, and `"calibration"`.
         calibration_prompts (`np.ndarray` of shape `(num_pairs,)`, int64, *optional*):
             Number of the prompt of each of the pairs `"calibration"`.
         pool ([`Pool`]):
@@ -57,6 +58,11 @@ class RunData:
         """`np.ndarray` of shape `(num_labeled,)`, int64: number of the prompt of each labeled pair."""
         return prompt_groups(self.labeled)
 
+    @functools.cached_property
+    def is_tie(self) -> np.ndarray:
+        """`np.ndarray` of shape `(num_labeled,)`, bool: which labeled pairs are ties."""
+        return ties_of(self.labeled, "train_dataset")
+
     @property
     def num_prompts(self) -> int:
         """`int`: number of prompts of the labeled pairs."""
@@ -71,8 +77,9 @@ class RunData:
     @property
     def fingerprints(self) -> dict[str, str]:
         """`dict[str, str]`: hash of each dataset by its name."""
+        ties = [np.flatnonzero(self.is_tie).tolist()] if self.is_tie.any() else []
         return {
-            "train_dataset": content_hash(self.labeled_pairs.fingerprint, self.margins),
+            "train_dataset": content_hash(self.labeled_pairs.fingerprint, self.margins, *ties),
             "unlabeled_dataset": self.pool.pairs.fingerprint,
             **{f"{name}_dataset": pairs.fingerprint for name, pairs in self.held_out.items()},
         }
@@ -129,13 +136,15 @@ def prepare_run_data(
         if not isinstance(dataset, Dataset):
             logger.warning(f"`{name}_dataset` is a stream, so the metrics of a round leave it out.")
             continue
-        report_too_long(f"{name}_dataset", len(given[name]), len(dataset), args.max_length)
+        report_too_long(f"{name}_dataset", given[name], len(dataset), args.max_length)
         pairs_of[name] = PairedSequences.from_tokenized(dataset)
         check_vocabulary(pairs_of[name], f"{name}_dataset", model)
         check_positions(pairs_of[name], f"{name}_dataset", model)
         told_apart = two_completions(pairs_of[name], f"{name}_dataset")
         prepared[name], pairs_of[name] = select_rows(dataset, told_apart), pairs_of[name].take(told_apart)
-        report_contradictions(pairs_of[name], f"{name}_dataset")
+        # A tie has no opposite label.
+        is_tie = ties_of(prepared[name], f"{name}_dataset")
+        report_contradictions(pairs_of[name].take(np.flatnonzero(~is_tie)), f"{name}_dataset")
     known_pairs = {name: set(pairs.pair_keys()) for name, pairs in pairs_of.items()}
     check_overlap(known_pairs)
     report_shared_prompts({name: prepared[name] for name in pairs_of})
@@ -159,8 +168,9 @@ def prepare_run_data(
     return RunData(labeled, labeled_pairs, margins, pairs_of, calibration_prompts, pool)
 
 
-def report_too_long(name: str, num_given: int, num_left: int, max_length: int | None) -> None:
-    """Log how many rows `RewardTrainer` has left out, and refuse to go on with none."""
+def report_too_long(name: str, given: Dataset, num_left: int, max_length: int | None) -> None:
+    """Log how many rows `RewardTrainer` has left out, and refuse to go on with none. Held-out ties are left out besides."""
+    num_given = len(given) if name == "train_dataset" else int((~ties_of(given, name)).sum())
     reason = f"longer than max_length={max_length}"
     report_dropped(name, {reason: num_given - num_left})
     if num_left == 0:

@@ -203,7 +203,7 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
     num_calibration = len(data.held_out["calibration"].first) if "calibration" in data.held_out else 0
     num_folds = _resolve_num_folds(args, data, labels_by_itself, num_calibration > 0)
     _check_drop_last(args, data, num_folds)
-    num_held_out = num_calibration or (len(data.labeled) if num_folds else 0)
+    num_held_out = num_calibration or (int((~data.is_tie).sum()) if num_folds else 0)
     calibrated_by = "calibration" if num_calibration else "cross_fit" if num_folds else None
     if args.target_precision is not None and calibrated_by is None:
         raise ValueError(

@@ -92,7 +92,7 @@ class RoundSteps(RoundTrainer):
         if self.folds.num_folds and self.round == 0:
             logits_of["cross_fit"] = self.folds.held_out_logits(self.start)
         prompts_of: dict[str | None, Any] = {
-            "cross_fit": self.data.prompts,
+            "cross_fit": self.data.prompts[~self.data.is_tie],
             "calibration": self.data.calibration_prompts,
         }
         facts |= measure(logits_of, prompts_of.get(self.settings.calibrated_by), self.settings, self.round_history)
