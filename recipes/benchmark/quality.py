@@ -228,7 +228,7 @@ def table(results: list[dict], arms: list[str]) -> str:
 def summary(results: list[dict], arm: str = "default") -> str:
     """One line a task: an arm beside the labels alone, the paper and all labels, and what it changes, over seeds."""
     value = {(entry["task"], entry["seed"], entry["arm"]): entry for entry in results}
-    titles = ["Task", "Seeds", "Labels", "Accuracy: labels", "paper", arm, "all", f"{arm} − labels"]
+    titles = ["Task", "Seeds", "Labels", "Accuracy: labels", "for all steps", "paper", arm, "all", f"{arm} − labels"]
     titles += ["Log-loss: labels", arm, "−", "ECE: labels", arm]
     lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
     for task in dict.fromkeys(entry["task"] for entry in results):
@@ -249,7 +249,7 @@ def _cells(value: dict[tuple, dict], task: str, seeds: list[int], arm: str) -> l
         return interval([value[task, seed, arm][metric] - value[task, seed, "labels"][metric] for seed in seeds])
 
     cells = [f"{np.mean([value[task, seed, 'labels']['labels'] for seed in seeds]):.0f}"]
-    cells += [mean(own, "accuracy") for own in ("labels", "paper", arm, "all labels")]
+    cells += [mean(own, "accuracy") for own in ("labels", "labels, all steps", "paper", arm, "all labels")]
     cells += [change("accuracy"), mean("labels", "log_loss"), mean(arm, "log_loss"), change("log_loss")]
     return [*cells, mean("labels", "ece"), mean(arm, "ece")]
 
