@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import trl
 from conftest import as_messages, preference_rows
 from datasets import Dataset
+from packaging.version import Version
 from recipe_runs import RECIPES
 
 
@@ -63,6 +65,7 @@ def test_rewards_speed_and_throughput_are_measured(llama, tmp_path):
         assert f"\n| {name} | " in table
 
 
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.13"), reason="takes a minute, and runs on the newest TRL")
 def test_quality_and_rounds_are_measured_and_a_second_call_goes_on(llama, tmp_path):
     record, table = run_part(2, llama, tmp_path)
     assert not errors_of(record)
