@@ -325,4 +325,5 @@ def test_configuration_of_accelerate_is_one(path):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
 def test_every_recipe_is_on_the_map(path):
     assert f"[`{path.name}`]({path.name})" in (RECIPES / "README.md").read_text(encoding="utf-8")
-    assert path.with_suffix(".yaml").is_file()
+    # The server has four flags and trains nothing.
+    assert path.stem == "serve" or path.with_suffix(".yaml").is_file()

@@ -202,10 +202,14 @@ def test_labels_of_people_are_read_or_refused(tmp_path, lines, encoding):
     labels = result_or_refusal(lambda: load_labels(str(path)))
     if not isinstance(labels, str):
         given_rows = [json.loads(line) for line in lines if line.strip()]
-        labeled = [row for row in given_rows if row["label"] in ("a", "b")]
+        labeled = [row for row in given_rows if row["label"] in ("a", "b", "tie")]
         assert len(labels) == len(labeled)
         for row, found in zip(labeled, labels, strict=True):
-            assert found["chosen"] == row[f"completion_{row['label']}"] and found.get("prompt") == row.get("prompt")
+            assert found.get("prompt") == row.get("prompt")
+            assert found.get("tie", False) == (row["label"] == "tie")
+            # A tie has its completions in any order; this one is that of the file.
+            chosen, rejected = ("b", "a") if row["label"] == "b" else ("a", "b")
+            assert [found["chosen"], found["rejected"]] == [row[f"completion_{chosen}"], row[f"completion_{rejected}"]]
 
 
 # ---- Text that looks like special tokens ----
