@@ -11,6 +11,12 @@ LoRA, and LoRA on a 4-bit base (QLoRA); the score head is trained in float32 eit
 
     python recipes/ssrm.py --config recipes/ssrm.yaml --use_peft --learning_rate 1.0e-4
     python recipes/ssrm.py --config recipes/ssrm.yaml --use_peft --learning_rate 1.0e-4 --load_in_4bit
+
+A large model learns from the labels, and teaches the small one on the pool:
+
+    python recipes/ssrm.py --config recipes/ssrm.yaml --model_name_or_path Qwen/Qwen2.5-7B-Instruct --num_rounds 0 \\
+        --use_peft --learning_rate 1.0e-4 --output_dir large
+    python recipes/ssrm.py --config recipes/ssrm.yaml --teacher_model_name_or_path large
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +25,7 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from trl_ssrm import SSRMConfig, SSRMTrainer
+from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMRewardFunction, SSRMTrainer
 from trl_ssrm.cli.errors import one_line_errors
 
 
@@ -31,6 +37,9 @@ class SSRMScriptArguments(ScriptArguments):
     num_calibration: int = field(default=0, metadata={"help": "Further labeled rows, to calibrate the confidence on."})
     unlabeled_dataset_name: str | None = field(
         default=None, metadata={"help": "Pool of pairs. Default: the other rows of `dataset_name`, labels hidden."}
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model that labels the pool. Default: the model that is trained."}
     )
     padding_token: str | None = field(
         default=None,
@@ -67,6 +76,9 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
         )
     if script_args.padding_token is not None:
         tokenizer.pad_token = script_args.padding_token
+    callbacks = []
+    if (teacher := script_args.teacher_model_name_or_path) is not None:
+        callbacks.append(PseudoLabelingCallback(teacher=SSRMRewardFunction(teacher, dtype=model_args.dtype)))
     trainer = SSRMTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -75,6 +87,7 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
         eval_dataset=dataset.get(script_args.dataset_test_split),
         unlabeled_dataset=pool,
         calibration_dataset=calibration,
+        callbacks=callbacks,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )

@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_runs import error_line, flags, settings_of_run, write_data
+from cli_runs import error_line, finish_run, flags, settings_of_run, write_data
 from conftest import preference_rows
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 import trl_ssrm.cli.train
+from trl_ssrm import SSRMRewardFunction
 from trl_ssrm.cli.main import main
 from trl_ssrm.cli.train import TrainArguments, _main, _status, load_pairs, train
 from trl_ssrm.cli.train import make_parser as make_train_parser
+from trl_ssrm.io.sources import load_data
 
 
 pytestmark = pytest.mark.slow
@@ -99,6 +101,7 @@ def test_configuration_and_splits_are_those_that_were_asked_for(monkeypatch):
         ({"dataset_name": "{data}/pool.csv"}, "`train_dataset` .*`chosen`"),
         ({"model_name_or_path": "{data}"}, ""),
         ({"model_name_or_path": "./none"}, "none"),
+        ({"teacher_model_name_or_path": "./no_teacher"}, "no_teacher"),
     ],
 )
 def test_data_and_model_that_can_not_be_used(settings, message, run_settings, data, capsys):
@@ -134,6 +137,19 @@ def test_one_process_trains_without_a_launcher(run_settings, capsys):
         and lines[2].startswith("Round 0: kept")
     )
     AutoModelForSequenceClassification.from_pretrained(run_settings["output_dir"], num_labels=1)
+
+
+def test_teacher_labels_the_pool(llama, bert, run_settings, data, tmp_path):
+    teacher = str(finish_run(llama, data, tmp_path / "teacher")["output_dir"])
+    settings = {**run_settings, "model_name_or_path": bert, "eos_token": "<|eos|>"}
+    assert main(["train", *flags({**settings, "teacher_model_name_or_path": teacher})]) == 0
+    rewards, pool = SSRMRewardFunction(teacher), load_data(str(data / "pool.csv"))
+    pairs = [(row["prompt"], row["completion_a"], row["completion_b"]) for row in pool]
+    preferred = {max((a, b), key=lambda answer: rewards([prompt], [answer])[0]) for prompt, a, b in pairs}
+    kept = Dataset.from_parquet(str(tmp_path / "run" / "_rounds" / "round_1" / "pseudo_labels.parquet"))
+    assert len(kept) == len(pool) and set(kept["chosen"]) == preferred
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"({data / 'pool.csv'}), which {teacher} has labeled." in card
 
 
 @pytest.mark.parametrize("launcher", [[], ["--num_processes", "1"]])

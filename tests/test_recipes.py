@@ -219,6 +219,18 @@ def test_pairwise_model_is_trained_by_the_same_recipe(policy, letters, tmp_path)
     assert (np.array(found) > 0.5).mean() > 0.7
 
 
+def test_reward_model_teaches_another_on_the_pool(policy, letters, reward_model, tmp_path):
+    settings = reward_model_settings(policy, letters, tmp_path / "run")
+    # One epoch on 8 labels teaches nothing, so what the model can do comes from the teacher.
+    few = {"num_labeled": 8, "num_train_epochs": 1}
+    run_recipe("ssrm", **{**settings, **few}, teacher_model_name_or_path=reward_model)
+    rows, reward = letter_rows(64, seed=2), SSRMRewardFunction(str(tmp_path / "run"))
+    better, worse = (
+        reward.score([row["prompt"] for row in rows], [row[side] for row in rows]) for side in ("chosen", "rejected")
+    )
+    assert np.mean(np.subtract(better, worse) > 0) > 0.7
+
+
 def test_more_rows_than_there_are_and_unknown_padding_are_refused(policy, letters, tmp_path):
     settings = reward_model_settings(policy, letters, tmp_path)
     with pytest.raises(

@@ -252,6 +252,8 @@ class SSRMTrainer(RoundSteps):
         self.pseudo_labeling_callback = callback = own[0] if own else PseudoLabelingCallback()
         if not own:
             self.add_callback(callback)
+        if callback.teacher is not None:
+            self.sources = {"teacher": model_id(callback.teacher.model)}
         self.recorder = RunRecorder(self)
         self.add_callback(self.recorder)
         self.add_callback(RoundProgress(self.accelerator, bool(self.args.disable_tqdm)))

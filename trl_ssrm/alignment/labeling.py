@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..data.checks import NotTokenizedError, check_prompts, tokenizing, unformatted
 from ..data.formats import TEMPLATE_COLUMNS, check_format, completion_feature, completions_of, named_completions
 from ..io.storage import content_hash, tensors_hash
+from ..models.comparison import Comparison
 from ..scoring.pair_scores import sigmoid
 from ..scoring.preference import mean_win_probability
 from ..scoring.score import NonFiniteScoreError
@@ -26,6 +27,23 @@ from .shards import Row, map_in_shards
 SHARD_ROWS = 64
 
 PAIRINGS = ("best_vs_worst", "best_vs_random", "all")
+
+
+def load_labeler(model: str, **kwargs: Any) -> SSRMRewardFunction | PairwiseJudge:
+    """
+    Load a saved model that labels pairs, scalar or pairwise.
+
+    Args:
+        model (`str`):
+            Directory or model ID.
+        kwargs (`dict[str, Any]`):
+            Further arguments of [`SSRMRewardFunction`] or [`PairwiseJudge`].
+
+    Returns:
+        [`SSRMRewardFunction`] or [`PairwiseJudge`]: the model. A folder that holds a `comparison.json` has a pairwise one.
+    """
+    is_pairwise = Comparison.from_pretrained(model) is not None
+    return (PairwiseJudge if is_pairwise else SSRMRewardFunction)(model, **kwargs)
 
 
 def label_preferences(

@@ -11,23 +11,20 @@ def label(args: Namespace) -> None:
     """Label completions with a reward model, and write the pairs as `train.parquet`."""
     from accelerate import PartialState
 
-    from .. import PairwiseJudge, SSRMRewardFunction, label_preferences
+    from .. import label_preferences
+    from ..alignment.labeling import load_labeler
     from ..io.files import written_aside
     from ..io.hub import check_model_is_there
     from ..io.shapes import named_columns, with_known_columns
     from ..io.sources import load_data
-    from ..models.comparison import Comparison
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     named = named_columns(args)
     dataset = with_known_columns(dataset, args.dataset_name, True, named)
     check_model_is_there(args.model_name_or_path)
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "batch_tokens": args.batch_tokens}
-    # The folder of a pairwise model holds its comparison.
-    is_pairwise = Comparison.from_pretrained(args.model_name_or_path) is not None
-    model = (PairwiseJudge if is_pairwise else SSRMRewardFunction)(args.model_name_or_path, **loading)
     labeled = label_preferences(
-        model,
+        load_labeler(args.model_name_or_path, **loading),
         dataset,
         # A hidden folder, so that `load_dataset` finds `train.parquet` only.
         os.path.join(args.output_dir, ".labels"),

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from .. import SSRMConfig, SSRMTrainer
+from .. import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
+from ..alignment.labeling import load_labeler
 from ..io.hub import check_model_is_there
 from ..io.shapes import named_columns, with_known_columns
 from ..io.sources import load_data, load_splits
@@ -60,6 +61,8 @@ class TrainArguments:
             Labeled pairs to evaluate on.
         calibration_dataset_name (`str`, *optional*):
             Labeled pairs to calibrate the confidence, instead of `num_calibration`.
+        teacher_model_name_or_path (`str`, *optional*):
+            Reward model, scalar or pairwise, that labels the pool in place of the model that is trained.
         prompt_column, chosen_column, rejected_column (`str`, *optional*):
             Columns that stand for `prompt`, `chosen` and `rejected` in all of these datasets. Some usual shapes are known
             without it; see [`~trl_ssrm.io.shapes.with_known_columns`].
@@ -93,6 +96,10 @@ class TrainArguments:
     calibration_dataset_name: str | None = field(
         default=None,
         metadata={"help": "Labeled pairs to calibrate the confidence, instead of `num_calibration`."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Reward model that labels the pool. Default: the model that is trained."},
     )
     prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompts. Default: prompt."})
     chosen_column: str | None = field(
@@ -158,10 +165,18 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
     tokenizer = None
     if train_args.padding_token is not None:
         tokenizer = _load_tokenizer(train_args.padding_token, training_args, model_args)
+    callbacks = []
+    if (teacher := train_args.teacher_model_name_or_path) is not None:
+        check_model_is_there(teacher)
+        labeler = load_labeler(
+            teacher, dtype=model_args.dtype, trust_remote_code=bool(training_args.trust_remote_code)
+        )
+        callbacks.append(PseudoLabelingCallback(teacher=labeler))
     return SSRMTrainer(
         model=str(model_args.model_name_or_path),
         args=training_args,
         processing_class=tokenizer,
+        callbacks=callbacks,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
         **data,
@@ -257,7 +272,8 @@ def train(train_args: TrainArguments, training_args: SSRMConfig, model_args: Mod
     # The command says this itself.
     trainer.advice = ""
     labels = str(train_args.dataset_name)
-    trainer.sources = {"labels": labels, "pool": train_args.unlabeled_dataset_name or labels}
+    pool = train_args.unlabeled_dataset_name or labels
+    trainer.sources = {**trainer.sources, "labels": labels, "pool": pool}
     # The same command resumes an interrupted run.
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)

@@ -19,7 +19,7 @@ def trained_on(round_history: list[dict[str, Any]], model: str, sources: dict[st
         model (`str`):
             Model that the training started from.
         sources (`dict[str, str]`):
-            Files or dataset IDs of `"labels"` and `"pool"`, as far as they are known.
+            Files or dataset IDs of `"labels"` and `"pool"`, as far as they are known, and the model of a `"teacher"`.
 
     Returns:
         `str`: one sentence.
@@ -29,7 +29,8 @@ def trained_on(round_history: list[dict[str, Any]], model: str, sources: dict[st
     if pool is not None:
         parts["pool"] = f"{pool:,} unlabeled pairs"
     named = [f"{words} ({sources[name]})" if name in sources else words for name, words in parts.items()]
-    return f"Trained from {model} on {' and '.join(named)}."
+    by_teacher = f", which {sources['teacher']} has labeled" if "teacher" in sources else ""
+    return f"Trained from {model} on {' and '.join(named)}{by_teacher}."
 
 
 def add_rounds(card: Path, model: str, round_history: list[dict[str, Any]], words: list[str]) -> None:
