@@ -359,6 +359,7 @@ PROGRAMS = {
     GUIDES / "reliability.md": {"python", "pytest", "pip"},
     GUIDES / "results.md": {"python"},
     GUIDES / "serving.md": {"pip", "python"},
+    GUIDES / "settings.md": {"trl-ssrm"},
     GUIDES / "speed.md": {"python", "bash"},
 }
 

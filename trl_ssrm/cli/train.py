@@ -20,7 +20,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -165,7 +165,7 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
     tokenizer = None
     if train_args.padding_token is not None:
         tokenizer = _load_tokenizer(train_args.padding_token, training_args, model_args)
-    callbacks = []
+    callbacks: list[TrainerCallback] = []
     if (teacher := train_args.teacher_model_name_or_path) is not None:
         check_model_is_there(teacher)
         labeler = load_labeler(
