@@ -32,10 +32,6 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
-    def times(self, number: int) -> "Work":
-        """[`Work`]: the same, by several models."""
-        return Work(*(number * each for each in astuple(self)))
-
 
 @dataclass(frozen=True)
 class RoundCost:
