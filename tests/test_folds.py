@@ -133,16 +133,21 @@ def test_fold_models_are_trained_on_the_labels_alone_and_once(make_trainer):
     assert "cross_fit_accuracy" in trainer.round_history[0] and "cross_fit_accuracy" not in trainer.round_history[1]
 
 
-def test_folds_are_there_where_nothing_else_calibrates(make_trainer, labeled, held_out, caplog):
+def test_folds_are_there_where_they_calibrate_or_decide(make_trainer, labeled, held_out, caplog):
     def num_folds(rows=labeled, **kwargs) -> int:
         return make_trainer(train_dataset=rows, num_folds=None, **kwargs).folds.num_folds
 
     assert num_folds() == 3
-    assert "so 3 more models are trained" in caplog.text
+    assert "calibrate the confidence and decide whether the model is pretrained" in caplog.text
     assert num_folds(rows=labeled.select(range(2))) == 2
     assert num_folds(rows=labeled.select(range(1))) == 0
-    assert num_folds(calibration_dataset=held_out) == 0
-    assert num_folds(num_rounds=0) == 0
+    assert num_folds(num_rounds=0) == 3
+    caplog.clear()
+    assert num_folds(calibration_dataset=held_out) == 3
+    assert "that part decide whether the model is pretrained" in caplog.text
+    for settled in ({"pretrain_on_pool": False}, {"pretrain_on_pool": True}, {"freeze_backbone": True}):
+        assert num_folds(calibration_dataset=held_out, **settled) == 0
+        assert num_folds(**settled) == 3
 
     class Own(PseudoLabelingCallback):
         def score(self, trainer, pool, round):

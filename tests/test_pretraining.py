@@ -1,12 +1,13 @@
 import random
 
+import numpy as np
 import pytest
 from conftest import as_messages, assert_same_weights, weights_of
 from datasets import Dataset
 from peft import LoraConfig
 
 from trl_ssrm import SSRMTrainer
-from trl_ssrm.rounds.pretraining import pretraining_pairs
+from trl_ssrm.rounds.pretraining import gain, pretraining_pairs
 from trl_ssrm.rounds.run_directory import INITIAL, PRETRAINED
 
 
@@ -76,6 +77,17 @@ def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path):
     for round in range(2):
         one, other = (each.round_history[round]["eval_accuracy"] for each in (trainer, without))
         assert one > other + 0.05
+
+
+def test_gain_is_paired_and_at_the_best_temperature():
+    # Right on 3 of 4 at any size: the odds that fit are 3, so the log-loss is that of a coin with .75.
+    coin = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    facts = gain(np.array([5.0, -5.0, 5.0, -5.0]), np.array([0.1, 0.1, 0.1, -0.1]))
+    assert (facts["accuracy_without_pretraining"], facts["accuracy_with_pretraining"]) == (0.5, 0.75)
+    assert facts["log_loss_with_pretraining"] == pytest.approx(coin, abs=1e-3)
+    assert facts["log_loss_without_pretraining"] == pytest.approx(np.log(2), abs=1e-3)
+    # One of four pairs becomes right.
+    assert facts["pretraining_accuracy_change_error"] == pytest.approx(np.std([0, 1, 0, 0], ddof=1) / 2)
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def reward_model_settings(policy: str, letters: Path, output_dir: Path) -> dict:
         "output_dir": output_dir,
         "num_labeled": 64,
         "num_calibration": 32,
+        "num_folds": 0,
         "num_train_epochs": 8,
         "round_num_train_epochs": 2,
         "num_rounds": 1,

@@ -59,7 +59,26 @@ def test_without_held_out_pairs_nothing_is_claimed():
     }
     words = verdict([first, {"round": 1}], "max_rounds", 1)
     assert "is not known" in words[0] and "`eval_dataset`" in words[-1]
-    assert "not used: it ranks 0.400 of the labeled pairs right" in words[2]
+    assert words[1] == (
+        "Pretraining on the texts of the pool was not used: without having seen a label, it ranks 0.400 of the labeled pairs right."
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "opening"),
+    [(0.44, "was used: "), (0.595, "was not used, since it has to lower the log-loss by 0.01: ")],
+)
+def test_gain_of_pretraining_has_an_interval(after, opening):
+    facts = {"pretraining_accuracy": 0.7, "is_pretrained": after < 0.5}
+    facts |= {"accuracy_without_pretraining": 0.6, "accuracy_with_pretraining": 0.75}
+    facts |= {"log_loss_without_pretraining": 0.6, "log_loss_with_pretraining": after}
+    facts |= {"pretraining_accuracy_change_error": 0.05, "pretraining_log_loss_change_error": 0.1}
+    first, last = history(0.05, -0.1)
+    words = verdict([{**first, **facts}, last], "max_rounds", 1)[1]
+    assert words == (
+        f"Pretraining on the texts of the pool {opening}accuracy 0.600 to 0.750 (+0.150 ± 0.098), log-loss 0.600 to {after:.3f} "
+        f"(−{0.6 - after:.3f} ± 0.196), on the labels, by fold models that have not seen them."
+    )
 
 
 def test_what_the_labels_can_confirm_is_said_where_nothing_was_selected():
@@ -75,8 +94,8 @@ def test_what_the_labels_can_confirm_is_said_where_nothing_was_selected():
 def test_labels_that_taught_nothing_are_named():
     words = " ".join(verdict(history(0, 0)[:1], "nothing_learned", 0))
     assert (
-        "After round 0 the model was no better than chance on labels that it had not seen; the model is from round 0"
-        in words
+        "After round 0 the predictions on labels that the model had not seen were no better than 0.5 for every pair, so the pool was "
+        "not labeled; the model is from round 0" in words
     )
 
 

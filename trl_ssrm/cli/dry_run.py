@@ -95,9 +95,8 @@ def round_costs(trainer: SSRMTrainer) -> list[RoundCost]:
         if round == 0:
             num_epochs = None if args.max_steps > 0 else args.num_train_epochs
         if num_epochs is None:
-            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             longest = max(_pair_tokens(trainer, pairs).max() for pairs in [data.labeled_pairs, *shares.values()])
-            tokens = args.max_steps * batch * int(longest) * num_models
+            tokens = args.max_steps * _batch(trainer) * int(longest) * num_models
         else:
             tokens = ceil(num_epochs * training.tokens)
         scoring = sum(map(_reading_to_score, data.held_out.values()), Work())
@@ -136,6 +135,7 @@ def dry_run(trainer: SSRMTrainer) -> str:
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     costs = round_costs(trainer)
+    words, more_costs = _pretraining(trainer, costs[0])
     lines = [
         f"Pairs:  {', '.join(f'{count:,} {name}' for name, count in sizes.items())}",
         f"Model:  {type(model).__name__}, {trained:,} of {sum(each.numel() for each in parameters):,} parameters trained",
@@ -143,12 +143,12 @@ def dry_run(trainer: SSRMTrainer) -> str:
         "",
         *_table(costs, trainer.args.max_steps),
         "",
-        f"Tokens in all: {_mark(all(cost.is_exact for cost in costs))}"
+        f"Tokens of the rounds: {_mark(all(cost.is_exact for cost in costs))}"
         f"{sum(cost.training_tokens for cost in costs):,} to train, {sum(cost.scoring.tokens for cost in costs):,} to score.",
-        *_pretraining(trainer, costs[0]),
-        _duration(trainer, costs),
-        "Training is what all models of a round read in an epoch; ≤ is where the selection decides. Models: the round's own, "
-        "and one for each fold.",
+        *words,
+        _duration(trainer, costs + more_costs),
+        "Training columns: what all models of a round read in one epoch. ≤ marks an upper bound; the selection decides. Models: the "
+        "model of the round and its fold models.",
     ]
     if trainer.args.freeze_backbone:
         every = [_reading_to_score(pairs) for pairs in data.all_pairs.values()]
@@ -161,21 +161,38 @@ def dry_run(trainer: SSRMTrainer) -> str:
     return "\n".join(lines)
 
 
-def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> list[str]:
-    """What pretraining adds to the cost, if there is one. Which texts it pairs is not known before."""
-    if trainer.settings.pretrains == "never":
-        return []
-    pool = trainer.data.pool
-    num_pairs = len(np.unique(pool.rows))
-    tokens = round(num_pairs * float(_pair_tokens(trainer, pool.pairs).mean()))
+def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> tuple[list[str], list[RoundCost]]:
+    """
+    What pretraining adds at most, in words, and as costs: its own, and that of the fold models that start from its weights.
+    Which texts it pairs is not known before.
+    """
+    settings, args, pool = trainer.settings, trainer.args, trainer.data.pool
+    if settings.pretrains == "never":
+        return [], []
+    num_pairs, mean = len(np.unique(pool.rows)), float(_pair_tokens(trainer, pool.pairs).mean())
+    tokens = round(num_pairs * mean)
     line = f"Pretraining comes before: up to {num_pairs:,} pairs of texts, about {tokens:,} tokens."
-    if trainer.settings.pretrains == "if_better":
-        line += f" If it helps, the {first.num_models - 1} fold models are trained a second time, from its weights."
-    return [line]
+    epochs = None if settings.num_train_epochs is None else 1
+    if epochs is None:
+        tokens = round(args.max_steps * _batch(trainer) * mean)
+    costs = [RoundCost(first.round, 1, epochs, Work(num_pairs, 2 * num_pairs, tokens), tokens, False, Work())]
+    if settings.pretrains == "if_better":
+        num_folds = first.num_models - 1
+        line += f" If it may help, the {num_folds} fold models are trained a second time, from its weights."
+        pairs = first.training.pairs - len(trainer.data.labeled)
+        tokens = round(first.training_tokens * pairs / first.training.pairs)
+        costs.append(RoundCost(first.round, num_folds, first.num_epochs, Work(pairs=pairs), tokens, False, Work()))
+    return [line], costs
+
+
+def _batch(trainer: SSRMTrainer) -> int:
+    """Pairs of a step."""
+    args = trainer.args
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def _duration(trainer: SSRMTrainer, costs: list[RoundCost]) -> str:
-    """How long the rounds take, from the time of a few batches of the labeled pairs in this process."""
+    """How long the run takes, from the time of a few batches of the labeled pairs in this process."""
     model, seconds, tokens = trainer.model, 0.0, 0
     model.train()
     for number, inputs in enumerate(itertools.islice(trainer.get_train_dataloader(), 1 + NUM_TIMED_BATCHES)):
@@ -189,17 +206,16 @@ def _duration(trainer: SSRMTrainer, costs: list[RoundCost]) -> str:
         if number > 0 or len(trainer.train_dataset) <= trainer.args.train_batch_size:
             seconds += time.perf_counter() - start
             tokens += int(inputs["attention_mask"].sum())
-    batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
     steps = sum(
         trainer.args.max_steps * cost.num_models
         if cost.num_epochs is None
-        else ceil(cost.num_epochs * cost.training.pairs / batch)
+        else ceil(cost.num_epochs * cost.training.pairs / _batch(trainer))
         for cost in costs
     )
     # A step reads a token three times as long as scoring does.
     read = sum(cost.training_tokens + cost.scoring.tokens / 3 for cost in costs)
     minutes = read * seconds / max(tokens, 1) / trainer.args.world_size / 60
-    return f"Steps: about {steps:,}. Time: about {max(minutes, 0.1):.1f} minutes, by the speed of {NUM_TIMED_BATCHES} batches here."
+    return f"Steps: about {steps:,} in all. Time: about {max(minutes, 0.1):.1f} minutes, by the speed of {NUM_TIMED_BATCHES} batches here."
 
 
 def _table(costs: list[RoundCost], max_steps: int) -> list[str]:

@@ -3,9 +3,12 @@
 import math
 from typing import Any
 
+from ..rounds.pretraining import LEAST_GAIN
+
 
 # Half the width of a 95 % interval, in standard errors.
 _QUANTILE = 1.96
+_MOST_USEFUL = "in Python, `trainer.export_for_labeling` writes the most useful ones of the pool"
 
 
 def verdict(round_history: list[dict[str, Any]], termination_reason: str | None, kept_round: int) -> list[str]:
@@ -16,8 +19,8 @@ def verdict(round_history: list[dict[str, Any]], termination_reason: str | None,
         round_history (`list[dict[str, Any]]`):
             Facts of each round, as in [`SSRMTrainer.round_history`].
         termination_reason (`str` or `None`):
-            `"max_rounds"`, `"nothing_selected"`, `"nothing_learned"`, `"no_change"`, or the reason of a callback that ended the rounds. `None` if
-            that callback gave no reason.
+            `"max_rounds"`, `"nothing_selected"`, `"nothing_learned"`, `"no_change"` or `"callback"`; `None` if the rounds have not
+            ended.
         kept_round (`int`):
             The round whose weights the model has.
 
@@ -27,10 +30,14 @@ def verdict(round_history: list[dict[str, Any]], termination_reason: str | None,
     """
     first, kept, last = round_history[0], round_history[kept_round], round_history[-1]
     name = held_out_name(first)
-    sentences = [_effect(first, kept, name)]
-    sentences.append(_origin(termination_reason, last["round"], kept_round, first))
-    sentences += [words for words in (_selection(termination_reason, last), _pretraining(first)) if words]
-    return [*sentences, _next(kept, name, kept_round)]
+    sentences = [
+        _effect(first, kept, name),
+        _pretraining(first),
+        _origin(termination_reason, last["round"], kept_round, first),
+        _selection(termination_reason, last),
+        _next(kept, name, kept_round),
+    ]
+    return [words for words in sentences if words is not None]
 
 
 def round_line(round_history: list[dict[str, Any]]) -> str:
@@ -104,9 +111,13 @@ def _direction(kept: dict[str, Any], name: str, metric: str, good: int) -> int:
 
 def _change(first: dict[str, Any], kept: dict[str, Any], name: str, metric: str, words: str) -> str:
     key = f"{name}_{metric}"
-    change, half = kept[f"{key}_change"], _QUANTILE * kept[f"{key}_change_error"]
+    return _from_to(words, first[key], kept[key], kept[f"{key}_change"], kept[f"{key}_change_error"])
+
+
+def _from_to(words: str, before: float, after: float, change: float, error: float) -> str:
     sign = "+" if change >= 0 else "−"
-    return f"{words} {_number(first[key])} to {_number(kept[key])} ({sign}{_number(abs(change))} ± {_number(half)})"
+    half = _number(_QUANTILE * error)
+    return f"{words} {_number(before)} to {_number(after)} ({sign}{_number(abs(change))} ± {half})"
 
 
 def _origin(reason: str | None, last: int, kept: int, first: dict[str, Any]) -> str:
@@ -114,11 +125,13 @@ def _origin(reason: str | None, last: int, kept: int, first: dict[str, Any]) -> 
     reasons = {
         "max_rounds": f"Round {last} was the last one",
         "nothing_selected": f"After round {last} nothing was selected",
-        "nothing_learned": f"After round {last} the model was no better than chance on labels that it had not seen",
+        "nothing_learned": f"After round {last} the predictions on labels that the model had not seen were no better than 0.5 for "
+        "every pair, so the pool was not labeled",
         "no_change": f"After round {last} the same pairs were kept with the same labels as before",
+        "callback": f"A callback ended the rounds after round {last}",
         None: f"The rounds ended after round {last}",
     }
-    why = reasons.get(reason, f"The rounds ended after round {last} ({reason})")
+    why = reasons[reason]
     model = (
         f"from round {kept}" if kept else f"from round 0, which was trained on the {first['num_train_pairs']:,} labels"
     )
@@ -146,23 +159,24 @@ def _selection(reason: str | None, last: dict[str, Any]) -> str | None:
 def _pretraining(first: dict[str, Any]) -> str | None:
     if "pretraining_accuracy" not in first:
         return None
-    right = f"{_number(first['pretraining_accuracy'])} of the labeled pairs right without having seen a label"
-    before, after = (first.get(f"log_loss_{kind}_pretraining") for kind in ("without", "with"))
-    if before is None or after is None:
-        used = "used as asked" if first["is_pretrained"] else "not used"
-        return f"Pretraining on the texts of the pool was {used}: it ranks {right}."
-    used, moves = ("used", "lowers") if first["is_pretrained"] else ("not used", "does not lower")
-    return (
-        f"Pretraining on the texts of the pool was {used}: it ranks {right}, and {moves} the log-loss on labels that a fold model "
-        f"has not seen ({_number(before)} to {_number(after)})."
-    )
+    opening = f"Pretraining on the texts of the pool was {'' if first['is_pretrained'] else 'not '}used"
+    if "log_loss_with_pretraining" not in first:
+        asked = " as asked" if first["is_pretrained"] else ""
+        right = _number(first["pretraining_accuracy"])
+        return f"{opening}{asked}: without having seen a label, it ranks {right} of the labeled pairs right."
+    changes = []
+    for key, words in _METRICS.items():
+        before, after = (first[f"{key}_{kind}_pretraining"] for kind in ("without", "with"))
+        changes.append(_from_to(words, before, after, after - before, first[f"pretraining_{key}_change_error"]))
+    asked = "" if first["is_pretrained"] else f", since it has to lower the log-loss by {LEAST_GAIN}"
+    return f"{opening}{asked}: {', '.join(changes)}, on the labels, by fold models that have not seen them."
 
 
 def _next(kept: dict[str, Any], name: str | None, kept_round: int) -> str:
     if name is None:
         return "Next: pass `eval_dataset`, labeled pairs that are in no other dataset, to know what the pool adds."
     if kept_round == 0:
-        return "Next: label more pairs; `export_for_labeling` writes those of the pool whose labels help most."
+        return f"Next: label more pairs; {_MOST_USEFUL}."
     effects = {_direction(kept, name, "accuracy", 1), _direction(kept, name, "log_loss", -1)}
     if -1 in effects:
         return (
@@ -170,8 +184,8 @@ def _next(kept: dict[str, Any], name: str | None, kept_round: int) -> str:
             "labels, try `pseudo_label_type='soft'`."
         )
     if 1 in effects:
-        return "Next: a larger pool of the same kind, or labels for the pairs that `export_for_labeling` writes."
-    return "Next: label more pairs (`export_for_labeling` writes those that help most), or measure on more held-out pairs."
+        return f"Next: a larger pool of the same kind, or more labels; {_MOST_USEFUL}."
+    return f"Next: label more pairs ({_MOST_USEFUL}), or measure on more held-out pairs."
 
 
 def _number(value: float) -> str:

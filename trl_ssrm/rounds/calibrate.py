@@ -86,11 +86,11 @@ def changes(logits_of: dict[str, np.ndarray], before: dict[str, np.ndarray], rou
         change = paired_change(logits, before[name])
         facts |= {f"{name}_{fact}": value for fact, value in change.items()}
         for metric, sign, words in (("accuracy", 1, "accuracy"), ("log_loss", -1, "log-loss")):
-            if sign * change[f"{metric}_change"] < -2 * change[f"{metric}_change_error"]:
+            half = 1.96 * change[f"{metric}_change_error"]
+            if sign * change[f"{metric}_change"] < -half:
                 logger.warning(
-                    f"Round {round} is worse than round 0 on `{name}_dataset`: {words} {change[f'{metric}_change']:+.3f}, "
-                    f"standard error {change[f'{metric}_change_error']:.3f}. To keep the better round, pass `calibration_dataset`; "
-                    "for the labels alone, set `num_rounds=0`."
+                    f"Round {round} is worse than round 0 on `{name}_dataset`: {words} {change[f'{metric}_change']:+.3f} ± {half:.3f}. "
+                    "To end with the better round, pass `calibration_dataset`; to end with round 0, set `num_rounds=0`."
                 )
     return facts
 

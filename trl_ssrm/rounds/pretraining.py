@@ -17,6 +17,7 @@ from datasets import Dataset
 from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
+from ..scoring.metrics import paired_change
 from .calibrate import TEMPERATURES
 from .folds import Folds
 from .round_trainer import RoundTrainer
@@ -77,10 +78,9 @@ class Pretraining:
         if facts["pretraining_accuracy"] <= 0.5:
             return INITIAL, {**facts, "is_pretrained": False}
         self.folds.train(PRETRAINED, ignore_keys_for_eval)
-        losses = {start: held_out_log_loss(self.folds.held_out_logits(start)) for start in (INITIAL, PRETRAINED)}
-        facts |= {"log_loss_without_pretraining": losses[INITIAL], "log_loss_with_pretraining": losses[PRETRAINED]}
-        start = PRETRAINED if losses[PRETRAINED] <= losses[INITIAL] - LEAST_GAIN else INITIAL
-        return start, {**facts, "is_pretrained": start == PRETRAINED}
+        facts |= gain(*(self.folds.held_out_logits(start) for start in (INITIAL, PRETRAINED)))
+        is_better = facts["log_loss_with_pretraining"] <= facts["log_loss_without_pretraining"] - LEAST_GAIN
+        return PRETRAINED if is_better else INITIAL, {**facts, "is_pretrained": is_better}
 
     def _pairs(self) -> Dataset | None:
         """The pairs to pretrain on, tokenized; `None` if there are none."""
@@ -143,9 +143,27 @@ def pretraining_pairs(pool: Pool, seed: int) -> Iterator[dict[str, Any]]:
                 yield {"prompt": one["prompt"], "chosen": one["chosen"], "rejected": another["chosen"]}
 
 
-def held_out_log_loss(logits: np.ndarray) -> float:
+def gain(without: np.ndarray, with_pretraining: np.ndarray) -> dict[str, float]:
     """
-    `float`: lowest log-loss of held-out pairs over all temperatures, from pair logits `(num_pairs,)`. It asks how well the pairs
-    are ranked, and not how sure the model is, which the temperature mends later.
+    What pretraining changes on pairs that the models have not seen, each at the temperature that is best for it: how well the
+    pairs are ranked counts, and not how sure the model is, which the temperature mends later.
+
+    Args:
+        without, with_pretraining (`np.ndarray` of shape `(num_pairs,)`):
+            Pair logits `z = r(chosen) - r(rejected)`.
+
+    Returns:
+        `dict[str, float]`: `accuracy` and `log_loss`, `_without_pretraining` and `_with_pretraining`, and the standard errors of
+        their differences, `pretraining_accuracy_change_error` and `pretraining_log_loss_change_error`.
     """
-    return min(float(np.logaddexp(0.0, -logits / temperature).mean()) for temperature in TEMPERATURES)
+    before, after = at_best_temperature(without), at_best_temperature(with_pretraining)
+    facts = {f"pretraining_{name}": value for name, value in paired_change(after, before).items() if "error" in name}
+    for kind, logits in (("without", before), ("with", after)):
+        facts[f"accuracy_{kind}_pretraining"] = float((logits > 0).mean())
+        facts[f"log_loss_{kind}_pretraining"] = float(np.logaddexp(0.0, -logits).mean())
+    return facts
+
+
+def at_best_temperature(logits: np.ndarray) -> np.ndarray:
+    """`np.ndarray` of shape `(num_pairs,)`: pair logits, divided by the temperature with the lowest log-loss."""
+    return min((logits / temperature for temperature in TEMPERATURES), key=lambda z: np.logaddexp(0.0, -z).mean())

@@ -282,14 +282,16 @@ def _check_drop_last(args: SSRMConfig, data: RunData, num_folds: int) -> None:
 def _resolve_num_folds(args: SSRMConfig, data: RunData, labels_by_itself: bool, has_calibration: bool) -> int:
     num_prompts = data.num_prompts
     if args.num_folds is None:
+        decides_on_pretraining = args.pretrain_on_pool is None and not args.freeze_backbone
+        uses = [] if has_calibration else ["calibrate the confidence"]
+        uses += ["decide whether the model is pretrained on the texts of the pool"] if decides_on_pretraining else []
         is_possible = labels_by_itself and not args.load_best_model_at_end and num_prompts > 1
-        is_needed = not has_calibration and args.num_rounds > 0
-        if not (is_possible and is_needed):
+        if not is_possible or not uses:
             return 0
         num_folds = min(NUM_FOLDS, num_prompts)
         logger.warning(
-            f"No `calibration_dataset` is given, so {num_folds} more models are trained on the labels alone, each without one "
-            "part of them. Their predictions on that part calibrate the confidence. Set `num_folds=0` to go without."
+            f"{num_folds} fold models are trained on the labels alone, each without one part of them. Their predictions on that "
+            f"part {' and '.join(uses)}. `num_folds=0` goes without."
         )
         return num_folds
     if num_prompts < args.num_folds:
