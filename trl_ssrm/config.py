@@ -16,10 +16,10 @@ class SSRMConfig(RewardConfig):
         > Parameters that control the rounds
 
         num_rounds (`int`, *optional*, defaults to `1`):
-            Number of rounds after round 0. Round 0 trains on the labeled pairs alone. `0` is supervised training.
+            Number of rounds after round 0. Round 0 trains on the labeled pairs alone. With `0`, no pair of the pool is labeled.
         round_init (`str`, *optional*, defaults to `"base"`):
-            Weights that a round starts from. `"continue"` takes the weights of the round before. `"base"` takes the
-            weights that the trainer was given.
+            Weights that a round starts from. `"continue"` takes the weights of the round before. `"base"` starts where round 0
+            has started: from the pretrained weights if pretraining is used, otherwise from those that the trainer was given.
         round_num_train_epochs (`float`, *optional*):
             Number of epochs of each round after round 0, over labeled and kept pairs together. `max_steps` then bounds
             round 0 only. If `None`, it is 2, or `num_train_epochs` if that is less; with `max_steps`, each round has that
@@ -29,11 +29,11 @@ class SSRMConfig(RewardConfig):
             whole pool can be trained faster than a hundred labels: five times the learning rate for one epoch was best in
             first experiments, which no benchmark repeats yet. If `None`, it is `learning_rate`.
         pretrain_on_pool (`bool`, *optional*):
-            Whether the weights that all rounds start from are first trained on the texts of the pool, for one epoch: to
-            prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No label is read. If `None`, the
-            fold models decide: it is done, and its weights are used if they rank more than half of the labeled pairs right and
-            lower the log-loss on labels that a fold model has not seen by 0.01. Without fold models, or with `freeze_backbone`, `None` is
-            `False`.
+            Whether the weights that all rounds start from are first trained on the texts of the pool, for one epoch (for
+            `max_steps`, if that is set): to prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No
+            label is read. If `None`, the fold models decide: it is done, and its weights are used if they rank more than half of
+            the labeled pairs right and lower the log-loss on labels that a fold model has not seen by 0.01. Without fold models,
+            or with `freeze_backbone`, `None` is `False`.
         keep_best_round (`bool`, *optional*):
             Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
             `calibration_dataset`. `eval_dataset` never chooses the round. If `False`, the last round is kept. If `None`, it
@@ -41,10 +41,11 @@ class SSRMConfig(RewardConfig):
         num_folds (`int`, *optional*):
             Number of parts into which the labeled pairs are split, by prompt. For each part one more model is trained on
             the labels without it, before round 0; the pool is not read. The predictions of these models on the parts that
-            they have not seen calibrate the confidence of round 0, and find the threshold for `target_precision`. Round 0
-            costs `1 + num_folds` times as much, later rounds cost the same. `0`, or at least 2. If `None`, it is 3
-            (or the number of prompts, if lower), and 0 with `calibration_dataset`, `load_best_model_at_end`, a teacher,
-            or a callback with a `score` of its own.
+            they have not seen calibrate the confidence of round 0, find the threshold for `target_precision`, and decide about
+            `pretrain_on_pool`; for the first two, `calibration_dataset` takes their place if it is given. Round 0 costs
+            `1 + num_folds` times as much, and twice `num_folds` if pretraining may help. `0`, or at least 2. If `None`, it is 3
+            (or the number of prompts, if lower), and 0 if nothing needs them, or with `load_best_model_at_end`, a teacher, or a
+            callback with a `score` of its own.
 
         > Parameters that control the model
 
@@ -115,14 +116,14 @@ class SSRMConfig(RewardConfig):
     round_init: str = field(
         default="base",
         metadata={
-            "help": "Weights that a round starts from: those of the round before, or the initial ones.",
+            "help": "Weights that a round starts from: those of the round before, or those that round 0 has started from.",
             "choices": ["continue", "base"],
         },
     )
     round_num_train_epochs: float | None = field(
         default=None,
         metadata={
-            "help": "Number of epochs of each round after round 0, over labeled and kept pairs together. If `None`, 2, or "
+            "help": "Number of epochs of each round after round 0, over labeled and kept pairs together. Default: 2, or "
             "`num_train_epochs` if that is less."
         },
     )
@@ -134,21 +135,21 @@ class SSRMConfig(RewardConfig):
         default=None,
         metadata={
             "help": "Whether the model is first trained, without labels, to prefer a completion of a prompt to one of another "
-            "prompt. If `None`, it is tried, and kept if the labels agree."
+            "prompt. Default: it is tried, and used if the fold models confirm that it helps."
         },
     )
     keep_best_round: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to end with the round that has the lowest log-loss on `calibration_dataset`. If `None`, where "
-            "that is given."
+            "help": "Whether to end with the round that has the lowest log-loss on `calibration_dataset`. Default: true if that "
+            "is given."
         },
     )
     num_folds: int | None = field(
         default=None,
         metadata={
             "help": "Number of parts of the labeled pairs. One more model for each part is trained on the labels without "
-            "it; these models calibrate the confidence. If `None`, 3 where there is no `calibration_dataset`."
+            "it; these models calibrate the confidence and decide about pretraining. Default: 3, and 0 with a teacher."
         },
     )
 
@@ -201,8 +202,7 @@ class SSRMConfig(RewardConfig):
     share_prompts: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether the prompt of two completions is computed once. If `None`, in scoring and, with a pool, in "
-            "training."
+            "help": "Whether the prompt of two completions is computed once. Default: true, in training only with a pool."
         },
     )
 
@@ -280,8 +280,9 @@ class SSRMConfig(RewardConfig):
     def paper(cls, *args: Any, **kwargs: Any) -> "SSRMConfig":
         """
         The settings of [Semi-Supervised Reward Modeling](https://huggingface.co/papers/2409.06903) in its released code:
-        every round labels the whole pool with the model of the round before, keeps the pairs with a confidence above 0.8,
-        and goes on from its weights.
+        every round labels the whole pool with the model of the round before, keeps the pairs with a confidence above 0.8 as
+        hard labels, and goes on from its weights for one epoch. The model of the paper is pairwise: add
+        `preference_model="pairwise"`.
 
         Args:
             args, kwargs (`Any`):

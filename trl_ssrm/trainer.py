@@ -55,8 +55,8 @@ class SSRMTrainer(RoundSteps):
     Self-Training](https://huggingface.co/papers/2409.06903).
 
     Round 0 trains on the labeled pairs as [`~trl.RewardTrainer`] does. Each further round labels the unlabeled pairs
-    with the model so far, and trains on labeled and pseudo-labeled pairs. By default one round trains from the initial
-    weights on soft labels of the whole pool; [`SSRMConfig.paper`] keeps the confident pairs, round after round. Without
+    with the model so far, and trains on labeled and pseudo-labeled pairs. By default one round starts again where round 0
+    has started, and trains on soft labels of the whole pool; [`SSRMConfig.paper`] keeps the confident pairs, round after round. Without
     `unlabeled_dataset` it is [`~trl.RewardTrainer`].
 
     Example:

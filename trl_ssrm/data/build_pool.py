@@ -102,7 +102,9 @@ def build_pool(
     is_kept, dropped = _choose_pairs(tokenized, first, second, max_length, known_pairs or {})
     report_dropped(_NAME, dropped)
     if not is_kept.any():
-        raise ValueError(f"No pair of `{_NAME}` is left ({in_words(dropped)}); add other rows.")
+        raise ValueError(
+            f"No pair of `{_NAME}` is left ({in_words(dropped)}); add pairs that are in no other dataset, or raise `max_length`."
+        )
     if not is_kept.all():
         # One after the other, since all four arrays twice are a lot of memory.
         rows = rows[is_kept]

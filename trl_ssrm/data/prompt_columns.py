@@ -37,11 +37,14 @@ def check_same_form(datasets: dict[str, Any]) -> None:
         unread = sorted(set(rows[name].column_names) - _READ)
         if columns := [column for column in unread if isinstance(rows[name].with_format(None)[0][column], str | list)]:
             raise ValueError(f"{words}; rename the column that holds them ({', '.join(columns)}) to `prompt`.")
-        logger.warning(f"{words}.")
+        logger.warning(f"{words}. The model reads completions without their prompts there; add a column `prompt`.")
     for column in ("tools", "chat_template_kwargs"):
         own = [name for name, data in rows.items() if name in known and column in data.column_names]
         if own and (others := sorted(known.keys() - set(own))):
-            logger.warning(f"`{own[0]}` has a column `{column}`, which `{others[0]}` does not have.")
+            logger.warning(
+                f"`{own[0]}` has a column `{column}`, which `{others[0]}` does not have, so the chat template writes their texts "
+                "in different ways; give the column to both or to none."
+            )
 
 
 def _has_prompts(dataset: Dataset) -> bool | None:
