@@ -18,6 +18,7 @@ A reward function of TRL that asks it:
         return requests.post("http://localhost:5000/get_reward", json=body, timeout=60).json()["rewards"]
 """
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,12 +40,22 @@ class ServeArguments:
     dtype: str = field(default="float32", metadata={"help": "Precision of the weights."})
 
 
+def with_end(text: str, tokenizer: Any) -> str:
+    """A text that ends with the end token, as generated, with what the chat template writes behind it, such as a line break."""
+    if tokenizer.chat_template is None or not text.endswith(tokenizer.eos_token):
+        return text
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    before, end, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(tokenizer.eos_token)
+    return text + after if end else text
+
+
 def rewards_of(function: SSRMRewardFunction, request: dict[str, Any]) -> list[float]:
     """Rewards of a request."""
     if texts := request.get("query"):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("`query` must be a list of texts.")
         # The template of the policy has put all special tokens there.
+        texts = [with_end(text, function.processing_class) for text in texts]
         ids = function.processing_class(texts, add_special_tokens=False)["input_ids"]
         return function.score_tokenized(ids).tolist()
     prompts, completions = request.get("prompts"), request.get("completions")
@@ -57,11 +68,14 @@ def make_app(function: SSRMRewardFunction) -> FastAPI:
     """The application with its one endpoint."""
     app = FastAPI()
 
-    # Not `async`, so that scoring does not block the answers to others.
+    # Requests are answered in threads, and scoring changes the model for a moment.
+    one_at_a_time = threading.Lock()
+
     @app.post("/get_reward")
     def get_reward(request: dict[str, Any]) -> dict[str, list[float]]:
         try:
-            return {"rewards": rewards_of(function, request)}
+            with one_at_a_time:
+                return {"rewards": rewards_of(function, request)}
         except (ValueError, TypeError) as error:
             raise HTTPException(400, str(error)) from error
 

@@ -72,6 +72,12 @@ def test_several_benchmarks_have_one_table_first():
     assert cells[2].startswith("0.650 (0.5") and table.splitlines()[3].endswith("| – |")
 
 
+def test_two_files_of_one_benchmark_are_both_in_the_table():
+    rmb = [made_up("one", [share] * 4, benchmark="rmb") for share in (1.0, 0.0)]
+    cell = evaluation_table([*rmb, made_up("one", [1.0])]).splitlines()[2].split(" | ")[1]
+    assert cell == "1.000 (1.000–1.000) / 0.000 (0.000–0.000)"
+
+
 def test_table_in_html_is_that_in_markdown():
     one, other = made_up("<one>", [1.0, 0.0]), made_up("two", [0.0, 0.0], rows_hash="else")
     page = evaluation_table([one, other], "html")

@@ -6,7 +6,7 @@ from conftest import preference_rows
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from trl_ssrm import PairwiseJudge, SSRMRewardFunction, evaluate
+from trl_ssrm import PairwiseJudge, SSRMRewardFunction, evaluate, evaluation_table
 from trl_ssrm.cli.main import main
 from trl_ssrm.evaluation.published import ties_score
 
@@ -51,8 +51,16 @@ def test_final_score_of_rewardbench_2_is_the_mean_of_its_six_parts(llama, ranked
     assert metrics["Ties"]["accuracy"] == pytest.approx(2 / 3) and metrics["Ties"]["score"] == pytest.approx(0.45)
     assert metrics["all"]["score"] == pytest.approx((4 + 0.5 + 0.45) / 6)
     assert metrics["all"]["num_rows"] == 9
+    table = evaluation_table([evaluate(llama, Dataset.from_list(rows), benchmark="rewardbench_2", disable_tqdm=True)])
+    assert any(line.startswith("| Ties | 3 | 0.450") for line in table.splitlines())
     few = run(llama, rows[:5], "rewardbench_2")
     assert "score" not in few["all"] and few["all"]["accuracy"] == 1
+
+
+def test_parts_of_rewardbench_2_can_not_be_replaced():
+    rows = Dataset.from_list([rewardbench_2_row("Math", ["a"], ["b"])])
+    with pytest.raises(ValueError, match="`subset_column` can't be combined with 'rewardbench_2'"):
+        evaluate("no-such-model", rows, benchmark="rewardbench_2", subset_column="subset")
 
 
 def test_score_of_ties_is_the_published_one():

@@ -21,7 +21,7 @@ from pages import GUIDES, PAGES, README, RECIPES, ROOT, TUTORIAL, blocks, comman
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, set_seed
 from trl import TrlParser
 
-from trl_ssrm import Comparison, SSRMTrainer
+from trl_ssrm import PairwiseJudge, SSRMTrainer
 from trl_ssrm.cli.main import main
 from trl_ssrm.cli.quickstart import make_parser as make_quickstart_parser
 from trl_ssrm.cli.train import make_parser as make_train_parser
@@ -170,7 +170,13 @@ OUTCOMES: dict[str, Callable[[dict], bool]] = {
         and len(names["preferences"]) > 0
         and names["trainer"].args.output_dir == "taught-model"
     ),
-    "serving": lambda names: isinstance(names["reward"], float) and 0 < names["probability"] < 1,
+    "serving": lambda names: (
+        isinstance(names["reward"], float)
+        and names["probability"]
+        == pytest.approx(
+            PairwiseJudge("preference-model").judge(["Say hello."], [("Hello!", "Go away!")])[0], abs=1e-5
+        )
+    ),
     "run_files": lambda names: all(
         Path("reward-model", f"model_of_round_{n}", "model.safetensors").is_file() for n in (0, 1)
     ),
@@ -187,11 +193,10 @@ def test_every_page_with_python_is_run():
 
 
 @pytest.mark.parametrize("page", OUTCOMES)
-def test_python_runs_from_top_to_bottom(page, names, places, reward_model, causal):
+def test_python_runs_from_top_to_bottom(page, names, places, reward_model, trained_judge):
     save_models(reward_model, "reward-model", "other-reward-model")
     if page == "serving":
-        save_models(causal(), "preference-model")
-        Comparison().save_pretrained("preference-model")
+        save_models(trained_judge, "preference-model")
     for number, block in enumerate(blocks(GUIDES / f"{page}.md", "python")):
         if "trl.experimental.ppo" in block and not HAS_PPO:
             with pytest.raises(ImportError):

@@ -112,6 +112,20 @@ def test_comparisons_of_the_published_data_are_taken_apart(monkeypatch):
     ):
         messages[0]["content"] = broken
         assert as_pair({"messages": messages})["prompt"] is None
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert as_pair(pair) == pair
+    assert as_pair({**pair, "rejected": " "}) == as_pair({**pair, "prompt": ""}) == dict.fromkeys(pair)
+
+
+def test_checkpoint_that_was_not_written_to_its_end_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(RECIPES / "paper"))
+    checkpoint = runpy.run_path(SCRIPT)["Paper"].checkpoint
+    assert checkpoint(tmp_path) is None
+    for steps in (9, 10, 11):
+        (tmp_path / f"checkpoint-{steps}").mkdir()
+    for steps in (9, 10):
+        (tmp_path / f"checkpoint-{steps}" / "trainer_state.json").touch()
+    assert checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 @pytest.mark.parametrize("kind", ["gemma", "llama"])
@@ -133,6 +147,10 @@ def test_experiment_ends_with_a_table_and_four_figures(kind, model, data, llama,
     run_as_script(*words)
     assert (tmp_path / "results.jsonl").read_text() == results
     assert {json.loads(line)["what"] for line in results.splitlines()} == {"rewardbench", "win rate"}
+    # A few rows of one subset are not the whole benchmark, and what two judges say is not compared.
+    assert "Accuracy on parts of RewardBench" in (tmp_path / "table.md").read_text()
+    with pytest.raises(SystemExit, match=f"has a win rate by {llama}, which can't be compared"):
+        run_as_script(*words, "--judge_name_or_path", "another")
 
 
 def test_killed_experiment_goes_on(model, data, tmp_path):

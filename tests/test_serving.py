@@ -6,6 +6,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import as_messages, preference_rows
@@ -66,6 +67,26 @@ def test_server_scores_whole_texts_as_openrlhf_sends_them(url, llama):
     texts = [template(row["prompt"] + row["chosen"], tokenize=False) for row in rows]
     found = ask(url, query=texts, prompts=[row["prompt"] for row in ROWS], labels=["", "", "", ""])
     assert found["rewards"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_text_that_ends_at_the_end_token_goes_on_as_in_training(llama):
+    tokenizer = SSRMRewardFunction(llama).processing_class
+    with_end = runpy.run_path(str(RECIPES / "serve.py"))["with_end"]
+    end = tokenizer.eos_token
+    for after, written in (("", ""), ("\n", "{{ '\\n' }}")):
+        tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}" + end + written + "{% endfor %}"
+        assert with_end(f"a{end}", tokenizer) == f"a{end}{after}"
+        assert with_end("a", tokenizer) == "a" and with_end(f"a{end}\n", tokenizer) == f"a{end}\n"
+
+
+def test_requests_at_the_same_time_get_their_own_rewards(url, llama):
+    rows = [as_messages(row) for row in preference_rows(24, seed=8)]
+    function = SSRMRewardFunction(llama)
+    bodies = [{"prompts": [row["prompt"]] * 2, "completions": [row["chosen"], row["rejected"]]} for row in rows]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda body: ask(url, **body)["rewards"], bodies))
+    for body, rewards in zip(bodies, found, strict=True):
+        assert rewards == pytest.approx(function.score(body["prompts"], body["completions"]).tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("body", [{}, {"query": [1]}, {"prompts": ["a"], "completions": []}])

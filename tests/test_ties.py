@@ -10,6 +10,7 @@ from trl import RewardConfig
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from trl_ssrm import ConfidenceFilteredDataCollator, SSRMTrainer
+from trl_ssrm import evaluate as evaluate_model
 from trl_ssrm.cli.commands import evaluate
 from trl_ssrm.cli.parser import make_parser as command_parser
 from trl_ssrm.cli.train import make_parser, make_trainer
@@ -192,7 +193,19 @@ def test_evaluate_command_leaves_ties_out(llama, tmp_path, capsys, caplog):
     path.write_text("\n".join(lines))
     args = command_parser().parse_args(["evaluate", "--model_name_or_path", llama, "--dataset_name", str(path)])
     evaluate(args)
-    assert f"2 of the 6 pairs of `{path}` are ties" in caplog.text and "4" in capsys.readouterr().out
+    assert "2 of the 6 pairs of `dataset` are ties" in caplog.text and "| 4 |" in capsys.readouterr().out
+    rows = [{**row, "tie": number < 2} for number, row in enumerate(rows)]
+    assert evaluate_model(llama, Dataset.from_list(rows)).metrics["all"]["num_rows"] == 4
+
+
+def test_ties_of_the_pool_are_no_gold_labels(make_trainer):
+    rows = [{**row, "tie": number % 2 == 0} for number, row in enumerate(preference_rows(12, seed=5))]
+    trainer = make_trainer(unlabeled_dataset=Dataset.from_list(rows), track_pseudo_label_accuracy=True, num_rounds=1)
+    trainer.train()
+    kept = trainer.run.read_pseudo_labels(1)[0]
+    gold = {row["prompt"]: row["chosen"] for row in rows if not row["tie"]}
+    right = [row["chosen"] == gold[row["prompt"]] for row in kept if row["prompt"] in gold]
+    assert 0 < len(right) < len(kept) and trainer.round_history[1]["pseudo_label_accuracy"] == np.mean(right)
 
 
 # ---- A run ----

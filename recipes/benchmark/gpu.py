@@ -141,9 +141,9 @@ def run_lanes(lanes: list[list[Step]], logs: Path, deadline: float, keep: Callab
     """Run the steps, each in a process, until they are done or the time is over, and keep what each leaves."""
     running: dict[int, tuple[Step, subprocess.Popen, float]] = {}
     try:
-        while any(lanes) or running:
+        while running or (any(lanes) and time.time() <= deadline):
             for number, lane in enumerate(lanes):
-                if lane and number not in running:
+                if lane and number not in running and time.time() <= deadline:
                     step = lane.pop(0)
                     if step.result.suffix == ".json":
                         step.result.unlink(missing_ok=True)

@@ -99,7 +99,9 @@ def measure_rewards(args: StepArguments, attention: str) -> dict:
     with accelerator.autocast():
         layout = choose_layout(model)
     found[f"autocast, batches ({layout})"] = score_pairs(model, pairs, pad, accelerator, layout, disable_tqdm=True)
-    model = model.to(torch.bfloat16)
+    # Buffers, such as the frequencies of the positions, stay in float32, as in a model that is loaded in bfloat16.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
     if attention == "sdpa":
         found["bfloat16 weights, one at a time"] = one_at_a_time(model, data)
     layout = choose_layout(model)

@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +97,10 @@ def make_pool(kind: str, path: str, num_pairs: int, fits: Callable[[str], bool])
         rows = sorted(
             ({**row, "prompt": row["prompt"] + "\n"} for row in rows), key=lambda row: place[row["prompt"][:-1]]
         )
-        return [row for row in rows if fits(row["prompt"] + row["chosen"]) and fits(row["prompt"] + row["rejected"])][
-            :num_pairs
-        ]
+        fitting = (
+            row for row in rows if fits(row["prompt"] + row["chosen"]) and fits(row["prompt"] + row["rejected"])
+        )
+        return list(islice(fitting, num_pairs))
     answers_of: dict[str, list[str]] = {}
     for row in rows:
         answers = answers_of.setdefault(row["prompt"], [])

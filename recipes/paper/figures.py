@@ -13,6 +13,13 @@ def values(results: list[dict[str, Any]], what: str) -> dict[tuple[float, int], 
     return {(result["fraction"], result["round"]): result for result in results if result["what"] == what}
 
 
+def name_of_bench(bench: dict[tuple[float, int], dict[str, Any]]) -> str:
+    """RewardBench, or what stands for it where some of its subsets are missing."""
+    return (
+        "RewardBench" if all(result["is_whole"] for result in bench.values()) else "Accuracy on parts of RewardBench"
+    )
+
+
 def table(trained: list[dict[str, Any]], results: list[dict[str, Any]]) -> str:
     """One line a share and round, as Markdown; "–" is not measured."""
     bench, wins = values(results, "rewardbench"), values(results, "win rate")
@@ -24,7 +31,7 @@ def table(trained: list[dict[str, Any]], results: list[dict[str, Any]]) -> str:
         "Held-out accuracy",
         "Log-loss",
         "ECE",
-        "RewardBench",
+        name_of_bench(bench),
         "Win rate",
     ]
     lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
@@ -50,7 +57,7 @@ def draw(trained: list[dict[str, Any]], results: list[dict[str, Any]], directory
     """Draw the four figures as far as there is something to draw, and give their files."""
     from matplotlib.figure import Figure
 
-    with_pool = [share for share in trained if share["fraction"] < 1]
+    with_pool = [share for share in trained if "reliability" in share["rounds"][0]]
     figures = {
         "rewardbench": (_draw_bench, [trained], values(results, "rewardbench")),
         "reliability": (_draw_reliability, with_pool, with_pool),
@@ -78,7 +85,9 @@ def _draw_bench(axes: Any, trained: list[dict[str, Any]], bench: dict[tuple[floa
         keys = [(share["fraction"], share["rounds"][place]["round"]) for share in trained]
         keys = [key for key in keys if key in bench]
         axes.plot([fraction for fraction, _ in keys], [bench[key]["value"] for key in keys], marker="o", label=label)
-    axes.set(xscale="log", xlabel="share of the labels", ylabel="score", title="RewardBench by share of labels")
+    axes.set(
+        xscale="log", xlabel="share of the labels", ylabel="score", title=f"{name_of_bench(bench)} by share of labels"
+    )
     axes.legend()
 
 

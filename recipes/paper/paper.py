@@ -32,7 +32,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from figures import draw, table
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config, maybe_extract_prompt
 
 from trl_ssrm import (
@@ -90,12 +89,12 @@ def as_pair(row: dict[str, Any]) -> dict[str, Any]:
     A pair of a row with `chosen` and `rejected` as messages, or of one with `messages`: a comparison in one text and the letter
     of the better response, as RLHFlow's process_pair_data.py makes it.
     """
+    nothing: dict[str, Any] = {"prompt": None, "chosen": None, "rejected": None}
     if "messages" not in row:
         row = maybe_extract_prompt({name: row[name] for name in ("prompt", "chosen", "rejected") if name in row})
-        return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+        return {name: row[name] for name in nothing} if all(map(has_text, row.values())) else nothing
     question, answer = (message["content"] for message in row["messages"])
     parts, letter = COMPARISON.fullmatch(question), answer.strip()
-    nothing: dict[str, Any] = {"prompt": None, "chosen": None, "rejected": None}
     if parts is None or letter not in ("A", "B"):
         return nothing
     before, *turns = TURN.split(parts[1].removesuffix("\n"))
@@ -106,8 +105,16 @@ def as_pair(row: dict[str, Any]) -> dict[str, Any]:
     if question.count("[RESPONSE A]") + question.count("[RESPONSE B]") != 2:
         return nothing
     chosen, rejected = (parts[2], parts[3]) if letter == "A" else (parts[3], parts[2])
+    if not all(map(has_text, (prompt, chosen, rejected))):
+        return nothing
     of = {"chosen": chosen, "rejected": rejected}
     return {"prompt": prompt, **{name: [{"role": "assistant", "content": text}] for name, text in of.items()}}
+
+
+def has_text(value: Any) -> bool:
+    """Whether a text, or each message, says something."""
+    texts = [value] if isinstance(value, str) else [message["content"] for message in value]
+    return bool(texts) and all(text and text.strip() for text in texts)
 
 
 class KeepRounds(RoundCallback):
@@ -146,7 +153,7 @@ class Paper:
         tokenizer = AutoTokenizer.from_pretrained(self.model_args.model_name_or_path)
         with self.state.main_process_first():
             rows = load_data(args.dataset_name, args.dataset_train_split)
-            pairs = rows.map(as_pair, remove_columns=rows.column_names)
+            pairs = rows.map(as_pair, remove_columns=rows.column_names, num_proc=self.training_args.dataset_num_proc)
 
         def is_short(row: dict[str, Any]) -> bool:
             values = [row[name] for name in ("prompt", "chosen", "rejected")]
@@ -155,7 +162,7 @@ class Paper:
 
         with self.state.main_process_first():
             told = pairs.filter(lambda row: row["prompt"] is not None)
-            short = told.filter(is_short)
+            short = told.filter(is_short, num_proc=self.training_args.dataset_num_proc)
         self.state.print(
             f"{len(rows):,} pairs, {len(rows) - len(told):,} not told apart, {len(told) - len(short):,} longer than "
             f"{args.max_text_tokens} tokens, {len(short):,} used"
@@ -202,7 +209,7 @@ class Paper:
             )
             for callback in callbacks:
                 callback.trainer = trainer
-            trainer.train(resume_from_checkpoint=trainer.run.has_run if callbacks else self.has_checkpoint(directory))
+            trainer.train(resume_from_checkpoint=trainer.run.has_run if callbacks else self.checkpoint(directory))
             last = trainer.round_history[-1]["round"] if callbacks else 0
             trainer.save_model(str(directory / f"model_of_round_{last}"))
             self.state.wait_for_everyone()
@@ -211,8 +218,10 @@ class Paper:
             self.state.wait_for_everyone()
 
     @staticmethod
-    def has_checkpoint(directory: Path) -> bool:
-        return get_last_checkpoint(str(directory)) is not None if directory.is_dir() else False
+    def checkpoint(directory: Path) -> str | None:
+        """The newest checkpoint that is whole: its state is written last."""
+        found = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+        return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
 
     def write_facts(self, directory: Path, fraction: float, num_labels: int, trainer: SSRMTrainer) -> None:
         """Write what is known of the rounds of a share into one file, the sign that it is trained."""
@@ -268,6 +277,8 @@ class Paper:
         names += ("per_device_train_batch_size", "gradient_accumulation_steps", "model_init_kwargs")
         settings = {name: getattr(self.training_args, name) for name in names}
         settings |= {"save_strategy": "no", "learning_rate": self.script_args.policy_learning_rate}
+        # The default of TRL cuts prompt and completion to 1,024 tokens.
+        settings["max_length"] = self.training_args.max_length
         settings |= {"num_train_epochs": self.script_args.policy_num_train_epochs}
         for fraction, round in self.policy_models():
             directory = self.directory(fraction) / f"policy_of_round_{round}"
@@ -303,6 +314,13 @@ class Paper:
 
     def measure(self) -> None:
         """Measure what is not measured yet, a line in results.jsonl each."""
+        by = {"rewardbench": self.script_args.rewardbench_name, "win rate": self.script_args.judge_name_or_path}
+        for result in self.results():
+            if by[result["what"]] not in (result["by"], None):
+                raise ValueError(
+                    f"{self.output_dir}/results.jsonl has a {result['what']} by {result['by']}, which can't be compared with one by "
+                    f"{by[result['what']]}; pass the same again, or move the file away."
+                )
         done = {(result["what"], result["fraction"], result["round"]) for result in self.results()}
         bench = None
         for facts in self.trained():
@@ -312,8 +330,10 @@ class Paper:
                 bench = bench or load_data(self.script_args.rewardbench_name, self.script_args.rewardbench_split)
                 model = str(self.directory(facts["fraction"]) / f"model_of_round_{round['round']}")
                 metrics = evaluate(model, bench, benchmark="rewardbench", disable_tqdm=True).metrics
+                # Without one of its subsets there is no final score.
                 score = metrics["all"].get("score", metrics["all"]["accuracy"])
-                self.keep(what="rewardbench", fraction=facts["fraction"], round=round["round"], value=score)
+                which = {"fraction": facts["fraction"], "round": round["round"], "by": by["rewardbench"]}
+                self.keep(what="rewardbench", value=score, is_whole="score" in metrics["all"], **which)
         policies = [
             (fraction, round)
             for fraction, round in self.policy_models()
@@ -336,7 +356,8 @@ class Paper:
             )
             wins = np.where(own == base, 0.5, own > base)
             error = float(wins.std(ddof=1) / np.sqrt(len(wins)))
-            self.keep(what="win rate", fraction=fraction, round=round, value=float(wins.mean()), error=error)
+            which = {"fraction": fraction, "round": round, "by": by["win rate"]}
+            self.keep(what="win rate", value=float(wins.mean()), error=error, **which)
 
     @staticmethod
     def rewards(judge: SSRMRewardFunction, completed: Dataset) -> np.ndarray:

@@ -47,7 +47,6 @@ def evaluate(args: Namespace) -> None:
     """Evaluate reward models on preference data, and print a table."""
     from .. import evaluate as evaluate_model
     from .. import evaluation_table
-    from ..data.ties import with_ties_settled
     from ..io.hub import check_model_is_there
     from ..io.shapes import named_columns, with_known_columns
     from ..io.sources import load_data
@@ -56,8 +55,6 @@ def evaluate(args: Namespace) -> None:
     # The published benchmarks have columns of their own, which are no shape to convert.
     if args.benchmark == "preferences":
         dataset = with_known_columns(dataset, args.dataset_name, False, named_columns(args))
-        if {"chosen", "rejected"} <= set(dataset.column_names):
-            dataset = with_ties_settled(dataset, args.dataset_name, False)
     for model in args.model_name_or_path:
         check_model_is_there(model)
     evaluations = [

@@ -35,6 +35,7 @@ from .formats import (
 )
 from .pool import Pool
 from .sequences import PairedSequences, index_type, iterate_rows
+from .ties import ties_of
 from .tokenization import ROW_COLUMN
 
 
@@ -117,7 +118,7 @@ def build_pool(
         completions=positions,
         pairs=tokenized.pair_up(first, second, in_place=True),
         # The completions of a preference row are `chosen` and `rejected`, in that order.
-        gold=positions[:, 0] == 0 if with_gold else None,
+        gold=_gold_labels(dataset, rows, positions) if with_gold else None,
         dropped=dropped,
     )
 
@@ -154,6 +155,12 @@ def _rows_to_use(dataset: Dataset | IterableDataset, max_samples: int | None, st
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     check_not_empty(dataset, _NAME)
     return dataset
+
+
+def _gold_labels(dataset: Dataset, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    gold = (positions[:, 0] == 0).astype(np.float32)
+    gold[ties_of(dataset, _NAME)[rows]] = np.nan
+    return gold
 
 
 def _check_gold_labels(dataset: Dataset) -> None:

@@ -27,8 +27,9 @@ class Pool:
             Positions of the first and the second completion among those of the row.
         pairs ([`PairedSequences`]):
             Token IDs of the pairs, in the same order.
-        gold (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
-            Whether the first completion is the preferred one. `None` if gold labels are not tracked.
+        gold (`np.ndarray` of shape `(num_pairs,)`, float32, *optional*):
+            1 if the first completion is the preferred one, 0 if the second one is, NaN for a tie. `None` if gold labels are not
+            tracked.
         dropped (`dict[str, int]`):
             Number of pairs that were left out, by reason.
     """

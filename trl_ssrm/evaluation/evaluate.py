@@ -14,6 +14,7 @@ from ..alignment.judge import PairwiseJudge
 from ..alignment.reward_function import SSRMRewardFunction
 from ..data.checks import NotTokenizedError, check_is_dataset, tokenizing, unformatted
 from ..data.prompts import prompt_groups
+from ..data.ties import with_ties_settled
 from ..io.hub import check_model_is_there
 from ..io.storage import content_hash
 from ..models.comparison import Comparison
@@ -131,10 +132,16 @@ def evaluate(
         raise ValueError(f"`benchmark` must be one of {list(BENCHMARKS)}, got {benchmark!r}.")
     if isinstance(model, PairwiseJudge) and max_length is not None:
         raise ValueError("`max_length` is for scalar models; set `max_length` of the judge's `comparison` instead.")
+    if benchmark == "rewardbench_2" and subset_column is not None:
+        raise ValueError(
+            "`subset_column` can't be combined with 'rewardbench_2', whose score needs its own parts; leave it out."
+        )
     subset_column = subset_column or {"rewardbench": "subset", "rm_bench": "domain"}.get(benchmark)
     check_is_dataset(dataset, "dataset")
     dataset, form, subset_column = as_known_rows(unformatted(dataset), benchmark, subset_column)
     check_rows(dataset, form, subset_column)
+    if benchmark == "preferences":
+        dataset = with_ties_settled(dataset, "dataset", is_trained_on=False)
     subsets = [] if subset_column is None else [str(subset) for subset in dataset[subset_column]]
     strata, weights = strata_of(benchmark, subsets, len(dataset))
     scorer = _load(model, batch_tokens)

@@ -128,7 +128,7 @@ def _table_of_scores(by_benchmark: dict[str, list[Evaluation]]) -> list[list[str
         cells = []
         for own in by_benchmark.values():
             found = [evaluation for evaluation in own if evaluation.model == model]
-            cells.append(_score_in_cell(found[-1]) if found else "–")
+            cells.append(" / ".join(map(_score_in_cell, found)) or "–")
         lines.append([model, *cells])
     return lines
 
@@ -180,7 +180,9 @@ def _tables_of_subsets(evaluations: list[Evaluation]) -> list[list[list[str]]]:
     for subset in subsets:
         cells = [evaluation.metrics.get(subset, {}) for evaluation in evaluations]
         numbers = {str(cell["num_rows"]) for cell in cells if "num_rows" in cell}
-        lines.append([subset, " / ".join(sorted(numbers)) or "–", *(_in_cell(cell, "accuracy") for cell in cells)])
+        # The part Ties of RewardBench 2 has a score of its own.
+        shown = [_in_cell(cell, "score" if "score" in cell else "accuracy") for cell in cells]
+        lines.append([subset, " / ".join(sorted(numbers)) or "–", *shown])
     return [lines]
 
 

@@ -81,8 +81,8 @@ def labeling_facts(scores: PairScores, kept: np.ndarray, pool: Pool, threshold: 
         facts["chosen_longer_in_pool"] = float(is_longer.mean())
     if scores.orders_agree is not None:
         facts["order_disagreement"] = float(1 - scores.orders_agree.mean())
-    if pool.gold is not None and any_kept:
-        facts["pseudo_label_accuracy"] = float((first_is_chosen == pool.gold)[kept].mean())
+    if pool.gold is not None and (known := kept & ~np.isnan(pool.gold)).any():
+        facts["pseudo_label_accuracy"] = float((first_is_chosen == pool.gold)[known].mean())
     return {name: value for name, value in facts.items() if value is not None}
 
 
