@@ -78,6 +78,19 @@ def test_benchmark_of_quality_makes_its_table_and_its_plot(bert, tmp_path, num_f
     assert again[again.index("| Arm") :].splitlines() == table and "{'task'" not in again
 
 
+def test_result_that_was_cut_off_by_a_kill_is_measured_again(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(RECIPES / "benchmark"))
+    kept = importlib.import_module("quality").Results
+    path = tmp_path / "results.jsonl"
+    kept(path).keep({"seed": 0})
+    with path.open("a") as file:
+        file.write('{"seed": 1, "log')
+    results = kept(path)
+    assert results.entries == [{"seed": 0}]
+    results.keep({"seed": 1})
+    assert kept(path).entries == [{"seed": 0}, {"seed": 1}]
+
+
 def test_tasks_that_come_with_python_choose_each_text_once(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES / "benchmark"))
     load_task = importlib.import_module("tasks").load_task

@@ -182,8 +182,9 @@ def outcome(step: Step, process: subprocess.Popen, log: Path, is_late: bool) -> 
     """The figures of a step, and its error if it has failed."""
     if step.to_delete is not None:
         shutil.rmtree(step.to_delete, ignore_errors=True)
-    lines = step.result.read_text(encoding="utf-8").splitlines() if step.result.is_file() else []
-    found = [json.loads(line) for line in lines]
+    text = step.result.read_text(encoding="utf-8") if step.result.is_file() else ""
+    # A step that was stopped may have been writing a line.
+    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") or not is_late]
     entry: dict = {"figures": found if step.result.suffix == ".jsonl" else found[0] if found else {}}
     if process.returncode and is_late:
         entry["error"] = "stopped at the time limit; the same command goes on"

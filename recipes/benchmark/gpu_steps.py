@@ -275,7 +275,7 @@ MEASURES: dict[str, Callable[[StepArguments], dict]] = {
 
 def main(args: StepArguments) -> None:
     figures = MEASURES[args.step](args)
-    Path(args.output_file).write_text(json.dumps(figures), encoding="utf-8")
+    Path(args.output_file).write_text(json.dumps(figures) + "\n", encoding="utf-8")
     failed = [f"{name}: {way['error']}" for name, way in figures["ways"].items() if "error" in way]
     if failed:
         sys.exit(f"gpu_steps.py: error: {'; '.join(failed)}")

@@ -300,7 +300,11 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self.entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        *whole, cut_off = path.read_text().split("\n") if path.exists() else [""]
+        # A run that was killed while it wrote a line measures that once more.
+        if cut_off:
+            path.write_text("".join(f"{line}\n" for line in whole))
+        self.entries = [json.loads(line) for line in whole]
 
     def find(self, key: dict) -> dict | None:
         return next((entry for entry in self.entries if key.items() <= entry.items()), None)
