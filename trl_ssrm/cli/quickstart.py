@@ -27,6 +27,7 @@ from .. import SSRMConfig, SSRMTrainer
 from ..data.sequences import PairedSequences
 from ..io.sources import load_data
 from ..reporting.plots import plot_rounds
+from ..reporting.progress import keep_logs_off_the_console
 from ..scoring.metrics import paired_change, preference_metrics
 from .arguments import TrainingParser
 from .help import QUICKSTART_EPILOG, QUICKSTART_HELP
@@ -171,6 +172,8 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
             eval_dataset=held_out,
             peft_config=get_peft_config(model_args),
         )
+        keep_logs_off_the_console(reference)
+        print(f"For comparison: training on {name}, {len(labels):,} pairs")
         reference.train()
         logits_of[name] = reference.score_pairs(held_out_pairs, "held-out pairs").logits
         num_pairs[name] = len(reference.train_dataset)
