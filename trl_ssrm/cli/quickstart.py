@@ -26,6 +26,7 @@ from trl import ModelConfig, get_peft_config
 from .. import SSRMConfig, SSRMTrainer
 from ..data.sequences import PairedSequences
 from ..io.sources import load_data
+from ..models.loading import suppress_load_report
 from ..reporting.plots import plot_rounds
 from ..reporting.progress import keep_logs_off_the_console
 from ..scoring.metrics import paired_change, preference_metrics
@@ -161,17 +162,20 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
     logits_of = {"SSRM": trainer.score_pairs(held_out_pairs, "held-out pairs").logits}
     # The references show what the pool adds, and how much its hidden labels are worth. Without a pool, the trainer is a
     # `RewardTrainer`.
+    # Without an accelerator, pinning memory does nothing but warn.
+    training_args.dataloader_pin_memory = trainer.args.dataloader_pin_memory
     num_pairs, epochs = {}, {"labels alone": training_args.num_train_epochs}
     epochs["all labels"] = script_args.all_labels_num_train_epochs
     for name, labels in (("labels alone", labeled), ("all labels", concatenate_datasets([labeled, unlabeled]))):
         directory = os.path.join(str(training_args.output_dir), name.replace(" ", "_"))
-        reference = SSRMTrainer(
-            model=model,
-            args=replace(training_args, output_dir=directory, num_train_epochs=epochs[name]),
-            train_dataset=labels,
-            eval_dataset=held_out,
-            peft_config=get_peft_config(model_args),
-        )
+        with suppress_load_report():
+            reference = SSRMTrainer(
+                model=model,
+                args=replace(training_args, output_dir=directory, num_train_epochs=epochs[name]),
+                train_dataset=labels,
+                eval_dataset=held_out,
+                peft_config=get_peft_config(model_args),
+            )
         keep_logs_off_the_console(reference)
         print(f"For comparison: training on {name}, {len(labels):,} pairs")
         reference.train()
