@@ -101,7 +101,7 @@ def test_each_flag_of_label_reaches_its_function(tmp_path, monkeypatch):
     calls: dict = {}
     Dataset.from_list(preference_rows(2)).to_json(tmp_path / "rows.jsonl")
     labeled = Dataset.from_list([{"confidence": 0.9}])
-    monkeypatch.setattr(trl_ssrm, "SSRMRewardFunction", recorder(calls, "model", "the model"))
+    monkeypatch.setattr(trl_ssrm.alignment.labeling, "SSRMRewardFunction", recorder(calls, "model", "the model"))
     monkeypatch.setattr(trl_ssrm, "label_preferences", recorder(calls, "label", labeled))
     settings = {
         "dataset_name": tmp_path / "rows.jsonl",

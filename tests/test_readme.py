@@ -359,6 +359,7 @@ PROGRAMS = {
     TUTORIAL: {"trl-ssrm", "trl", "python", "mkdir", "cp"},
     GUIDES / "alignment.md": {"trl"},
     GUIDES / "evaluation.md": {"trl-ssrm"},
+    GUIDES / "pairwise.md": {"python"},
     GUIDES / "paper.md": {"accelerate", "python"},
     GUIDES / "processes.md": {"accelerate", "sbatch"},
     GUIDES / "reliability.md": {"python", "pytest", "pip"},
