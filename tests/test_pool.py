@@ -238,7 +238,7 @@ def test_rows_of_a_stream_are_on_disk_once_and_never_those_of_another(tmp_path):
     assert build(rows).pairs.fingerprint == first.pairs.fingerprint
     assert written.stat().st_mtime_ns == time
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-    assert (build(swapped).gold == ~first.gold).all()
+    assert (build(swapped).gold == 1 - first.gold).all()
     assert len(list(tmp_path.glob("*/rows.arrow"))) == len(list(tmp_path.iterdir())) == 1
     # It is still there for who holds it.
     assert first.source[:]["chosen"] == [row["chosen"] for row in rows]
