@@ -131,7 +131,8 @@ def _origin(reason: str | None, last: int, kept: int, first: dict[str, Any]) -> 
         "callback": f"A callback ended the rounds after round {last}",
         None: f"The rounds ended after round {last}",
     }
-    why = reasons[reason]
+    # A trainer of one's own may stop for reasons of its own.
+    why = reasons.get(reason, f"The rounds ended after round {last} ({reason})")
     model = (
         f"from round {kept}" if kept else f"from round 0, which was trained on the {first['num_train_pairs']:,} labels"
     )
