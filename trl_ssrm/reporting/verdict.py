@@ -3,8 +3,6 @@
 import math
 from typing import Any
 
-from ..rounds.pretraining import LEAST_GAIN
-
 
 # Half the width of a 95 % interval, in standard errors.
 _QUANTILE = 1.96
@@ -169,7 +167,9 @@ def _pretraining(first: dict[str, Any]) -> str | None:
     for key, words in _METRICS.items():
         before, after = (first[f"{key}_{kind}_pretraining"] for kind in ("without", "with"))
         changes.append(_from_to(words, before, after, after - before, first[f"pretraining_{key}_change_error"]))
-    asked = "" if first["is_pretrained"] else f", since it has to lower the log-loss by {LEAST_GAIN}"
+    asked = (
+        "" if first["is_pretrained"] else f", since it has to lower the log-loss by {first['pretraining_least_gain']}"
+    )
     return f"{opening}{asked}: {', '.join(changes)}, on the labels, by fold models that have not seen them."
 
 

@@ -153,11 +153,13 @@ def gain(without: np.ndarray, with_pretraining: np.ndarray) -> dict[str, float]:
             Pair logits `z = r(chosen) - r(rejected)`.
 
     Returns:
-        `dict[str, float]`: `accuracy` and `log_loss`, `_without_pretraining` and `_with_pretraining`, and the standard errors of
-        their differences, `pretraining_accuracy_change_error` and `pretraining_log_loss_change_error`.
+        `dict[str, float]`: `accuracy` and `log_loss`, `_without_pretraining` and `_with_pretraining`, the standard errors of
+        their differences, `pretraining_accuracy_change_error` and `pretraining_log_loss_change_error`, and the gain in log-loss
+        that is asked for, `pretraining_least_gain`.
     """
     before, after = at_best_temperature(without), at_best_temperature(with_pretraining)
     facts = {f"pretraining_{name}": value for name, value in paired_change(after, before).items() if "error" in name}
+    facts["pretraining_least_gain"] = LEAST_GAIN
     for kind, logits in (("without", before), ("with", after)):
         facts[f"accuracy_{kind}_pretraining"] = float((logits > 0).mean())
         facts[f"log_loss_{kind}_pretraining"] = float(np.logaddexp(0.0, -logits).mean())
