@@ -40,13 +40,13 @@ class ServeArguments:
     dtype: str = field(default="float32", metadata={"help": "Precision of the weights."})
 
 
-def with_end(text: str, tokenizer: Any) -> str:
-    """A text that ends with the end token, as generated, with what the chat template writes behind it, such as a line break."""
-    if tokenizer.chat_template is None or not text.endswith(tokenizer.eos_token):
-        return text
+def behind_end(tokenizer: Any) -> str:
+    """What the chat template writes behind the end token of the last turn, such as a line break."""
+    if tokenizer.chat_template is None or tokenizer.eos_token is None:
+        return ""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    before, end, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(tokenizer.eos_token)
-    return text + after if end else text
+    _, end, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(tokenizer.eos_token)
+    return after if end else ""
 
 
 def rewards_of(function: SSRMRewardFunction, request: dict[str, Any]) -> list[float]:
@@ -54,9 +54,12 @@ def rewards_of(function: SSRMRewardFunction, request: dict[str, Any]) -> list[fl
     if texts := request.get("query"):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("`query` must be a list of texts.")
+        tokenizer = function.processing_class
+        end, after = tokenizer.eos_token, behind_end(tokenizer)
+        # A generated text ends at the end token; the reward was trained behind what follows it.
+        texts = [text + after if after and text.endswith(end) else text for text in texts]
         # The template of the policy has put all special tokens there.
-        texts = [with_end(text, function.processing_class) for text in texts]
-        ids = function.processing_class(texts, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return function.score_tokenized(ids).tolist()
     prompts, completions = request.get("prompts"), request.get("completions")
     if not isinstance(prompts, list) or not isinstance(completions, list) or len(prompts) != len(completions):

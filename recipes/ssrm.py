@@ -25,7 +25,8 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMRewardFunction, SSRMTrainer
+from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
+from trl_ssrm.alignment.labeling import load_labeler
 from trl_ssrm.cli.errors import one_line_errors
 
 
@@ -78,7 +79,7 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
         tokenizer.pad_token = script_args.padding_token
     callbacks = []
     if (teacher := script_args.teacher_model_name_or_path) is not None:
-        callbacks.append(PseudoLabelingCallback(teacher=SSRMRewardFunction(teacher, dtype=model_args.dtype)))
+        callbacks.append(PseudoLabelingCallback(teacher=load_labeler(teacher, dtype=model_args.dtype)))
     trainer = SSRMTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

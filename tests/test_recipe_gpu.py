@@ -92,11 +92,15 @@ def test_a_step_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     paths = {"rewards": Path("good.json")}
     lanes = [[gpu.Step(name, ["-c", code], paths.get(name, Path("none.json")))] for name, code in codes.items()]
+    lanes[1].append(gpu.Step("quality, later", ["-c", "open('later', 'w')"], Path("none.json")))
     record = {"device": "NVIDIA H100 80GB HBM3", "versions": {}, "steps": {}}
     gpu.run_lanes(lanes, tmp_path, gpu.time.time() + 3, lambda step, entry: record["steps"].update({step.name: entry}))
     assert record["steps"]["speed"]["error"] == "ValueError: no | pair"
     assert record["steps"]["quality, slow"]["error"].startswith("stopped at the time limit")
     assert record["steps"]["quality, slow"]["seconds"] < 20
+    # What there was no time for is told too.
+    assert record["steps"]["quality, later"]["error"].startswith("not begun within the time limit")
+    assert not Path("later").exists()
     table = gpu.table(record)
     assert "| speed | **failed** | ValueError: no / pair |" in table
     assert "| rewards | pairs; standard deviation of the rewards in float32 | 3; 1.50 |" in table

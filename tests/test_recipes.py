@@ -17,6 +17,7 @@ from recipe_runs import ON_CPU, RECIPES, arguments, run_recipe
 from safetensors.torch import load_file
 
 from trl_ssrm import Comparison, PairwiseJudge, SSRMRewardFunction, generate_completions
+from trl_ssrm.scoring.pair_scores import sigmoid
 
 
 pytestmark = pytest.mark.slow
@@ -221,15 +222,16 @@ def test_pairwise_model_is_trained_by_the_same_recipe(policy, letters, tmp_path)
 
 
 def test_reward_model_teaches_another_on_the_pool(policy, letters, reward_model, tmp_path):
-    settings = reward_model_settings(policy, letters, tmp_path / "run")
-    # One epoch on 8 labels teaches nothing, so what the model can do comes from the teacher.
-    few = {"num_labeled": 8, "num_train_epochs": 1}
-    run_recipe("ssrm", **{**settings, **few}, teacher_model_name_or_path=reward_model)
-    rows, reward = letter_rows(64, seed=2), SSRMRewardFunction(str(tmp_path / "run"))
-    better, worse = (
-        reward.score([row["prompt"] for row in rows], [row[side] for row in rows]) for side in ("chosen", "rejected")
+    settings = {**reward_model_settings(policy, letters, tmp_path / "run"), "num_labeled": 8, "num_train_epochs": 1}
+    run_recipe("ssrm", **settings, teacher_model_name_or_path=reward_model)
+    kept = Dataset.from_parquet(str(tmp_path / "run" / "_rounds" / "round_1" / "pseudo_labels.parquet"))
+    teacher = SSRMRewardFunction(reward_model)
+    better, worse = (teacher.score(kept["prompt"], kept[side]) for side in ("chosen", "rejected"))
+    assert len(kept) > 100
+    np.testing.assert_allclose(
+        kept["confidence"], sigmoid(np.subtract(better, worse) / teacher.temperature), atol=1e-4
     )
-    assert np.mean(np.subtract(better, worse) > 0) > 0.7
+    assert f"which {reward_model} has labeled." in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_more_rows_than_there_are_and_unknown_padding_are_refused(policy, letters, tmp_path):

@@ -70,13 +70,21 @@ def test_server_scores_whole_texts_as_openrlhf_sends_them(url, llama):
 
 
 def test_text_that_ends_at_the_end_token_goes_on_as_in_training(llama):
-    tokenizer = SSRMRewardFunction(llama).processing_class
-    with_end = runpy.run_path(str(RECIPES / "serve.py"))["with_end"]
-    end = tokenizer.eos_token
-    for after, written in (("", ""), ("\n", "{{ '\\n' }}")):
+    recipe = runpy.run_path(str(RECIPES / "serve.py"))
+    function = SSRMRewardFunction(llama)
+    tokenizer, end = function.processing_class, function.processing_class.eos_token
+    for after, written in (("", ""), (" ", "{{ ' ' }}")):
         tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}" + end + written + "{% endfor %}"
-        assert with_end(f"a{end}", tokenizer) == f"a{end}{after}"
-        assert with_end("a", tokenizer) == "a" and with_end(f"a{end}\n", tokenizer) == f"a{end}\n"
+        assert recipe["behind_end"](tokenizer) == after
+        generated, trained, open_end = f"aa{end}", f"aa{end}{after}", "aa"
+        one, other, cut = recipe["rewards_of"](function, {"query": [generated, trained, open_end]})
+        assert one == other != cut
+        # As training reads it.
+        prompt, completion = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+        asked = recipe["rewards_of"](function, {"query": [f"a{end}{after}b{end}"]})
+        assert asked == pytest.approx(function.score([prompt], [completion]).tolist(), abs=1e-6)
+    tokenizer.chat_template = None
+    assert recipe["behind_end"](tokenizer) == ""
 
 
 def test_requests_at_the_same_time_get_their_own_rewards(url, llama):

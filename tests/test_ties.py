@@ -193,7 +193,7 @@ def test_evaluate_command_leaves_ties_out(llama, tmp_path, capsys, caplog):
     path.write_text("\n".join(lines))
     args = command_parser().parse_args(["evaluate", "--model_name_or_path", llama, "--dataset_name", str(path)])
     evaluate(args)
-    assert "2 of the 6 pairs of `dataset` are ties" in caplog.text and "| 4 |" in capsys.readouterr().out
+    assert f"2 of the 6 pairs of `{path}` are ties" in caplog.text and "| 4 |" in capsys.readouterr().out
     rows = [{**row, "tie": number < 2} for number, row in enumerate(rows)]
     assert evaluate_model(llama, Dataset.from_list(rows)).metrics["all"]["num_rows"] == 4
 

@@ -163,6 +163,9 @@ def run_lanes(lanes: list[list[Step]], logs: Path, deadline: float, keep: Callab
                     keep(step, {"seconds": round(time.time() - start, 1), **entry})
                     del running[number]
             time.sleep(0.1)
+        for step in (step for lane in lanes for step in lane):
+            words = "not begun within the time limit; the same command goes on"
+            keep(step, {"seconds": 0.0, "figures": {}, "error": words})
     finally:
         for _, process, _ in running.values():
             stop(process)

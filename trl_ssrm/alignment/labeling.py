@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..data.checks import NotTokenizedError, check_prompts, tokenizing, unformatted
 from ..data.formats import TEMPLATE_COLUMNS, check_format, completion_feature, completions_of, named_completions
+from ..io.hub import check_model_is_there
 from ..io.storage import content_hash, tensors_hash
 from ..models.comparison import Comparison
 from ..scoring.pair_scores import sigmoid
@@ -41,7 +42,11 @@ def load_labeler(model: str, **kwargs: Any) -> SSRMRewardFunction | PairwiseJudg
 
     Returns:
         [`SSRMRewardFunction`] or [`PairwiseJudge`]: the model. A folder that holds a `comparison.json` has a pairwise one.
+
+    Raises:
+        ValueError: If there is no such model.
     """
+    check_model_is_there(model)
     is_pairwise = Comparison.from_pretrained(model) is not None
     return (PairwiseJudge if is_pairwise else SSRMRewardFunction)(model, **kwargs)
 

@@ -14,14 +14,12 @@ def label(args: Namespace) -> None:
     from .. import label_preferences
     from ..alignment.labeling import load_labeler
     from ..io.files import written_aside
-    from ..io.hub import check_model_is_there
     from ..io.shapes import named_columns, with_known_columns
     from ..io.sources import load_data
 
     dataset = load_data(args.dataset_name, args.dataset_split, args.dataset_config)
     named = named_columns(args)
     dataset = with_known_columns(dataset, args.dataset_name, True, named)
-    check_model_is_there(args.model_name_or_path)
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "batch_tokens": args.batch_tokens}
     labeled = label_preferences(
         load_labeler(args.model_name_or_path, **loading),
@@ -47,6 +45,7 @@ def evaluate(args: Namespace) -> None:
     """Evaluate reward models on preference data, and print a table."""
     from .. import evaluate as evaluate_model
     from .. import evaluation_table
+    from ..data.ties import with_ties_settled
     from ..io.hub import check_model_is_there
     from ..io.shapes import named_columns, with_known_columns
     from ..io.sources import load_data
@@ -55,6 +54,9 @@ def evaluate(args: Namespace) -> None:
     # The published benchmarks have columns of their own, which are no shape to convert.
     if args.benchmark == "preferences":
         dataset = with_known_columns(dataset, args.dataset_name, False, named_columns(args))
+        if {"chosen", "rejected"} <= set(dataset.column_names):
+            # Here, so that the log names the file, and once for all models.
+            dataset = with_ties_settled(dataset, args.dataset_name, is_trained_on=False)
     for model in args.model_name_or_path:
         check_model_is_there(model)
     evaluations = [

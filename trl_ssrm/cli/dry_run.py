@@ -175,7 +175,7 @@ def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> tuple[list[str], lis
     epochs = None if settings.num_train_epochs is None else 1
     if epochs is None:
         tokens = round(args.max_steps * _batch(trainer) * mean)
-    costs = [RoundCost(first.round, 1, epochs, Work(num_pairs, 2 * num_pairs, tokens), tokens, False, Work())]
+    costs = [RoundCost(first.round, 1, epochs, Work(pairs=num_pairs), tokens, False, Work())]
     if settings.pretrains == "if_better":
         num_folds = first.num_models - 1
         line += f" If it may help, the {num_folds} fold models are trained a second time, from its weights."

@@ -167,7 +167,6 @@ def make_trainer(train_args: TrainArguments, training_args: SSRMConfig, model_ar
         tokenizer = _load_tokenizer(train_args.padding_token, training_args, model_args)
     callbacks: list[TrainerCallback] = []
     if (teacher := train_args.teacher_model_name_or_path) is not None:
-        check_model_is_there(teacher)
         labeler = load_labeler(
             teacher, dtype=model_args.dtype, trust_remote_code=bool(training_args.trust_remote_code)
         )

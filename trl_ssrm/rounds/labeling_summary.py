@@ -58,7 +58,7 @@ def summarize_labeling(
         margin=np.abs(scores.logits),
         first_is_chosen=first_is_chosen,
         is_kept=mask,
-        is_wrong=None if pool.gold is None else (first_is_chosen == 1 - pool.gold) & ~scores.is_tie,
+        is_wrong=None if pool.gold is None else (first_is_chosen != pool.gold) & ~np.isnan(pool.gold) & ~scores.is_tie,
     )
     return {
         "threshold": threshold,

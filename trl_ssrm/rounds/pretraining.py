@@ -17,7 +17,7 @@ from datasets import Dataset
 from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
-from ..scoring.metrics import paired_change
+from ..scoring.metrics import paired_change, preference_metrics
 from .calibrate import TEMPERATURES
 from .folds import Folds
 from .round_trainer import RoundTrainer
@@ -161,8 +161,8 @@ def gain(without: np.ndarray, with_pretraining: np.ndarray) -> dict[str, float]:
     facts = {f"pretraining_{name}": value for name, value in paired_change(after, before).items() if "error" in name}
     facts["pretraining_least_gain"] = LEAST_GAIN
     for kind, logits in (("without", before), ("with", after)):
-        facts[f"accuracy_{kind}_pretraining"] = float((logits > 0).mean())
-        facts[f"log_loss_{kind}_pretraining"] = float(np.logaddexp(0.0, -logits).mean())
+        metrics = preference_metrics(logits)
+        facts |= {f"{name}_{kind}_pretraining": metrics[name] for name in ("accuracy", "log_loss")}
     return facts
 
 
