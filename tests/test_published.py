@@ -1,5 +1,7 @@
 """Benchmarks in their published form, on models whose order of some completions is known."""
 
+import shutil
+
 import numpy as np
 import pytest
 from conftest import preference_rows
@@ -139,7 +141,7 @@ def test_llmbar_names_the_better_output_by_its_number(llama, ranked, causal):
 
 
 def rmb_row(goal: str, **answers) -> dict:
-    turns = [{"content": text, "language": "English", "role": "user"} for text in (PROMPT, "")]
+    turns = [{"content": PROMPT, "language": "English", "role": "user"}]
     path = f"Pairwise_set/{goal}/S1"
     return {"conversation_input": turns, "category_path": path, **answers}
 
@@ -167,6 +169,26 @@ def test_the_best_of_rmb_has_to_beat_every_other(llama, ranked):
     ]
     metrics = run(llama, rows, "rmb")["all"]
     assert metrics["accuracy"] == pytest.approx(1 / 3) and metrics["ties"] == 1
+
+
+def test_empty_texts_are_read_as_published(llama, ranked, tmp_path):
+    row = judgebench_row("livecodebench", ranked[0], "", "A>B")
+    message = [{"role": "user", "content": PROMPT}]
+    rewards = SSRMRewardFunction(llama).score(
+        [message] * 2, [[{"role": "assistant", "content": each}] for each in ("", ranked[0])]
+    )
+    assert run(llama, [row], "judgebench")["all"]["accuracy"] == float(rewards[1] > rewards[0])
+    # A template that takes turns strictly: without its last turn, which is empty, the conversation would end in a model's.
+    strict = AutoTokenizer.from_pretrained(llama)
+    strict.chat_template = (
+        "{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+    )
+    shutil.copytree(llama, tmp_path / "strict")
+    strict.save_pretrained(tmp_path / "strict")
+    turns = [{"role": role, "content": text} for role, text in (("user", PROMPT), ("assistant", "Yes."), ("user", ""))]
+    row = {"conversation_input": turns, "chosen": answer(ranked[0]), "reject": answer("")}
+    assert run(str(tmp_path / "strict"), [row], "rmb")["all"]["num_rows"] == 1
 
 
 # ---- Rows of another form ----

@@ -34,7 +34,7 @@ from .benchmarks import (
     section_scores,
     strata_of,
 )
-from .published import REWARDBENCH_2_PARTS, TIES, as_known_rows, ties_score
+from .published import PUBLISHED, REWARDBENCH_2_PARTS, TIES, as_known_rows, ties_score
 from .table import Evaluation
 
 
@@ -139,7 +139,8 @@ def evaluate(
     subset_column = subset_column or {"rewardbench": "subset", "rm_bench": "domain"}.get(benchmark)
     check_is_dataset(dataset, "dataset")
     dataset, form, subset_column = as_known_rows(unformatted(dataset), benchmark, subset_column)
-    check_rows(dataset, form, subset_column)
+    if benchmark not in PUBLISHED:
+        check_rows(dataset, benchmark, subset_column)
     if benchmark == "preferences":
         dataset = with_ties_settled(dataset, "dataset", is_trained_on=False)
     subsets = [] if subset_column is None else [str(subset) for subset in dataset[subset_column]]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..data.checks import check_columns
+from ..data.checks import check_characters, check_columns, check_not_empty
 
 
 # Parts of RewardBench 2 (https://huggingface.co/papers/2506.01937). The final score is the mean over them.
@@ -24,7 +24,7 @@ JUDGEBENCH_DOMAINS = {
 
 def as_known_rows(dataset: Dataset, benchmark: str, subset_column: str | None) -> tuple[Dataset, str, str | None]:
     """
-    Bring the rows of a published benchmark into a form that [`evaluate`] knows.
+    Bring the rows of a published benchmark into a form that [`evaluate`] knows. A text may be empty: some published ones are.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -39,17 +39,20 @@ def as_known_rows(dataset: Dataset, benchmark: str, subset_column: str | None) -
         `"best_of_n"`, and the first completion has to win every comparison); and the column with their subsets.
 
     Raises:
-        ValueError: If a column is missing, or a row has another form.
+        ValueError: If there is no row, a column is missing, or a row has another form.
     """
     if benchmark not in PUBLISHED:
         return dataset, benchmark, subset_column
+    check_not_empty(dataset, "dataset")
     columns, convert, form = PUBLISHED[benchmark]
     if benchmark == "rmb" and "bon_best" in dataset.column_names:
         columns, convert, form = ("conversation_input", "bon_best", "loser_list"), _of_rmb_best, "best_beats_all"
     check_columns(dataset, columns if subset_column is None else (*columns, subset_column), "dataset")
     rows = []
     for number, row in enumerate(dataset):
-        converted = convert(row, f"row {number} of `dataset`")
+        where = f"row {number} of `dataset`"
+        converted = convert(row, where)
+        check_characters(converted, where)
         if subset_column is not None:
             converted["subset"] = row[subset_column]
         rows.append(converted)
@@ -179,8 +182,7 @@ def _conversation(row: dict[str, Any], where: str) -> list[dict[str, str]]:
     turns = row["conversation_input"]
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"`conversation_input` of {where} must be a list of messages, as in RMB.")
-    # A few published conversations have an empty turn, which says nothing.
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns if turn["content"]]
+    return [{"role": turn["role"], "content": turn["content"] or ""} for turn in turns]
 
 
 def _goal(row: dict[str, Any]) -> str | None:
