@@ -36,6 +36,7 @@ from .rounds.callback import PseudoLabelingCallback, RoundCallbackHandler
 from .rounds.folds import Folds
 from .rounds.interruption import leaving_with_advice
 from .rounds.label import join
+from .rounds.linear import LinearModel
 from .rounds.pretraining import Pretraining
 from .rounds.round_trainer import RunRecorder
 from .rounds.run_data import by_name, prepare_run_data, report_too_long
@@ -261,6 +262,7 @@ class SSRMTrainer(RoundSteps):
         self.settings = resolve_settings(self.args, self.data, callback.labels_by_itself)
         self.folds = Folds(self, self.settings.num_folds)
         self.pretraining = Pretraining(self, self.folds)
+        self.linear_model = LinearModel(self, self.folds)
         self.callback_handler = RoundCallbackHandler(self.callback_handler, self.args.report_to)
         self.round, self.round_history, self.labeling_facts, self.termination_reason = 0, [], {}, None
 

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
@@ -19,6 +20,7 @@ from ..data.ties import TIE, ties_of, with_ties_settled
 from ..data.tokenization import tokenized_or_refused, with_literal_messages
 from ..io.storage import mapping
 from ..models.comparison import Comparison, tokenize_comparisons
+from ..models.linear import scoring_by_states
 from ..models.sharding import is_sharded
 from ..scoring.layout import choose_layout, laid_out
 from ..scoring.pair_scores import PairScores
@@ -128,19 +130,47 @@ class PairTrainer(RewardTrainer):
         Raises:
             NonFiniteScoreError: If a reward is NaN or infinite.
         """
-        scores = score_pairs(
+        scores = self._scores(pairs, name, self.layout, **kwargs)
+        kind = "scalar" if self.comparison is None else "pairwise"
+        return PairScores(LOGITS_OF[kind](scores), orders_agree=None if kind == "scalar" else orders_agree(scores))
+
+    def state_differences(
+        self, pairs: PairedSequences, name: str, function: Callable[[torch.Tensor], torch.Tensor], **kwargs: Any
+    ) -> np.ndarray:
+        """
+        A function of the [`~trl_ssrm.models.linear.mean_states`] of the first sequence of each pair, less that of the second.
+
+        Args:
+            pairs, name, kwargs:
+                As in [`score_pairs`].
+            function (`Callable[[torch.Tensor], torch.Tensor]`):
+                As in [`~trl_ssrm.models.linear.scoring_by_states`].
+
+        Returns:
+            `np.ndarray` of shape `(num_pairs,)`, or `(num_pairs, num_features)`, float64, the same in every process.
+
+        Raises:
+            NoStatesError: If the model gives no hidden state of each token.
+            NonFiniteScoreError: If a difference is NaN or infinite.
+        """
+        # The other layouts know where a sequence ends, but not where its tokens are.
+        layout = "unpadded" if self.layout == "unpadded" else "padded"
+        with scoring_by_states(self.unwrapped_model, function):
+            scores = self._scores(pairs, name, layout, **kwargs)
+        return scores[:, 0] - scores[:, 1]
+
+    def _scores(self, pairs: PairedSequences, name: str, layout: str, **kwargs: Any) -> np.ndarray:
+        return score_pairs(
             self.unwrapped_model,
             pairs,
             pad_token_id=self.processing_class.pad_token_id,
             accelerator=self.accelerator,
-            layout=self.layout,
+            layout=layout,
             batch_tokens=self.args.score_batch_tokens,
             name=name,
             disable_tqdm=bool(self.args.disable_tqdm),
             **kwargs,
         )
-        kind = "scalar" if self.comparison is None else "pairwise"
-        return PairScores(LOGITS_OF[kind](scores), orders_agree=None if kind == "scalar" else orders_agree(scores))
 
     # ---- Training ----
 
@@ -264,7 +294,7 @@ class PairTrainer(RewardTrainer):
             self.accelerator.free_memory()
             self.model_wrapped, self.deepspeed = self.model, None
 
-    def _shard(self) -> None:
+    def shard(self) -> None:
         """Spread a model that is not trained first, after a resumption, over the processes as for training."""
         if is_sharded(self.accelerator) and self.model_wrapped is self.model and not self.accelerator._models:
             set_seed(self.args.seed)

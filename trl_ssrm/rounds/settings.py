@@ -57,6 +57,8 @@ class RoundSettings:
         pretrains (`str`):
             Whether the model is pretrained on the texts of the pool: `"never"`, `"always"`, or `"if_better"`, where the fold
             models decide.
+        fits_linear_model (`bool`):
+            Whether a linear model on the hidden states helps to label the pool for round 1.
         num_train_epochs (`float`, *optional*):
             Number of epochs of a round after round 0; `None` if `max_steps` decides.
         confidence_threshold (`float`, *optional*):
@@ -70,6 +72,7 @@ class RoundSettings:
     keeps_best_round: bool
     has_soft_labels: bool
     pretrains: str
+    fits_linear_model: bool
     num_train_epochs: float | None
     confidence_threshold: float | None = None
     target_precision: float | None = None
@@ -236,12 +239,24 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
         True: "always",
         False: "never",
     }
+    # A round on hard labels asks how sure the model itself is, and so does a threshold for a precision. Only the hidden states of
+    # models that read one completion were tried.
+    fits_linear_model = (
+        has_soft_labels
+        and args.target_precision is None
+        and args.preference_model == "scalar"
+        and args.round_init == "base"
+        and args.num_rounds > 0
+        and num_folds > 0
+        and not args.freeze_backbone
+    )
     return RoundSettings(
         num_folds,
         calibrated_by,
         keeps_best_round,
         has_soft_labels,
         pretrains[args.pretrain_on_pool],
+        fits_linear_model,
         num_train_epochs,
         **threshold,
     )

@@ -25,6 +25,7 @@ from .label import (
     with_texts,
 )
 from .labeling_summary import summarize_labeling
+from .linear import LinearModel, has_learned_linearly
 from .pretraining import Pretraining
 from .round_trainer import RoundTrainer, RunRecorder
 from .run_directory import INITIAL
@@ -42,13 +43,17 @@ class RoundSteps(RoundTrainer):
     recorder: RunRecorder
     folds: Folds
     pretraining: Pretraining
+    linear_model: LinearModel
     start: int
     start_facts: dict[str, Any]
     labeling_facts: dict[str, Any]
     termination_reason: str | None
 
     def choose_start(self, ignore_keys_for_eval: list[str] | None) -> None:
-        """Train the fold models and, unless it is off, pretrain on the texts of the pool; choose what round 0 starts from."""
+        """
+        Train the fold models and, unless it is off, pretrain on the texts of the pool; choose what round 0 starts from. Fit the
+        linear model.
+        """
         run = self.run
         if (chosen := self.on_main_process(run.read_start)) is None:
             chosen = self.pretraining.choose_start(ignore_keys_for_eval)
@@ -56,8 +61,8 @@ class RoundSteps(RoundTrainer):
                 run.write_start(*chosen)
             self.accelerator.wait_for_everyone()
         self.start, self.start_facts = chosen
-        if not self.round_history:
-            run.read_weights(run.weights_path(self.start), self.unwrapped_model)
+        self.start_facts |= self.linear_model.fit(self.start)
+        run.read_weights(run.weights_path(self.round if self.round_history else self.start), self.unwrapped_model)
 
     def train_round(self, ignore_keys_for_eval: list[str] | None) -> None:
         """Train the weights of the round."""
@@ -152,7 +157,9 @@ class RoundSteps(RoundTrainer):
             NonFiniteScoreError: If a reward is NaN or infinite.
         """
         scores = self.score_with(self.run.weights_path(round), pool, self.run.round_dir(round + 1) / "scores")
-        return replace(scores, temperature=self.round_history[round]["temperature"])
+        return self.linear_model.join(
+            replace(scores, temperature=self.round_history[round]["temperature"]), pool, round
+        )
 
     def keep(self, share: np.ndarray, scores: PairScores, kept: np.ndarray) -> None:
         """Store the pseudo-labels of the kept pairs, and facts about them, for the next round."""
@@ -183,7 +190,8 @@ class RoundSteps(RoundTrainer):
         """`str` or `None`: why the next round is not trained, if it is not."""
         if not len(labels["pair"]):
             return "nothing_selected"
-        if self.settings.has_soft_labels and not self.round_history[self.round].get("has_learned", True):
+        facts = self.round_history[self.round]
+        if self.settings.has_soft_labels and not (facts.get("has_learned", True) or has_learned_linearly(facts)):
             return "nothing_learned"
         if self.control.should_training_stop:
             return "callback"
@@ -270,7 +278,7 @@ class RoundSteps(RoundTrainer):
         self.recorder.log_history = rounds[-1]["log_history"] if rounds else []
         run.read_weights(run.weights_path(num_finished - 1 if num_finished else INITIAL), model)
         if num_finished > 0:
-            self._shard()
+            self.shard()
         if self.args.freeze_backbone:
             # In batches that depend on the content alone, so that a resumed run has the same features to the bit.
             for name, pairs in self.data.all_pairs.items():

@@ -150,7 +150,7 @@ class Scorer:
             rows = rows[len(batch) :]
             if progress is not None:
                 progress.update(sum(len(sequences[position]) for position in members))
-        scores = np.empty(len(sequences), dtype=np.float32)
+        scores = np.empty((len(sequences), *(scored[0][1].shape[1:] if scored else ())), dtype=np.float32)
         for members, logits in scored:
             scores[members] = logits.cpu().numpy()
         self._score_failed_alone(sequences, scores)
@@ -158,8 +158,9 @@ class Scorer:
 
     def _score_failed_alone(self, sequences: Sequence[np.ndarray], scores: np.ndarray) -> None:
         """Score sequences again whose score is NaN or infinite: one such sequence spoils all others in its row."""
-        failed = np.flatnonzero(~np.isfinite(scores)).tolist()
-        if failed and self.layout in ("shared", "packed") and not self.is_sharded:
+        if self.layout not in ("shared", "packed") or self.is_sharded:
+            return
+        if failed := np.flatnonzero(~np.isfinite(scores)).tolist():
             alone = Scorer(self.model, self.pad_token_id, self.accelerator, self.budget, "padded")
             scores[failed] = alone.score([sequences[position] for position in failed])
 

@@ -104,7 +104,7 @@ def score_pairs(
 
     Returns:
         `np.ndarray` of shape `(num_pairs, 2)`, float64: the scores of the first and of the second sequence, the same
-        in every process.
+        in every process. Where the model gives a sequence several numbers, they come in a third dimension.
 
     Raises:
         NonFiniteScoreError: If a score is NaN or infinite. All other shards are scored and kept before.
@@ -118,15 +118,17 @@ def score_pairs(
         scored += _score_missing(scorer, pairs, shards, missing, accelerator, name, disable_tqdm)
     finally:
         model.train(was_training)
-    rewards = np.empty(len(pairs.lengths), dtype=np.float32)
-    for number, scores in gather_object(scored):
+    scored = gather_object(scored)
+    width = scored[0][1].shape[1:]
+    rewards = np.empty((len(pairs.lengths), *width), dtype=np.float32)
+    for number, scores in scored:
         rewards[shards[number].positions] = scores
     # Large, and not needed any more.
     del shards, scored
-    both = np.empty((len(pairs.first), 2), dtype=np.float64)
+    both = np.empty((len(pairs.first), 2, *width), dtype=np.float64)
     both[:, 0], both[:, 1] = rewards[pairs.first], rewards[pairs.second]
     # Raised here, in every process at once: a process that stopped earlier would leave the others waiting.
-    is_finite = np.isfinite(both).all(axis=1)
+    is_finite = np.isfinite(both).reshape(len(both), -1).all(axis=1)
     if not is_finite.all():
         rows = np.arange(len(both)) if rows is None else rows
         raise NonFiniteScoreError(name, np.unique(rows[~is_finite]).tolist())

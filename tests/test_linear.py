@@ -1,0 +1,161 @@
+"""The linear model on the hidden states, which helps to label the pool."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same_weights, preference_rows, weights_of
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from trl_ssrm.models.linear import mean_states
+from trl_ssrm.rounds import linear
+from trl_ssrm.rounds.linear import PENALTIES, fit_to_labels
+from trl_ssrm.rounds.run_directory import INITIAL
+from trl_ssrm.scoring.pair_scores import sigmoid
+
+
+SETTINGS = {
+    "num_folds": 3,
+    "num_rounds": 1,
+    "pseudo_label_type": "soft",
+    "round_init": "base",
+    "confidence_threshold": None,
+    "pretrain_on_pool": False,
+}
+
+
+def rewards(path_or_model, texts: list[str], tokenizer, weights: torch.Tensor) -> torch.Tensor:
+    """The linear rewards of texts, each read alone."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text + tokenizer.eos_token)["input_ids"]])
+        with torch.no_grad():
+            states = path_or_model(input_ids=ids, output_hidden_states=True).hidden_states
+        found.append(mean_states(states, torch.ones_like(ids))[0] @ weights)
+    return torch.stack(found)
+
+
+def test_padding_changes_no_mean():
+    torch.manual_seed(0)
+    states = tuple(torch.randn(2, 5, 4) for _ in range(5))
+    is_token = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    found = mean_states(states, is_token)
+    # A third of four layers is the first, two thirds the second.
+    for place, layer in enumerate((1, 2, 4)):
+        own = states[layer][0, :3]
+        expected = (own / own.norm(dim=-1, keepdim=True)).mean(0)
+        assert torch.allclose(found[0, 4 * place : 4 * place + 4], expected, atol=1e-6)
+
+
+def test_fit_is_the_best_for_its_penalty_and_parts_of_the_labels_choose_it():
+    draw = np.random.default_rng(0)
+    direction = draw.normal(size=6)
+    features = draw.normal(size=(200, 6))
+    # Turned so that the first completion is the preferred one, as the labels have it.
+    features *= np.sign(features @ direction + draw.logistic(size=200))[:, None]
+    prompts = np.arange(200) // 2
+    weights = fit_to_labels(features, np.ones(200), prompts)
+    assert np.corrcoef(weights, direction)[0, 1] > 0.95
+    # The gradient is zero at one of the penalties.
+    pull = features.T @ sigmoid(-(features @ weights))
+    assert min(np.abs(pull - penalty * weights).max() for penalty in PENALTIES) < 1e-4
+    # Labels that say nothing are fitted by nearly nothing, and ties by nothing at all.
+    noise = draw.normal(size=(40, 6))
+    assert np.abs(noise @ fit_to_labels(noise, np.ones(40), np.arange(40))).max() < 0.5
+    assert np.allclose(fit_to_labels(noise, np.full(40, 0.5), np.arange(40)), 0)
+
+
+@pytest.mark.slow
+def test_pool_is_labeled_by_the_mean_of_both_probabilities(make_trainer, llama, held_out):
+    trainer = make_trainer(eval_dataset=held_out, **SETTINGS)
+    trainer.train()
+    facts = trainer.round_history[0]
+    assert facts["has_learned"] and facts["linear_accuracy"] > 0.6 and facts["linear_log_loss"] < np.log(2)
+    pool, _ = trainer.run.read_pseudo_labels(1)
+    initial = AutoModelForSequenceClassification.from_pretrained(llama, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    temperature = trainer.linear_model.temperature
+    assert trainer.linear_model.start == INITIAL
+    # The model of round 0 again, to ask it for its own probabilities.
+    alone = make_trainer(**{**SETTINGS, "num_rounds": 0, "output_dir": f"{trainer.args.output_dir}-0"})
+    alone.train()
+    own = {}
+    for row in pool.select(range(10)):
+        texts = [row["prompt"] + row[name] for name in ("chosen", "rejected")]
+        one, other = rewards(initial, texts, tokenizer, trainer.linear_model.weights)
+        batch = [torch.tensor([tokenizer(text + tokenizer.eos_token)["input_ids"]]) for text in texts]
+        with torch.no_grad():
+            first, second = (alone.model(input_ids=ids).logits.item() for ids in batch)
+        both = sigmoid(np.array([(one - other).item() / temperature, (first - second) / facts["temperature"]]))
+        own[row["prompt"]] = row["confidence"], both.mean()
+    expected, found = zip(*own.values(), strict=True)
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_linear_model_labels_alone_where_the_model_has_learned_nothing(make_trainer, monkeypatch):
+    # A model that is not trained at all says nothing on labels that it has not seen.
+    trainer = make_trainer(**SETTINGS, learning_rate=1e-12, round_learning_rate=3e-3)
+    trainer.train()
+    facts = trainer.round_history[0]
+    assert facts["linear_log_loss"] < np.log(2)
+    if facts["has_learned"]:
+        pytest.skip("The untrained model ranks these labels right by chance.")
+    assert trainer.termination_reason == "max_rounds" and trainer.round_history[1]["num_selected"] == 40
+
+
+def test_models_without_a_state_of_each_token_go_without(make_trainer, monkeypatch, caplog, tmp_path):
+    plain = make_trainer(**SETTINGS)
+    forward = plain.model.forward
+
+    def without_states(*args, output_hidden_states=False, **kwargs):
+        return forward(*args, **kwargs)
+
+    plain.model.forward = without_states
+    with caplog.at_level(logging.WARNING):
+        plain.train()
+    assert "gives no hidden state of each token" in caplog.text and "linear_accuracy" not in plain.round_history[0]
+    caplog.clear()
+    monkeypatch.setattr(linear, "MOST_PAIRS", 10)
+    other = make_trainer(**SETTINGS, output_dir=str(tmp_path / "other"))
+    with caplog.at_level(logging.WARNING):
+        other.train()
+    assert "there are more than 10 labels" in caplog.text
+    assert_same_weights(weights_of(plain.model), weights_of(other.model))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pseudo_label_type": "hard", "confidence_threshold": 0.6},
+        {"num_folds": 0},
+        {"round_init": "continue"},
+        {"target_precision": 0.6},
+        {"freeze_backbone": True, "pretrain_on_pool": None},
+        {"num_rounds": 0},
+    ],
+)
+def test_settings_that_ask_for_something_else_fit_none(make_trainer, settings):
+    assert make_trainer(**SETTINGS).settings.fits_linear_model
+    assert not make_trainer(**{**SETTINGS, **settings}).settings.fits_linear_model
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_reads_it_again(make_trainer, monkeypatch):
+    rows = preference_rows(16, seed=1)
+    whole = make_trainer(train_dataset=rows, **SETTINGS)
+    whole.train()
+    directory = f"{whole.args.output_dir}-again"
+    broken = make_trainer(train_dataset=rows, output_dir=directory, **SETTINGS)
+    monkeypatch.setattr(broken.linear_model, "join", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        broken.train()
+    # A damaged file is fitted again, from the same weights.
+    path = broken.run.root / "linear.safetensors"
+    before = [each.clone() for each in broken.run.read_linear()]
+    path.write_bytes(path.read_bytes()[:-1])
+    resumed = make_trainer(train_dataset=rows, output_dir=directory, **SETTINGS)
+    resumed.train(resume_from_checkpoint=True)
+    assert all(map(torch.equal, resumed.run.read_linear(), before))
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))

@@ -1,0 +1,199 @@
+"""A linear model on the hidden states of the initial weights, fitted to the labels, that helps to label the pool."""
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.pool import Pool
+from ..io.storage import content_hash
+from ..models.linear import NoStatesError
+from ..scoring.pair_scores import PairScores
+from ..scoring.preference import pairwise_logits
+from .calibrate import fit_temperature
+from .folds import Folds
+from .round_trainer import RoundTrainer
+from .settings import fold_of_pairs
+
+
+logger = logging.getLogger(__name__)
+
+# On the squared weights, where the differences of the states have length 1: from no model to one that fits most labels.
+PENALTIES = np.geomspace(1e2, 1e-3, 11)
+# Parts of the labels that choose among them.
+NUM_PARTS = 5
+# With more labels, the model that is trained on them needs no help.
+MOST_PAIRS = 2_000
+
+
+class LinearModel:
+    """
+    Fits a linear model to the labels: logistic regression on the differences of the two completions'
+    [`~trl_ssrm.models.linear.mean_states`] under the weights that the rounds start from.
+
+    With few labels it often ranks as well as the model whose weights were trained, and errs on other pairs. So the mean of their
+    probabilities labels the pool for round 1, and the model of that round learns what both know.
+
+    Args:
+        trainer ([`~trl_ssrm.rounds.round_trainer.RoundTrainer`]):
+            The trainer, whose model, labels and run directory are used.
+        folds ([`~trl_ssrm.rounds.folds.Folds`]):
+            Parts of the labels, each of which is predicted by a linear model that was fitted without it.
+    """
+
+    def __init__(self, trainer: RoundTrainer, folds: Folds):
+        self.trainer, self.folds = trainer, folds
+        self.start: int | None = None
+        self.weights = torch.empty(0)
+        self.temperature = 1.0
+
+    def fit(self, start: int) -> dict[str, Any]:
+        """
+        Fit the model, or read what an interrupted run has fitted. The model of the trainer may have other weights afterwards.
+
+        Args:
+            start (`int`):
+                Weights whose hidden states are read, `INITIAL` or `PRETRAINED`.
+
+        Returns:
+            `dict[str, Any]`: `linear_accuracy` and `linear_log_loss`, on parts of the labels that were left out; empty if no
+            linear model is fitted.
+        """
+        trainer, run, data = self.trainer, self.trainer.run, self.trainer.data
+        if not trainer.settings.fits_linear_model:
+            return {}
+        if len(data.labeled) > MOST_PAIRS:
+            logger.warning(
+                f"No linear model helps to label the pool, since there are more than {MOST_PAIRS:,} labels."
+            )
+            return {}
+        if (kept := trainer.on_main_process(run.read_linear)) is None:
+            trainer.shard()
+            run.read_weights(run.weights_path(start), trainer.unwrapped_model)
+            try:
+                differences = trainer.state_differences(data.labeled_pairs, "train_dataset", lambda states: states)
+            except NoStatesError:
+                kind = type(trainer.unwrapped_model).__name__
+                logger.warning(
+                    f"No linear model helps to label the pool, since {kind} gives no hidden state of each token."
+                )
+                return {}
+            kept = trainer.on_main_process(lambda: self._fitted(differences))
+            if trainer.accelerator.is_main_process:
+                run.write_linear(*kept)
+        self.weights, held_out = kept
+        logits = held_out.numpy()[~data.is_tie]
+        self.temperature = fit_temperature(logits, data.prompts[~data.is_tie])
+        self.start = start
+        return {
+            "linear_accuracy": float((logits > 0).mean()),
+            "linear_log_loss": float(np.logaddexp(0.0, -logits / self.temperature).mean()),
+        }
+
+    def _fitted(self, differences: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights, and predictions for each pair by a model that was fitted without its part of the labels."""
+        data, fold_of = self.trainer.data, self.folds.fold_of
+        scale = max(float(np.sqrt((differences**2).sum(1).mean())), np.finfo(np.float32).tiny)
+        # The same problem in as many dimensions as there are pairs.
+        left, sizes, axes = np.linalg.svd(differences / scale, full_matrices=False)
+        features, target = left * sizes, np.where(data.is_tie, 0.5, 1.0)
+        held_out = np.empty(len(features))
+        for fold in range(self.folds.num_folds):
+            rest = fold_of != fold
+            held_out[~rest] = features[~rest] @ fit_to_labels(features[rest], target[rest], data.prompts[rest])
+        weights = fit_to_labels(features, target, data.prompts) @ axes / scale
+        return torch.from_numpy(weights).float(), torch.from_numpy(held_out)
+
+    def join(self, scores: PairScores, pool: Pool, round: int) -> PairScores:
+        """
+        Let the linear model help to label the pool. The model of the trainer has the weights of the round before and afterwards.
+
+        Args:
+            scores ([`PairScores`]):
+                What the model of the round says of the pairs.
+            pool ([`Pool`]):
+                The pairs.
+            round (`int`):
+                The round that has ended.
+
+        Returns:
+            [`PairScores`]: the mean of both probabilities at temperature 1; that of the linear model alone, if the model predicts the
+            labels that it has not seen no better than 0.5 for every pair; or the scores as they are, if there is no linear model
+            or it predicts no better.
+        """
+        trainer, run = self.trainer, self.trainer.run
+        if self.start is None or round > 0 or not has_learned_linearly(trainer.round_history[0]):
+            return scores
+        weights = run.weights_path(self.start)
+        run.read_weights(weights, trainer.unwrapped_model)
+        key = content_hash(run.weights_hash(weights), pool.pairs.fingerprint, self.weights.tolist())
+        differences = trainer.state_differences(
+            pool.pairs,
+            "unlabeled_dataset",
+            lambda states: states @ self.weights.to(states)[:, None],
+            rows=pool.rows,
+            directory=run.round_dir(round + 1) / "scores" / "linear",
+            key=key,
+        )
+        run.read_weights(run.weights_path(round), trainer.unwrapped_model)
+        linear, own = differences / self.temperature, scores.logits / scores.temperature
+        # The second is turned round, as a comparison in the other order is.
+        logits = (
+            pairwise_logits(np.stack([linear, -own], axis=1)) if trainer.round_history[0]["has_learned"] else linear
+        )
+        return PairScores(logits, rows=scores.rows, lengths=scores.lengths)
+
+
+def has_learned_linearly(facts: dict[str, Any]) -> bool:
+    """`bool`: whether the linear model predicts labels that it has not seen better than 0.5 for every pair, by the facts of round 0."""
+    return facts.get("linear_log_loss", math.inf) < math.log(2)
+
+
+def fit_to_labels(features: np.ndarray, target: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """
+    Fit logistic regression with the penalty that predicts parts of the labels best, each from the others.
+
+    Args:
+        features (`np.ndarray` of shape `(num_pairs, num_features)`, float64):
+            Differences of the features of the two completions.
+        target (`np.ndarray` of shape `(num_pairs,)`, float64):
+            Probability that the first completion is preferred.
+        prompts (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Number of the prompt of each pair; pairs with the same prompt are in one part.
+
+    Returns:
+        `np.ndarray` of shape `(num_features,)`, float64: weights.
+    """
+    _, prompts = np.unique(prompts, return_inverse=True)
+    num_parts = min(NUM_PARTS, int(prompts.max()) + 1)
+    losses = np.zeros(len(PENALTIES))
+    part_of = fold_of_pairs(prompts, num_parts, seed=0)
+    for part in range(num_parts) if num_parts > 1 else ():
+        rest = part_of != part
+        for number, weights in enumerate(_path(features[rest], target[rest], PENALTIES)):
+            logits = features[~rest] @ weights
+            losses[number] += (np.logaddexp(0.0, logits) - target[~rest] * logits).sum()
+    # From the largest penalty on: of equal ones, the most careful.
+    return _path(features, target, PENALTIES[: int(np.argmin(losses)) + 1])[-1]
+
+
+def _path(features: np.ndarray, target: np.ndarray, penalties: np.ndarray) -> list[np.ndarray]:
+    """Weights for each penalty, each fit starting from the one before."""
+    inputs, due = torch.from_numpy(features), torch.from_numpy(target)
+    weights, found = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True), []
+    for penalty in penalties.tolist():
+        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss(penalty: float = penalty, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            fit = nn.functional.binary_cross_entropy_with_logits(inputs @ weights, due, reduction="sum")
+            value = fit + penalty / 2 * (weights**2).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        found.append(weights.detach().numpy().copy())
+    return found
