@@ -38,14 +38,14 @@ class Counting(SSRMTrainer):
             self.trained[self.round] = pairs + rows, tokens + int(inputs["attention_mask"].sum())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def score_pairs(self, pairs, name, **kwargs):
+    def _scores(self, pairs, name, layout, **kwargs):
         stored = kwargs["directory"].glob("*.safetensors") if "directory" in kwargs else []
         # A shard with another key is scored again.
         if not any(key_of(path).startswith(kwargs["key"]) for path in stored):
             work = self.scored.get(self.round, (0, 0, 0))
             read = len(pairs.first), len(pairs.lengths), int(pairs.lengths.sum())
             self.scored[self.round] = tuple(one + two for one, two in zip(work, read, strict=True))
-        return super().score_pairs(pairs, name, **kwargs)
+        return super()._scores(pairs, name, layout, **kwargs)
 
 
 PAIRWISE = {"preference_model": "pairwise"}
@@ -55,6 +55,7 @@ PAIRWISE = {"preference_model": "pairwise"}
     "settings",
     [
         {"num_folds": 2},
+        {"num_folds": 2, "pseudo_label_type": "soft", "round_init": "base"},
         {"pool_per_round": "shard"},
         {"num_folds": 2, "pool_per_round": "shard", "round_num_train_epochs": 1},
         {"max_steps": 5},

@@ -8,6 +8,7 @@ import torch
 from conftest import assert_same_weights, preference_rows, weights_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from trl_ssrm import RoundCallback
 from trl_ssrm.models.linear import mean_states
 from trl_ssrm.rounds import linear
 from trl_ssrm.rounds.linear import PENALTIES, fit_to_labels
@@ -25,13 +26,13 @@ SETTINGS = {
 }
 
 
-def rewards(path_or_model, texts: list[str], tokenizer, weights: torch.Tensor) -> torch.Tensor:
+def linear_rewards(model, texts: list[str], tokenizer, weights: torch.Tensor) -> torch.Tensor:
     """The linear rewards of texts, each read alone."""
     found = []
     for text in texts:
         ids = torch.tensor([tokenizer(text + tokenizer.eos_token)["input_ids"]])
         with torch.no_grad():
-            states = path_or_model(input_ids=ids, output_hidden_states=True).hidden_states
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
         found.append(mean_states(states, torch.ones_like(ids))[0] @ weights)
     return torch.stack(found)
 
@@ -66,43 +67,40 @@ def test_fit_is_the_best_for_its_penalty_and_parts_of_the_labels_choose_it():
     assert np.allclose(fit_to_labels(noise, np.full(40, 0.5), np.arange(40)), 0)
 
 
+class Unlearned(RoundCallback):
+    """Says of round 0 that its predictions on labels it has not seen are no better than 0.5 for every pair."""
+
+    def on_round_end(self, args, state, control, round, facts, **kwargs):
+        if round == 0:
+            facts["has_learned"] = False
+
+
 @pytest.mark.slow
-def test_pool_is_labeled_by_the_mean_of_both_probabilities(make_trainer, llama, held_out):
-    trainer = make_trainer(eval_dataset=held_out, **SETTINGS)
+@pytest.mark.parametrize("has_learned", [True, False])
+def test_pool_is_labeled_by_the_mean_of_both_or_by_the_one_that_has_learned(make_trainer, llama, has_learned):
+    trainer = make_trainer(callbacks=[] if has_learned else [Unlearned()], **SETTINGS)
     trainer.train()
     facts = trainer.round_history[0]
-    assert facts["has_learned"] and facts["linear_accuracy"] > 0.6 and facts["linear_log_loss"] < np.log(2)
+    assert facts["linear_accuracy"] > 0.6 and facts["linear_log_loss"] < np.log(2) and facts["linear_has_learned"]
+    assert facts["has_learned"] == has_learned and trainer.linear_model.start == INITIAL
     pool, _ = trainer.run.read_pseudo_labels(1)
     initial = AutoModelForSequenceClassification.from_pretrained(llama, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    temperature = trainer.linear_model.temperature
-    assert trainer.linear_model.start == INITIAL
     # The model of round 0 again, to ask it for its own probabilities.
     alone = make_trainer(**{**SETTINGS, "num_rounds": 0, "output_dir": f"{trainer.args.output_dir}-0"})
     alone.train()
-    own = {}
+    expected = []
     for row in pool.select(range(10)):
         texts = [row["prompt"] + row[name] for name in ("chosen", "rejected")]
-        one, other = rewards(initial, texts, tokenizer, trainer.linear_model.weights)
+        one, other = linear_rewards(initial, texts, tokenizer, trainer.linear_model.weights)
         batch = [torch.tensor([tokenizer(text + tokenizer.eos_token)["input_ids"]]) for text in texts]
         with torch.no_grad():
             first, second = (alone.model(input_ids=ids).logits.item() for ids in batch)
-        both = sigmoid(np.array([(one - other).item() / temperature, (first - second) / facts["temperature"]]))
-        own[row["prompt"]] = row["confidence"], both.mean()
-    expected, found = zip(*own.values(), strict=True)
-    assert found == pytest.approx(expected, abs=1e-3)
-
-
-@pytest.mark.slow
-def test_the_linear_model_labels_alone_where_the_model_has_learned_nothing(make_trainer, monkeypatch):
-    # A model that is not trained at all says nothing on labels that it has not seen.
-    trainer = make_trainer(**SETTINGS, learning_rate=1e-12, round_learning_rate=3e-3)
-    trainer.train()
-    facts = trainer.round_history[0]
-    assert facts["linear_log_loss"] < np.log(2)
-    if facts["has_learned"]:
-        pytest.skip("The untrained model ranks these labels right by chance.")
-    assert trainer.termination_reason == "max_rounds" and trainer.round_history[1]["num_selected"] == 40
+        both = np.array(
+            [(one - other).item() / trainer.linear_model.temperature, (first - second) / facts["temperature"]]
+        )
+        expected.append(sigmoid(both if has_learned else both[:1]).mean())
+    assert pool[:10]["confidence"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_models_without_a_state_of_each_token_go_without(make_trainer, monkeypatch, caplog, tmp_path):
@@ -137,8 +135,13 @@ def test_models_without_a_state_of_each_token_go_without(make_trainer, monkeypat
     ],
 )
 def test_settings_that_ask_for_something_else_fit_none(make_trainer, settings):
-    assert make_trainer(**SETTINGS).settings.fits_linear_model
     assert not make_trainer(**{**SETTINGS, **settings}).settings.fits_linear_model
+
+
+def test_default_fits_one_also_with_labels_to_calibrate(make_trainer, held_out):
+    assert make_trainer(**SETTINGS).settings.fits_linear_model
+    settings = {**SETTINGS, "num_folds": 0}
+    assert make_trainer(calibration_dataset=held_out, **settings).settings.fits_linear_model
 
 
 @pytest.mark.slow

@@ -125,3 +125,16 @@ def test_changes_are_paired(caplog):
     assert found == {f"eval_{name}": value for name, value in facts.items()} and not caplog.text
     changes({"eval": before}, {"eval": after}, 1)
     assert "Round 1 is worse than round 0 on `eval_dataset`: accuracy -0.080" in caplog.text
+
+
+def test_a_linear_model_that_helped_is_named_with_what_it_knows():
+    first, last = history(0.05, -0.1)
+    facts = {"linear_accuracy": 0.62, "linear_log_loss": 0.655, "linear_has_learned": True}
+    sentence = (
+        "A linear model on the hidden states helped to label the pool: accuracy 0.620 and log-loss 0.655 on the labels, each by a "
+        "model that was fitted without it."
+    )
+    assert verdict([{**first, **facts}, last], "max_rounds", 1)[1] == sentence
+    assert sentence not in verdict([{**first, **facts, "linear_has_learned": False}, last], "max_rounds", 1)
+    # Nothing was labeled.
+    assert sentence not in verdict([{**first, **facts}], "callback", 0)

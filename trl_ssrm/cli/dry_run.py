@@ -52,7 +52,8 @@ class RoundCost:
         is_exact (`bool`):
             Whether these two are exact; otherwise they are upper bounds, since the selection decides.
         scoring (`Work`):
-            What is scored after the training: held-out pairs, parts left out by the folds, the next round's pool.
+            What is scored after the training: held-out pairs, parts left out by the folds, the next round's pool; in round 0
+            labels and pool once more, if a linear model reads them.
     """
 
     round: int
@@ -104,6 +105,8 @@ def round_costs(trainer: SSRMTrainer) -> list[RoundCost]:
             scoring += sum((_reading_to_score(data.labeled_pairs.take(part)) for part in parts), Work())
         if round < args.num_rounds:
             scoring += _reading_to_score(shares[round + 1])
+        if round == 0 and trainer.settings.fits_linear_model:
+            scoring += _reading_to_score(data.labeled_pairs) + _reading_to_score(shares[1])
         # Which order of a comparison is read, and how long the pairs of a batch are, is not counted out.
         reads_one_order = trainer.comparison is not None and args.comparison_orders == "random"
         is_exact = round == 0 and num_epochs is not None and not reads_one_order

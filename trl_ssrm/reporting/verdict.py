@@ -31,6 +31,7 @@ def verdict(round_history: list[dict[str, Any]], termination_reason: str | None,
     sentences = [
         _effect(first, kept, name),
         _pretraining(first),
+        _linear_model(first, last),
         _origin(termination_reason, last["round"], kept_round, first),
         _selection(termination_reason, last),
         _next(kept, name, kept_round),
@@ -171,6 +172,16 @@ def _pretraining(first: dict[str, Any]) -> str | None:
         "" if first["is_pretrained"] else f", since it has to lower the log-loss by {first['pretraining_least_gain']}"
     )
     return f"{opening}{asked}: {', '.join(changes)}, on the labels, by fold models that have not seen them."
+
+
+def _linear_model(first: dict[str, Any], last: dict[str, Any]) -> str | None:
+    if last["round"] == 0 or not first.get("linear_has_learned"):
+        return None
+    numbers = " and ".join(f"{words} {_number(first[f'linear_{key}'])}" for key, words in _METRICS.items())
+    return (
+        f"A linear model on the hidden states helped to label the pool: {numbers} on the labels, each by a model that was fitted "
+        "without it."
+    )
 
 
 def _next(kept: dict[str, Any], name: str | None, kept_round: int) -> str:

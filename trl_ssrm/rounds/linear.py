@@ -14,9 +14,8 @@ from ..models.linear import NoStatesError
 from ..scoring.pair_scores import PairScores
 from ..scoring.preference import pairwise_logits
 from .calibrate import fit_temperature
-from .folds import Folds
 from .round_trainer import RoundTrainer
-from .settings import fold_of_pairs
+from .settings import NUM_FOLDS, fold_of_pairs
 
 
 logger = logging.getLogger(__name__)
@@ -40,12 +39,10 @@ class LinearModel:
     Args:
         trainer ([`~trl_ssrm.rounds.round_trainer.RoundTrainer`]):
             The trainer, whose model, labels and run directory are used.
-        folds ([`~trl_ssrm.rounds.folds.Folds`]):
-            Parts of the labels, each of which is predicted by a linear model that was fitted without it.
     """
 
-    def __init__(self, trainer: RoundTrainer, folds: Folds):
-        self.trainer, self.folds = trainer, folds
+    def __init__(self, trainer: RoundTrainer):
+        self.trainer = trainer
         self.start: int | None = None
         self.weights = torch.empty(0)
         self.temperature = 1.0
@@ -59,8 +56,8 @@ class LinearModel:
                 Weights whose hidden states are read, `INITIAL` or `PRETRAINED`.
 
         Returns:
-            `dict[str, Any]`: `linear_accuracy` and `linear_log_loss`, on parts of the labels that were left out; empty if no
-            linear model is fitted.
+            `dict[str, Any]`: `linear_accuracy` and `linear_log_loss` on the labels, each predicted by a model that was fitted without
+            it; and `linear_has_learned`, whether that is better than 0.5 for every pair. Empty if no linear model is fitted.
         """
         trainer, run, data = self.trainer, self.trainer.run, self.trainer.data
         if not trainer.settings.fits_linear_model:
@@ -88,20 +85,24 @@ class LinearModel:
         logits = held_out.numpy()[~data.is_tie]
         self.temperature = fit_temperature(logits, data.prompts[~data.is_tie])
         self.start = start
+        log_loss = float(np.logaddexp(0.0, -logits / self.temperature).mean())
         return {
             "linear_accuracy": float((logits > 0).mean()),
-            "linear_log_loss": float(np.logaddexp(0.0, -logits / self.temperature).mean()),
+            "linear_log_loss": log_loss,
+            "linear_has_learned": log_loss < math.log(2),
         }
 
     def _fitted(self, differences: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights, and predictions for each pair by a model that was fitted without its part of the labels."""
-        data, fold_of = self.trainer.data, self.folds.fold_of
+        """Weights, and predictions for each pair by weights that were fitted without its part of the labels."""
+        data = self.trainer.data
         scale = max(float(np.sqrt((differences**2).sum(1).mean())), np.finfo(np.float32).tiny)
         # The same problem in as many dimensions as there are pairs.
         left, sizes, axes = np.linalg.svd(differences / scale, full_matrices=False)
         features, target = left * sizes, np.where(data.is_tie, 0.5, 1.0)
         held_out = np.empty(len(features))
-        for fold in range(self.folds.num_folds):
+        num_folds = min(NUM_FOLDS, data.num_prompts)
+        fold_of = fold_of_pairs(data.prompts, num_folds, self.trainer.args.seed)
+        for fold in range(num_folds):
             rest = fold_of != fold
             held_out[~rest] = features[~rest] @ fit_to_labels(features[rest], target[rest], data.prompts[rest])
         weights = fit_to_labels(features, target, data.prompts) @ axes / scale
@@ -125,7 +126,8 @@ class LinearModel:
             or it predicts no better.
         """
         trainer, run = self.trainer, self.trainer.run
-        if self.start is None or round > 0 or not has_learned_linearly(trainer.round_history[0]):
+        first = trainer.round_history[0]
+        if self.start is None or round > 0 or not first["linear_has_learned"]:
             return scores
         weights = run.weights_path(self.start)
         run.read_weights(weights, trainer.unwrapped_model)
@@ -140,16 +142,9 @@ class LinearModel:
         )
         run.read_weights(run.weights_path(round), trainer.unwrapped_model)
         linear, own = differences / self.temperature, scores.logits / scores.temperature
-        # The second is turned round, as a comparison in the other order is.
-        logits = (
-            pairwise_logits(np.stack([linear, -own], axis=1)) if trainer.round_history[0]["has_learned"] else linear
-        )
-        return PairScores(logits, rows=scores.rows, lengths=scores.lengths)
-
-
-def has_learned_linearly(facts: dict[str, Any]) -> bool:
-    """`bool`: whether the linear model predicts labels that it has not seen better than 0.5 for every pair, by the facts of round 0."""
-    return facts.get("linear_log_loss", math.inf) < math.log(2)
+        # As for a comparison in two orders, whose second logit is turned round.
+        mean = pairwise_logits(np.stack([linear, -own], axis=1))
+        return PairScores(mean if first["has_learned"] else linear, rows=scores.rows, lengths=scores.lengths)
 
 
 def fit_to_labels(features: np.ndarray, target: np.ndarray, prompts: np.ndarray) -> np.ndarray:

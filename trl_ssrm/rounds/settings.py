@@ -239,15 +239,17 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
         True: "always",
         False: "never",
     }
-    # A round on hard labels asks how sure the model itself is, and so does a threshold for a precision. Only the hidden states of
-    # models that read one completion were tried.
+    # Hard labels and a target precision ask how sure the model itself is. A pairwise model was not tried, and a frozen backbone
+    # is a linear model by itself.
     fits_linear_model = (
         has_soft_labels
+        and labels_by_itself
+        and calibrated_by is not None
         and args.target_precision is None
         and args.preference_model == "scalar"
         and args.round_init == "base"
         and args.num_rounds > 0
-        and num_folds > 0
+        and data.num_prompts > 1
         and not args.freeze_backbone
     )
     return RoundSettings(

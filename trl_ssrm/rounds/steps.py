@@ -25,7 +25,7 @@ from .label import (
     with_texts,
 )
 from .labeling_summary import summarize_labeling
-from .linear import LinearModel, has_learned_linearly
+from .linear import LinearModel
 from .pretraining import Pretraining
 from .round_trainer import RoundTrainer, RunRecorder
 from .run_directory import INITIAL
@@ -191,7 +191,9 @@ class RoundSteps(RoundTrainer):
         if not len(labels["pair"]):
             return "nothing_selected"
         facts = self.round_history[self.round]
-        if self.settings.has_soft_labels and not (facts.get("has_learned", True) or has_learned_linearly(facts)):
+        if self.settings.has_soft_labels and not (
+            facts.get("has_learned", True) or facts.get("linear_has_learned", False)
+        ):
             return "nothing_learned"
         if self.control.should_training_stop:
             return "callback"
