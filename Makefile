@@ -13,6 +13,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile --constraint tests/constraints.txt
 SOURCES = trl_ssrm tests recipes
+# A worker gets tests that follow one another, so that what a file prepares is mostly prepared once.
+WORKERS = --numprocesses 2 --dist worksteal
 
 .PHONY: quickstart test check faults lint clean
 
@@ -21,10 +23,10 @@ quickstart: .venv/quickstart
 
 # Both lines of TRL are run before a failure of one is reported. `pytest` alone draws another order of the tests each time.
 test: lint .venv/dev .venv-trl-1.12/dev
-	@status=0; for venv in .venv .venv-trl-1.12; do $$venv/bin/python -m pytest -p no:randomly --numprocesses 2 || status=1; done; exit $$status
+	@status=0; for venv in .venv .venv-trl-1.12; do $$venv/bin/python -m pytest -p no:randomly $(WORKERS) || status=1; done; exit $$status
 
 check: lint .venv/dev
-	.venv/bin/python -m pytest -p no:randomly --numprocesses 2 -m "not slow"
+	.venv/bin/python -m pytest -p no:randomly $(WORKERS) -m "not slow"
 
 # The fault campaign in its long form; `make faults FAULTS="--seed 1"` draws others.
 faults: .venv/dev

@@ -162,3 +162,16 @@ def test_an_interrupted_run_reads_it_again(make_trainer, monkeypatch):
     resumed.train(resume_from_checkpoint=True)
     assert all(map(torch.equal, resumed.run.read_linear(), before))
     assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+
+
+@pytest.mark.slow
+def test_labels_of_the_pool_are_never_read(make_trainer, tmp_path):
+    rows = preference_rows(40, seed=2)
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    weights = []
+    for number, pool in enumerate((rows, turned)):
+        trainer = make_trainer(unlabeled_dataset=pool, output_dir=str(tmp_path / str(number)), **SETTINGS)
+        trainer.train()
+        assert trainer.round_history[0]["linear_has_learned"]
+        weights.append(weights_of(trainer.model))
+    assert_same_weights(*weights)

@@ -17,10 +17,12 @@ pytestmark = pytest.mark.slow
 run = partial(run_script, "run_script.py")
 
 
-# A round on soft labels begins near its minimum, where rounding decides the first steps, so one round is compared.
-@pytest.mark.parametrize(
-    ("folds", "num_rounds"), [({}, 2), ({"num_folds": 2, "pseudo_label_type": "soft", "num_rounds": 1}, 1)]
-)
+# A round on soft labels begins near its minimum, where rounding decides the first steps, so one round is compared. A linear
+# model helps to label the pool for it.
+SOFT = {"num_folds": 2, "pseudo_label_type": "soft", "num_rounds": 1, "round_init": "base", "pretrain_on_pool": False}
+
+
+@pytest.mark.parametrize(("folds", "num_rounds"), [({}, 2), (SOFT, 1)])
 def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path, folds, num_rounds):
     # A last batch that is not full would be filled up in two processes, and trained on as it is in one.
     settings = {"model": llama, "dataloader_drop_last": True, **folds}
@@ -33,6 +35,15 @@ def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path, folds,
         assert mine == pytest.approx(theirs, abs=1e-2)
     # They shared the work: the main process scored some of the shards only.
     assert 0 < len(two["scored"]) < len(one["scored"])
+
+
+def test_sharded_weights_are_read_by_the_same_linear_model(llama, tmp_path):
+    settings = {"model": llama, "dataloader_drop_last": True, **SOFT}
+    two = run_script("fsdp_script.py", *TWO_PROCESSES, **settings, output_dir=str(tmp_path / "two"))
+    one = run(**settings, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
+    assert len(one["kept"]) == 1 and two["kept"] == one["kept"]
+    assert two["confidence"][0] == pytest.approx(one["confidence"][0], abs=1e-2)
+    assert two["facts"][0]["linear_log_loss"] == pytest.approx(one["facts"][0]["linear_log_loss"], abs=1e-3)
 
 
 # As `accelerate config` writes them, for processes of a CPU.
