@@ -94,8 +94,8 @@ def test_what_the_labels_can_confirm_is_said_where_nothing_was_selected():
 def test_labels_that_taught_nothing_are_named():
     words = " ".join(verdict(history(0, 0)[:1], "nothing_learned", 0))
     assert (
-        "After round 0 the predictions on labels that the model had not seen were no better than 0.5 for every pair, so the pool was "
-        "not labeled; the model is from round 0" in words
+        "After round 0 the predictions on labels that the model had not seen were no better than 0.5 for every pair, by 0.01 of "
+        "log-loss at least, so the pool was not labeled; the model is from round 0" in words
     )
 
 

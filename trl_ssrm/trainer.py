@@ -125,7 +125,7 @@ class SSRMTrainer(RoundSteps):
             Facts of each round, from round 0 on.
         termination_reason (`str` or `None`):
             Why the rounds ended: `"max_rounds"`, `"nothing_selected"`, `"nothing_learned"` (held-out labels are predicted
-            no better than by chance, so soft labels would say nothing), `"no_change"` or `"callback"`.
+            no better than by 0.5 for every pair, so soft labels would say nothing), `"no_change"` or `"callback"`.
 
     Raises:
         ValueError: If the data, the settings or the output directory can't be used; the message says what to change.

@@ -125,7 +125,7 @@ def _origin(reason: str | None, last: int, kept: int, first: dict[str, Any]) -> 
         "max_rounds": f"Round {last} was the last one",
         "nothing_selected": f"After round {last} nothing was selected",
         "nothing_learned": f"After round {last} the predictions on labels that the model had not seen were no better than 0.5 for "
-        "every pair, so the pool was not labeled",
+        "every pair, by 0.01 of log-loss at least, so the pool was not labeled",
         "no_change": f"After round {last} the same pairs were kept with the same labels as before",
         "callback": f"A callback ended the rounds after round {last}",
         None: f"The rounds ended after round {last}",

@@ -1,7 +1,6 @@
 """A linear model on the hidden states of the initial weights, fitted to the labels, that helps to label the pool."""
 
 import logging
-import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from ..io.storage import content_hash
 from ..models.linear import NoStatesError
 from ..scoring.pair_scores import PairScores
 from ..scoring.preference import pairwise_logits
-from .calibrate import fit_temperature
+from .calibrate import fit_temperature, has_learned
 from .round_trainer import RoundTrainer
 from .settings import NUM_FOLDS, fold_of_pairs
 
@@ -57,7 +56,7 @@ class LinearModel:
 
         Returns:
             `dict[str, Any]`: `linear_accuracy` and `linear_log_loss` on the labels, each predicted by a model that was fitted without
-            it; and `linear_has_learned`, whether that is better than 0.5 for every pair. Empty if no linear model is fitted.
+            it; and `linear_has_learned` (see [`~trl_ssrm.rounds.calibrate.has_learned`]). Empty if no linear model is fitted.
         """
         trainer, run, data = self.trainer, self.trainer.run, self.trainer.data
         if not trainer.settings.fits_linear_model:
@@ -85,11 +84,10 @@ class LinearModel:
         logits = held_out.numpy()[~data.is_tie]
         self.temperature = fit_temperature(logits, data.prompts[~data.is_tie])
         self.start = start
-        log_loss = float(np.logaddexp(0.0, -logits / self.temperature).mean())
         return {
             "linear_accuracy": float((logits > 0).mean()),
-            "linear_log_loss": log_loss,
-            "linear_has_learned": log_loss < math.log(2),
+            "linear_log_loss": float(np.logaddexp(0.0, -logits / self.temperature).mean()),
+            "linear_has_learned": has_learned(logits),
         }
 
     def _fitted(self, differences: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,9 +119,9 @@ class LinearModel:
                 The round that has ended.
 
         Returns:
-            [`PairScores`]: the mean of both probabilities at temperature 1; that of the linear model alone, if the model predicts the
-            labels that it has not seen no better than 0.5 for every pair; or the scores as they are, if there is no linear model
-            or it predicts no better.
+            [`PairScores`]: the mean of both probabilities at temperature 1; that of the linear model alone, if the model has not
+            learned (see [`~trl_ssrm.rounds.calibrate.has_learned`]); or the scores as they are, if there is no linear model or it
+            has not.
         """
         trainer, run = self.trainer, self.trainer.run
         first = trainer.round_history[0]

@@ -18,7 +18,7 @@ from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
 from ..scoring.metrics import paired_change, preference_metrics
-from .calibrate import TEMPERATURES
+from .calibrate import LEAST_GAIN, at_best_temperature
 from .folds import Folds
 from .round_trainer import RoundTrainer
 from .run_directory import INITIAL, PRETRAINED
@@ -26,9 +26,6 @@ from .run_directory import INITIAL, PRETRAINED
 
 logger = logging.getLogger(__name__)
 
-# Nats of log-loss, for each label. In quality.py, gains of .02 to .25 were worth 10 to 15 points of accuracy, and one of .001
-# cost 3 points.
-LEAST_GAIN = 0.01
 # Draws of another row for each row, until it has another prompt.
 _DRAWS = 20
 
@@ -164,8 +161,3 @@ def gain(without: np.ndarray, with_pretraining: np.ndarray) -> dict[str, float]:
         metrics = preference_metrics(logits)
         facts |= {f"{name}_{kind}_pretraining": metrics[name] for name in ("accuracy", "log_loss")}
     return facts
-
-
-def at_best_temperature(logits: np.ndarray) -> np.ndarray:
-    """`np.ndarray` of shape `(num_pairs,)`: pair logits, divided by the temperature with the lowest log-loss."""
-    return min((logits / temperature for temperature in TEMPERATURES), key=lambda z: np.logaddexp(0.0, -z).mean())
