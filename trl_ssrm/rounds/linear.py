@@ -125,7 +125,7 @@ class LinearModel:
         """
         trainer, run = self.trainer, self.trainer.run
         first = trainer.round_history[0]
-        if self.start is None or round > 0 or not first["linear_has_learned"]:
+        if self.start is None or round > 0 or not first.get("linear_has_learned"):
             return scores
         weights = run.weights_path(self.start)
         run.read_weights(weights, trainer.unwrapped_model)
