@@ -12,7 +12,7 @@ from trl_ssrm import RoundCallback
 from trl_ssrm.models.linear import mean_states
 from trl_ssrm.rounds import linear
 from trl_ssrm.rounds.linear import PENALTIES, fit_to_labels
-from trl_ssrm.rounds.run_directory import INITIAL
+from trl_ssrm.rounds.run_directory import INITIAL, PRETRAINED
 from trl_ssrm.scoring.pair_scores import sigmoid
 
 
@@ -175,3 +175,11 @@ def test_labels_of_the_pool_are_never_read(make_trainer, tmp_path):
         assert trainer.round_history[0]["linear_has_learned"]
         weights.append(weights_of(trainer.model))
     assert_same_weights(*weights)
+
+
+@pytest.mark.slow
+def test_after_pretraining_there_is_none(make_trainer):
+    trainer = make_trainer(**{**SETTINGS, "pretrain_on_pool": True})
+    trainer.train()
+    assert trainer.start == PRETRAINED and "linear_accuracy" not in trainer.round_history[0]
+    assert trainer.linear_model.start is None and trainer.termination_reason == "max_rounds"
