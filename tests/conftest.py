@@ -269,6 +269,16 @@ def held_out() -> Dataset:
 TRL_DEFAULTS = {"bf16": True, "gradient_checkpointing": True, "use_cpu": True}
 
 
+# The default round: soft labels, from where round 0 has started.
+SOFT_ROUND = {
+    "num_folds": 3,
+    "num_rounds": 1,
+    "pseudo_label_type": "soft",
+    "round_init": "base",
+    "confidence_threshold": None,
+}
+
+
 @pytest.fixture
 def config(tmp_path):
     """Makes configurations of short runs on the CPU."""

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights, preference_rows, weights_of
+from conftest import SOFT_ROUND, assert_same_weights, preference_rows, weights_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ssrm import RoundCallback
@@ -16,14 +16,7 @@ from trl_ssrm.rounds.run_directory import INITIAL, PRETRAINED
 from trl_ssrm.scoring.pair_scores import sigmoid
 
 
-SETTINGS = {
-    "num_folds": 3,
-    "num_rounds": 1,
-    "pseudo_label_type": "soft",
-    "round_init": "base",
-    "confidence_threshold": None,
-    "pretrain_on_pool": False,
-}
+SETTINGS = {**SOFT_ROUND, "pretrain_on_pool": False}
 
 
 def linear_rewards(model, texts: list[str], tokenizer, weights: torch.Tensor) -> torch.Tensor:
@@ -180,6 +173,7 @@ def test_labels_of_the_pool_are_never_read(make_trainer, tmp_path):
 @pytest.mark.slow
 def test_after_pretraining_there_is_none(make_trainer):
     trainer = make_trainer(**{**SETTINGS, "pretrain_on_pool": True})
+    assert not trainer.settings.fits_linear_model
     trainer.train()
     assert trainer.start == PRETRAINED and "linear_accuracy" not in trainer.round_history[0]
     assert trainer.linear_model.start is None and trainer.termination_reason == "max_rounds"

@@ -2,7 +2,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import as_messages, assert_same_weights, weights_of
+from conftest import SOFT_ROUND, as_messages, assert_same_weights, weights_of
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -12,13 +12,6 @@ from trl_ssrm.rounds.run_directory import INITIAL, PRETRAINED
 
 
 WORDS = ["aaaa", "bbbb", "cccc", "dddd"]
-SETTINGS = {
-    "num_folds": 3,
-    "num_rounds": 1,
-    "pseudo_label_type": "soft",
-    "round_init": "base",
-    "confidence_threshold": None,
-}
 
 
 def matching_rows(num_rows: int, seed: int) -> list[dict[str, str]]:
@@ -59,7 +52,7 @@ def make_matching(make_trainer):
             "train_dataset": turned(rows) if is_turned else rows,
             "unlabeled_dataset": pool_rows(num_pool, seed=2),
         }
-        return make_trainer(**{**data, **SETTINGS, **settings})
+        return make_trainer(**{**data, **SOFT_ROUND, **settings})
 
     return make
 
@@ -74,6 +67,8 @@ def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path):
     assert facts["log_loss_with_pretraining"] < facts["log_loss_without_pretraining"]
     without = make_matching(eval_dataset=held_out, pretrain_on_pool=False, output_dir=str(tmp_path / "without"))
     without.train()
+    # A linear model helps to label the pool only where pretraining is not used.
+    assert "linear_accuracy" not in facts and "linear_accuracy" in without.round_history[0]
     for round in range(2):
         one, other = (each.round_history[round]["eval_accuracy"] for each in (trainer, without))
         assert one > other + 0.05
@@ -108,7 +103,7 @@ def test_labels_refuse_pretraining_that_ranks_them_wrong(make_matching, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "pairwise"])
 def test_labels_of_the_pool_are_never_read(llama, causal, config, tmp_path, kind):
-    settings = {**SETTINGS, "num_folds": 0, "pretrain_on_pool": True}
+    settings = {**SOFT_ROUND, "num_folds": 0, "pretrain_on_pool": True}
     if kind == "pairwise":
         settings |= {"preference_model": "pairwise", "max_length": 256}
     weights = []
@@ -181,7 +176,7 @@ def test_a_completion_is_paired_with_one_of_another_prompt(make_trainer, has_mes
 @pytest.mark.slow
 def test_a_pool_without_prompts_is_not_pretrained_on(make_trainer, caplog):
     rows = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in matching_rows(30, seed=2)]
-    trainer = make_trainer(train_dataset=rows[:8], unlabeled_dataset=rows[8:], **SETTINGS)
+    trainer = make_trainer(train_dataset=rows[:8], unlabeled_dataset=rows[8:], **SOFT_ROUND)
     trainer.train()
     assert trainer.start == INITIAL and "no two different prompts" in caplog.text
 

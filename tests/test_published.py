@@ -233,6 +233,16 @@ def test_empty_texts_are_read_as_published(llama, ranked, tmp_path):
             rmb_row("Helpfulness", chosen={"answer": "a"}, reject={"text": "b"}),
             "`reject` of row 0 of `dataset` mu",
         ),
+        (
+            "rmb",
+            rmb_row("Helpfulness", bon_best=answer("a"), loser_list=[]),
+            "`loser_list` of row 0 of `dataset` is empty, so the best",
+        ),
+        (
+            "rmb",
+            {"conversation_input": [{"content": "a"}], "chosen": answer("a"), "reject": answer("b")},
+            "`conversation_input` of row 0 of `dataset` must be a list of messages with `role`",
+        ),
     ],
 )
 def test_rows_of_another_form_are_named_before_the_model_is_loaded(benchmark, row, message):

@@ -163,6 +163,10 @@ def _of_rmb(row: dict[str, Any], where: str) -> dict[str, Any]:
 def _of_rmb_best(row: dict[str, Any], where: str) -> dict[str, Any]:
     best = _answer(row["bon_best"], "bon_best", where)
     others = [_answer(each, "loser_list", where) for each in row["loser_list"] or []]
+    if not others:
+        raise ValueError(
+            f"`loser_list` of {where} is empty, so the best completion has nothing to beat; drop the row."
+        )
     labels = [True] + [False] * len(others)
     return {
         "prompt": _conversation(row, where),
@@ -180,9 +184,14 @@ def _answer(value: Any, name: str, where: str) -> list[dict[str, str]]:
 
 def _conversation(row: dict[str, Any], where: str) -> list[dict[str, str]]:
     turns = row["conversation_input"]
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"`conversation_input` of {where} must be a list of messages, as in RMB.")
-    return [{"role": turn["role"], "content": turn["content"] or ""} for turn in turns]
+    are_messages = isinstance(turns, list) and all(
+        isinstance(turn, dict) and turn.get("role") and isinstance(turn.get("content"), str | None) for turn in turns
+    )
+    if not turns or not are_messages:
+        raise ValueError(
+            f"`conversation_input` of {where} must be a list of messages with `role` and `content`, as in RMB."
+        )
+    return [{"role": turn["role"], "content": turn.get("content") or ""} for turn in turns]
 
 
 def _goal(row: dict[str, Any]) -> str | None:

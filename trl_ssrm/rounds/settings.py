@@ -58,7 +58,8 @@ class RoundSettings:
             Whether the model is pretrained on the texts of the pool: `"never"`, `"always"`, or `"if_better"`, where the fold
             models decide.
         fits_linear_model (`bool`):
-            Whether a linear model on the hidden states helps to label the pool for round 1.
+            Whether a linear model on the hidden states helps to label the pool for round 1, unless the fold models decide for
+            pretraining.
         num_train_epochs (`float`, *optional*):
             Number of epochs of a round after round 0; `None` if `max_steps` decides.
         confidence_threshold (`float`, *optional*):
@@ -239,8 +240,8 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
         True: "always",
         False: "never",
     }
-    # Hard labels and a target precision ask how sure the model itself is. A pairwise model was not tried, and a frozen backbone
-    # is a linear model by itself.
+    # Hard labels and a target precision ask how sure the model itself is. After pretraining it adds nothing. A pairwise model was
+    # not tried, and a frozen backbone is a linear model by itself.
     fits_linear_model = (
         has_soft_labels
         and labels_by_itself
@@ -250,6 +251,7 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
         and args.round_init == "base"
         and args.num_rounds > 0
         and data.num_prompts > 1
+        and not args.pretrain_on_pool
         and not args.freeze_backbone
     )
     return RoundSettings(

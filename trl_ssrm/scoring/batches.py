@@ -117,7 +117,8 @@ class Scorer:
                 Progress bar, updated with the number of tokens.
 
         Returns:
-            `np.ndarray` of shape `(num_sequences,)`, float32: the scores.
+            `np.ndarray` of shape `(num_sequences,)`, float32: the scores. Where the model gives several numbers, they come in a
+            second dimension.
 
         Raises:
             ValueError: If the model has no embedding for a token ID.
