@@ -29,7 +29,7 @@ from trl import (
 )
 
 from trl_ssrm import SSRMRewardFunction, generate_completions, label_preferences
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 
 
 @dataclass
@@ -117,5 +117,5 @@ def main(script_args: DPOScriptArguments, training_args: DPOConfig, model_args: 
 
 if __name__ == "__main__":
     parser = TrlParser((DPOScriptArguments, DPOConfig, ModelConfig))
-    with one_line_errors():
+    with running_script():
         main(*parser.parse_args_and_config())

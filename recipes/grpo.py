@@ -29,7 +29,7 @@ from trl import (
 )
 
 from trl_ssrm import SSRMRewardFunction
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 
 
 @dataclass
@@ -77,5 +77,5 @@ def main(script_args: GRPOScriptArguments, training_args: GRPOConfig, model_args
 
 if __name__ == "__main__":
     parser = TrlParser((GRPOScriptArguments, GRPOConfig, ModelConfig))
-    with one_line_errors():
+    with running_script():
         main(*parser.parse_args_and_config())

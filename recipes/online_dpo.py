@@ -21,7 +21,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from trl_ssrm import SSRMRewardFunction
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 
 
 @dataclass
@@ -84,5 +84,5 @@ def main(script_args: OnlineDPOScriptArguments, training_args: OnlineDPOConfig, 
 
 if __name__ == "__main__":
     parser = TrlParser((OnlineDPOScriptArguments, OnlineDPOConfig, ModelConfig))
-    with one_line_errors():
+    with running_script():
         main(*parser.parse_args_and_config())

@@ -38,7 +38,7 @@ from trl import (
 )
 
 from trl_ssrm import SSRMConfig, SSRMRewardFunction, SSRMTrainer, generate_completions, label_preferences
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 from trl_ssrm.io.files import write_record
 from trl_ssrm.io.storage import changed_facts
 
@@ -230,5 +230,5 @@ def main(script_args: PipelineArguments, training_args: SSRMConfig, model_args: 
 
 if __name__ == "__main__":
     parser = TrlParser((PipelineArguments, SSRMConfig, ModelConfig))
-    with one_line_errors():
+    with running_script():
         main(*parser.parse_args_and_config())

@@ -23,7 +23,7 @@ from datasets import Dataset, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_ssrm import load_ppo_models
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 
 
 try:
@@ -103,5 +103,5 @@ def main(script_args: PPOScriptArguments, training_args: PPOConfig, model_args: 
 
 if __name__ == "__main__":
     parser = TrlParser((PPOScriptArguments, PPOConfig, ModelConfig))
-    with one_line_errors():
+    with running_script():
         main(*parser.parse_args_and_config())

@@ -26,7 +26,7 @@ from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_ssrm import SSRMConfig, SSRMRewardFunction, SSRMTrainer, evaluate
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 
 
 THEMES = {
@@ -147,5 +147,5 @@ def main(script_args: RecommendationArguments, training_args: SSRMConfig, model_
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with running_script():
         main(*TrlParser((RecommendationArguments, SSRMConfig, ModelConfig)).parse_args_and_config())

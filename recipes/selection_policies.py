@@ -17,7 +17,7 @@ from datasets import Dataset, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config, maybe_extract_prompt
 
 from trl_ssrm import PairScores, PseudoLabelingCallback, SSRMConfig, SSRMTrainer
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 
 
 def follows_the_model(momentum: float = 0.5) -> Callable[[PairScores], np.ndarray]:
@@ -143,5 +143,5 @@ def main(script_args: PolicyArguments, training_args: SSRMConfig, model_args: Mo
 
 if __name__ == "__main__":
     parser = TrlParser((PolicyArguments, SSRMConfig, ModelConfig))
-    with one_line_errors():
+    with running_script():
         main(*parser.parse_args_and_config())

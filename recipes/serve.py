@@ -27,7 +27,7 @@ from fastapi import FastAPI, HTTPException
 from trl import TrlParser
 
 from trl_ssrm import SSRMRewardFunction
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 
 
 @dataclass
@@ -93,5 +93,5 @@ def main(args: ServeArguments) -> None:
 
 if __name__ == "__main__":
     parser = TrlParser(ServeArguments)
-    with one_line_errors():
+    with running_script():
         main(*parser.parse_args_and_config())

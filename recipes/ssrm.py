@@ -27,7 +27,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
 from trl_ssrm.alignment.labeling import load_labeler
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 
 
 @dataclass
@@ -101,5 +101,5 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
 
 if __name__ == "__main__":
     parser = TrlParser((SSRMScriptArguments, SSRMConfig, ModelConfig))
-    with one_line_errors():
+    with running_script():
         main(*parser.parse_args_and_config())

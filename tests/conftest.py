@@ -11,7 +11,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset, disable_progress_bars
 from hypothesis import HealthCheck, settings
+from processes import run_python
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -367,26 +367,21 @@ def trained_judge(causal, tmp_path_factory) -> str:
     return directory
 
 
-# `--multi_gpu` is what starts several processes; without a GPU they are of the CPU.
-TWO_PROCESSES = (
-    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-)
-
-
-def run_script(name: str, *command: str, **settings) -> dict | None:
-    """What the main process of a script of this directory printed last, or `None` if it was killed."""
-    script = Path(__file__).parent / name
-    paths = [str(script.parent), str(script.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [*(command or [sys.executable]), str(script), json.dumps(settings)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run_script(name: str, *launcher: str, num_processes: int = 1, **settings) -> dict | None:
+    """
+    What the main process of a script of this directory printed last, or `None` if one was killed. A `launcher` is the
+    command that starts its processes; without it they are forked.
+    """
+    words = [str(Path(__file__).parent / name), json.dumps(settings)]
+    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"PYTHONPATH": os.pathsep.join(paths)}
+    if launcher:
+        environment = {**os.environ, **own}
+        done = subprocess.run(
+            [*launcher, *words], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+    else:
+        done = run_python(words, own, num_processes)
     if done.returncode == -signal.SIGKILL:
         return None
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, set_see
 from trl_ssrm import SSRMRewardFunction, SSRMTrainer, load_reward_model
 
 
+pytestmark = pytest.mark.any_trl
+
 # Each family calls its sizes by other names, and ignores those of the others.
 SIZES = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},

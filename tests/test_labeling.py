@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TWO_PROCESSES, as_messages, letter_rows, preference_rows, run_script
+from conftest import as_messages, letter_rows, preference_rows, run_script
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -203,7 +203,7 @@ def test_killed_job_resumes_to_the_result_of_the_undisturbed_one(policy, scorer,
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_give_the_labels_of_one(policy, scorer, undisturbed, tmp_path, sharded):
     settings = {"policy": policy, "reward_model": scorer, "output_dir": str(tmp_path), "sharded": sharded}
-    two = run_script("label_script.py", *TWO_PROCESSES, **settings)
+    two = run_script("label_script.py", num_processes=2, **settings)
     assert two["completions"] == undisturbed["completions"]
     for mine, theirs in zip(two["labels"], undisturbed["labels"], strict=True):
         numbers = ("reward_margin", "confidence")

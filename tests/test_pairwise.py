@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    TWO_PROCESSES,
     as_messages,
     preference_rows,
     run_script,
@@ -353,7 +352,7 @@ def test_two_processes_keep_the_pairs_of_one(causal, tmp_path):
     one = run_script("run_script.py", **settings, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
     two = run_script(
         "run_script.py",
-        *TWO_PROCESSES,
+        num_processes=2,
         **settings,
         output_dir=str(tmp_path / "two"),
         per_device_train_batch_size=4,

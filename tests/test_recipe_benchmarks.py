@@ -10,7 +10,7 @@ from datasets import Dataset
 from recipe_runs import RECIPES, run_as_script, run_recipe
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_trl]
 
 
 def test_benchmark_makes_its_table_and_does_not_measure_twice(llama, tmp_path):

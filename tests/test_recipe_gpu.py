@@ -15,7 +15,7 @@ from packaging.version import Version
 from recipe_runs import RECIPES
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_trl]
 
 
 def run_part(part: int, model: str, directory: Path) -> tuple[dict, str]:

@@ -1,8 +1,6 @@
-import os
+import importlib.util
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +8,10 @@ import pytest
 import torch
 import trl
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import TWO_PROCESSES, letter_rows
+from conftest import letter_rows
 from datasets import Dataset
 from packaging.version import Version
+from processes import run_python
 from recipe_runs import ON_CPU, RECIPES, arguments, run_recipe
 from safetensors.torch import load_file
 
@@ -106,12 +105,8 @@ def reward_model(policy, letters, tmp_path_factory) -> str:
     """Directory that `ssrm.py` saved."""
     directory = tmp_path_factory.mktemp("reward_model")
     settings = {**ON_CPU, **reward_model_settings(policy, letters, directory)}
-    subprocess.run(
-        [sys.executable, *arguments("ssrm", settings)],
-        env={**os.environ, "PYTHONPATH": str(RECIPES.parent)},
-        check=True,
-        timeout=300,
-    )
+    done = run_python(arguments("ssrm", settings), {"PYTHONPATH": str(RECIPES.parent)})
+    assert done.returncode == 0, done.stderr[-3000:]
     return str(directory)
 
 
@@ -251,11 +246,10 @@ def test_more_rows_than_there_are_and_unknown_padding_are_refused(policy, letter
 def test_script_of_trl_takes_the_reward_function_by_its_import_path(kind, policy, letters, reward_model, tmp_path):
     settings = {**policy_settings(kind, policy, letters, reward_model, tmp_path), **ON_CPU, "max_steps": 2}
     del settings["reward_model_name_or_path"], settings["reward_model_dtype"]
-    command = [sys.executable, "-m", f"trl.scripts.{kind}", "--reward_funcs", "trl_ssrm.ssrm_reward"]
+    command = [importlib.util.find_spec(f"trl.scripts.{kind}").origin, "--reward_funcs", "trl_ssrm.ssrm_reward"]
     for name, value in {**settings, "report_to": "none", "logging_steps": 1}.items():
         command += [f"--{name}", str(value)]
-    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent), "SSRM_REWARD_MODEL": reward_model}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = run_python(command, {"PYTHONPATH": str(RECIPES.parent), "SSRM_REWARD_MODEL": reward_model})
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"rewards/{Path(reward_model).name}/mean" in done.stdout
 
@@ -265,14 +259,7 @@ def test_two_processes_train_a_policy(name, policy, letters, reward_model, tmp_p
     settings = {**policy_settings(name, policy, letters, reward_model, tmp_path), **ON_CPU}
     settings |= {"per_device_train_batch_size": 4, "logging_steps": 1}
     settings |= {"dpo": {"num_prompts": 32}, "ppo": {"total_episodes": 16}}.get(name, {"max_steps": 2})
-    done = subprocess.run(
-        [*TWO_PROCESSES, *arguments(name, settings)],
-        env={**os.environ, "PYTHONPATH": str(RECIPES.parent)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_python(arguments(name, settings), {"PYTHONPATH": str(RECIPES.parent)}, num_processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "model.safetensors").is_file()
 

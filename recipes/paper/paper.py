@@ -44,7 +44,7 @@ from trl_ssrm import (
     generate_completions,
     label_preferences,
 )
-from trl_ssrm.cli.errors import one_line_errors
+from trl_ssrm.cli.errors import running_script
 from trl_ssrm.io.files import write_json
 from trl_ssrm.io.sources import load_data
 
@@ -390,5 +390,5 @@ def main(script_args: PaperArguments, training_args: SSRMConfig, model_args: Mod
 
 if __name__ == "__main__":
     parser = TrlParser((PaperArguments, SSRMConfig, ModelConfig))
-    with one_line_errors():
+    with running_script():
         main(*parser.parse_args_and_config())

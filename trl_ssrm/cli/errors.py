@@ -71,17 +71,27 @@ def exit_status(function: Callable[[], int | None], prog: str, debug: bool = Fal
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def running_script() -> Iterator[None]:
     """
-    End a script after wrong input as the commands do: with one line on the standard error. With `python -X dev`, and for any
-    other error, Python prints its traceback.
+    End a script as the commands end: after wrong input, with one line on the standard error; with several processes, by leaving
+    their group. With `python -X dev`, and for any other error, Python prints its traceback.
     """
     try:
         yield
+        leave_process_group()
     except _EXPECTED as error:
         if sys.flags.dev_mode:
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {sentence(error)}")
+
+
+def leave_process_group() -> None:
+    """Leave the other processes. One that ends while the threads of the group are at work aborts now and then."""
+    # Not before a command needs it: it takes seconds.
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def take_debug(argv: list[str]) -> tuple[bool, list[str]]:

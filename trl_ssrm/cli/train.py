@@ -32,7 +32,7 @@ from ..io.sources import load_data, load_splits
 from ..models.calibration import load_temperature
 from .arguments import TrainingParser
 from .dry_run import dry_run
-from .errors import ERROR, INTERRUPTED, sentence, take_debug, tell
+from .errors import ERROR, INTERRUPTED, leave_process_group, sentence, take_debug, tell
 from .help import TRAIN_EPILOG, TRAIN_HELP
 
 
@@ -380,8 +380,7 @@ def _main() -> int:
             # The launcher prints the error of the process that failed first.
             ErrorHandler().record_exception(ValueError(sentence(error)))
         return ERROR
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
     return 0
 
 
