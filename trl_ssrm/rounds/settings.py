@@ -209,23 +209,7 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
     _check_drop_last(args, data, num_folds)
     num_held_out = num_calibration or (int((~data.is_tie).sum()) if num_folds else 0)
     calibrated_by = "calibration" if num_calibration else "cross_fit" if num_folds else None
-    if args.target_precision is not None and calibrated_by is None:
-        raise ValueError(
-            "`target_precision` needs `calibration_dataset`: there are no fold models here, since a teacher or a callback "
-            "labels the pool, `load_best_model_at_end` is set, or the labeled pairs have one prompt only."
-        )
-    if args.target_precision is not None and not labels_by_itself:
-        raise ValueError(
-            "`target_precision` finds a threshold for the confidence of the trained model, but a teacher or a callback with "
-            "a `score` of its own labels the pool here; set `confidence_threshold`."
-        )
-    # The precision that these labels could confirm if all of them were predicted right; 0 without any.
-    highest = float(wilson_lower_bound(np.array([num_held_out]), np.array([num_held_out]))[0])
-    if args.target_precision is not None and highest < args.target_precision:
-        raise ValueError(
-            f"`target_precision` is {args.target_precision}, but {num_held_out} held-out labels can confirm {highest:.3f} "
-            "at most, even if all are predicted right. Lower it, or give more labels."
-        )
+    _check_target_precision(args, labels_by_itself, calibrated_by, num_held_out)
     threshold: dict[str, Any] = {name: getattr(args, name) for name in ("confidence_threshold", "target_precision")}
     has_soft_labels = args.pseudo_label_type == "soft"
     if all(value is None for value in threshold.values()):
@@ -240,27 +224,13 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
         True: "always",
         False: "never",
     }
-    # Hard labels and a target precision ask how sure the model itself is. After pretraining it adds nothing. A pairwise model was
-    # not tried, and a frozen backbone is a linear model by itself.
-    fits_linear_model = (
-        has_soft_labels
-        and labels_by_itself
-        and calibrated_by is not None
-        and args.target_precision is None
-        and args.preference_model == "scalar"
-        and args.round_init == "base"
-        and args.num_rounds > 0
-        and data.num_prompts > 1
-        and not args.pretrain_on_pool
-        and not args.freeze_backbone
-    )
     return RoundSettings(
         num_folds,
         calibrated_by,
         keeps_best_round,
         has_soft_labels,
         pretrains[args.pretrain_on_pool],
-        fits_linear_model,
+        _fits_linear_model(args, data, labels_by_itself, calibrated_by),
         num_train_epochs,
         **threshold,
     )
@@ -283,6 +253,50 @@ def fold_of_pairs(prompts: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
     """
     places = np.random.default_rng(seed).permutation(int(prompts.max()) + 1)
     return places[prompts] % num_folds
+
+
+def _check_target_precision(
+    args: SSRMConfig, labels_by_itself: bool, calibrated_by: str | None, num_held_out: int
+) -> None:
+    """Refuse a precision that no held-out labels can find or confirm."""
+    if args.target_precision is None:
+        return
+    if calibrated_by is None:
+        raise ValueError(
+            "`target_precision` needs `calibration_dataset`: there are no fold models here, since a teacher or a callback "
+            "labels the pool, `load_best_model_at_end` is set, or the labeled pairs have one prompt only."
+        )
+    if not labels_by_itself:
+        raise ValueError(
+            "`target_precision` finds a threshold for the confidence of the trained model, but a teacher or a callback with "
+            "a `score` of its own labels the pool here; set `confidence_threshold`."
+        )
+    # The precision that these labels could confirm if all of them were predicted right; 0 without any.
+    highest = float(wilson_lower_bound(np.array([num_held_out]), np.array([num_held_out]))[0])
+    if highest < args.target_precision:
+        raise ValueError(
+            f"`target_precision` is {args.target_precision}, but {num_held_out} held-out labels can confirm {highest:.3f} "
+            "at most, even if all are predicted right. Lower it, or give more labels."
+        )
+
+
+def _fits_linear_model(args: SSRMConfig, data: RunData, labels_by_itself: bool, calibrated_by: str | None) -> bool:
+    """
+    Whether a linear model helps to label the pool. Hard labels and a target precision ask how sure the model itself is. After
+    pretraining it adds nothing. A pairwise model was not tried, and a frozen backbone is a linear model by itself.
+    """
+    return (
+        args.pseudo_label_type == "soft"
+        and labels_by_itself
+        and calibrated_by is not None
+        and args.target_precision is None
+        and args.preference_model == "scalar"
+        and args.round_init == "base"
+        and args.num_rounds > 0
+        and data.num_prompts > 1
+        and not args.pretrain_on_pool
+        and not args.freeze_backbone
+    )
 
 
 def _check_drop_last(args: SSRMConfig, data: RunData, num_folds: int) -> None:
