@@ -152,6 +152,7 @@ def test_teacher_labels_the_pool(llama, bert, run_settings, data, tmp_path):
     assert f"({data / 'pool.csv'}), which {teacher} has labeled." in card
 
 
+@pytest.mark.any_trl
 @pytest.mark.parametrize("launcher", [[], ["--num_processes", "1"]])
 def test_interrupted_training_is_resumed(launcher, run_settings, data, tmp_path, capsys):
     settings = {**run_settings, "calibration_dataset_name": data / "calibration.parquet"}
@@ -176,6 +177,7 @@ def test_interrupted_training_is_resumed(launcher, run_settings, data, tmp_path,
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=1)
 
 
+@pytest.mark.any_trl
 def test_several_processes_tell_an_error_once(run_settings):
     settings = {
         **run_settings,

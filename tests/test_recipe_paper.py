@@ -153,6 +153,7 @@ def test_experiment_ends_with_a_table_and_four_figures(kind, model, data, llama,
         run_as_script(*words, "--judge_name_or_path", "another")
 
 
+@pytest.mark.any_trl
 def test_killed_experiment_goes_on(model, data, tmp_path):
     words = command("llama", model("llama"), data, tmp_path / "killed", "--steps", "train")
     environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.any_trl
 def test_faulty_run_ends_as_the_one_that_was_left_alone():
     # Every place and every signal; the setups are drawn.
     faults = ("--num_kills", "6", "--num_full_disks", "1", "--num_damages", "1")
