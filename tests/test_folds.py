@@ -3,7 +3,7 @@ import pytest
 from conftest import assert_same_weights, preference_rows, weights_of
 from transformers import TrainerCallback
 
-from trl_ssrm import PseudoLabelingCallback
+from trl_ssrm import PseudoLabelingCallback, SSRMRewardFunction
 from trl_ssrm.rounds.callback import RoundCallback
 from trl_ssrm.rounds.run_directory import INITIAL
 
@@ -185,3 +185,15 @@ def test_labels_that_teach_nothing_end_the_rounds(make_trainer, held_out):
     trainer = make_trainer(**settings, calibration_dataset=turned)
     trainer.train()
     assert trainer.termination_reason == "nothing_learned" and len(trainer.round_history) == 1
+    # The pool is not scored for nothing.
+    assert not trainer.run.round_dir(1).exists()
+
+
+def test_a_teacher_labels_the_pool_whatever_its_student_has_learned(make_trainer, held_out, llama, tmp_path):
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in held_out]
+    settings = {"pseudo_label_type": "soft", "confidence_threshold": 0.5, "num_train_epochs": 8, "num_rounds": 1}
+    callback = PseudoLabelingCallback(teacher=SSRMRewardFunction(llama))
+    trainer = make_trainer(**settings, calibration_dataset=turned, callbacks=[callback])
+    trainer.train()
+    assert not trainer.round_history[0]["has_learned"]
+    assert trainer.termination_reason == "max_rounds" and trainer.round_history[1]["num_train_pairs"] > 16

@@ -310,8 +310,8 @@ class SSRMTrainer(RoundSteps):
             while True:
                 self.train_round(ignore_keys_for_eval)
                 self.measure_round()
-                if self.round == self.args.num_rounds:
-                    self.termination_reason = "max_rounds"
+                if (reason := self.reason_not_to_label()) is not None:
+                    self.termination_reason = reason
                     break
                 self.begin_labeling()
                 if not self.has_labels:

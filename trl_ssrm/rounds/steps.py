@@ -121,6 +121,15 @@ class RoundSteps(RoundTrainer):
         self.accelerator.wait_for_everyone()
         self._tell("on_round_end", round=self.round, facts=facts, round_history=self.round_history)
 
+    def reason_not_to_label(self) -> str | None:
+        """`str` or `None`: why the pool is not labeled for another round, if it is not."""
+        if self.round == self.args.num_rounds:
+            return "max_rounds"
+        facts = self.round_history[self.round]
+        has_learned = facts.get("has_learned", True) or facts.get("linear_has_learned", False)
+        is_asked = self.settings.has_soft_labels and self.pseudo_labeling_callback.labels_by_itself
+        return "nothing_learned" if is_asked and not has_learned else None
+
     def begin_labeling(self) -> None:
         """Tell the callbacks that the pool is labeled now, and what is known of the round that labels it."""
         facts = self.round_history[self.round]
@@ -190,11 +199,6 @@ class RoundSteps(RoundTrainer):
         """`str` or `None`: why the next round is not trained, if it is not."""
         if not len(labels["pair"]):
             return "nothing_selected"
-        facts = self.round_history[self.round]
-        if self.settings.has_soft_labels and not (
-            facts.get("has_learned", True) or facts.get("linear_has_learned", False)
-        ):
-            return "nothing_learned"
         if self.control.should_training_stop:
             return "callback"
         if self.round == 0 or self.args.pool_per_round == "shard":
