@@ -77,12 +77,24 @@ def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path):
 def test_gain_is_paired_and_at_the_best_temperature():
     # Right on 3 of 4 at any size: the odds that fit are 3, so the log-loss is that of a coin with .75.
     coin = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
-    facts = gain(np.array([5.0, -5.0, 5.0, -5.0]), np.array([0.1, 0.1, 0.1, -0.1]))
+    without, trained = np.array([5.0, -5.0, 5.0, -5.0]), np.array([0.1, 0.1, 0.1, -0.1])
+    facts = gain(trained, without, trained, np.arange(4))
     assert (facts["accuracy_without_pretraining"], facts["accuracy_with_pretraining"]) == (0.5, 0.75)
     assert facts["log_loss_with_pretraining"] == pytest.approx(coin, abs=1e-3)
     assert facts["log_loss_without_pretraining"] == pytest.approx(np.log(2), abs=1e-3)
     # One of four pairs becomes right.
     assert facts["pretraining_accuracy_change_error"] == pytest.approx(np.std([0, 1, 0, 0], ddof=1) / 2)
+
+
+def test_evidence_counts_prompts_and_not_pairs():
+    right, coin = np.array([1.0, 1.0, 1.0, -1.0]), np.array([1.0, -1.0, 1.0, -1.0])
+    log_loss = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    # Ranking three of four right is as unlikely by chance as the log-loss gets lower by it.
+    evidence = gain(right, coin, right, np.arange(4))["pretraining_evidence"]
+    assert evidence == pytest.approx(2 * 4 * (np.log(2) - log_loss), abs=1e-2)
+    # Ten pairs of each prompt tell no more.
+    many = (np.repeat(logits, 10) for logits in (right, coin, right))
+    assert gain(*many, np.repeat(np.arange(4), 10))["pretraining_evidence"] == pytest.approx(evidence)
 
 
 @pytest.mark.slow

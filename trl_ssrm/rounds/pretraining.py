@@ -17,7 +17,6 @@ from datasets import Dataset
 from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
-from ..scoring.metrics import paired_change, preference_metrics
 from .calibrate import LEAST_GAIN, at_best_temperature
 from .folds import Folds
 from .round_trainer import RoundTrainer
@@ -26,6 +25,9 @@ from .run_directory import INITIAL, PRETRAINED
 
 logger = logging.getLogger(__name__)
 
+# Nats of evidence for pretraining that the labels have to give, each prompt counted once; see [`gain`]. With 50 labels, draws of
+# quality.py that pretraining is good for had 6 and more, and two of RMB's, whose 14 prompts liked it by luck, under 4.
+LEAST_EVIDENCE = 3.0
 # Draws of another row for each row, until it has another prompt.
 _DRAWS = 20
 
@@ -48,9 +50,10 @@ class Pretraining:
         """
         Train the fold models, and choose the weights that the rounds start from.
 
-        Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
-        pairs but ties right. And the log-loss, at its best temperature, of fold models that start from them, on the labels that
-        they have not seen, is lower by `LEAST_GAIN` than that of fold models that start from the initial weights.
+        Pretrained weights are chosen if three things hold. Without having seen a label, they rank more than half of the labeled
+        pairs but ties right. Fold models that start from them have a log-loss, on the labels that they have not seen, that is lower
+        by `LEAST_GAIN` than that of fold models that start from the initial weights. And both together are evidence of
+        `LEAST_EVIDENCE` nats (see [`gain`]), which labels of a few prompts can't give.
 
         Args:
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -75,8 +78,10 @@ class Pretraining:
         if facts["pretraining_accuracy"] <= 0.5:
             return INITIAL, {**facts, "is_pretrained": False}
         self.folds.train(PRETRAINED, ignore_keys_for_eval)
-        facts |= gain(*(self.folds.held_out_logits(start) for start in (INITIAL, PRETRAINED)))
-        is_better = facts["log_loss_with_pretraining"] <= facts["log_loss_without_pretraining"] - LEAST_GAIN
+        without, with_pretraining = (self.folds.held_out_logits(start) for start in (INITIAL, PRETRAINED))
+        facts |= gain(logits, without, with_pretraining, trainer.data.prompts[~trainer.data.is_tie])
+        lower = facts["log_loss_without_pretraining"] - facts["log_loss_with_pretraining"]
+        is_better = lower >= LEAST_GAIN and facts["pretraining_evidence"] >= LEAST_EVIDENCE
         return PRETRAINED if is_better else INITIAL, {**facts, "is_pretrained": is_better}
 
     def _pairs(self) -> Dataset | None:
@@ -140,24 +145,44 @@ def pretraining_pairs(pool: Pool, seed: int) -> Iterator[dict[str, Any]]:
                 yield {"prompt": one["prompt"], "chosen": one["chosen"], "rejected": another["chosen"]}
 
 
-def gain(without: np.ndarray, with_pretraining: np.ndarray) -> dict[str, float]:
+def gain(
+    untrained: np.ndarray, without: np.ndarray, with_pretraining: np.ndarray, prompts: np.ndarray
+) -> dict[str, float]:
     """
-    What pretraining changes on pairs that the models have not seen, each at the temperature that is best for it: how well the
-    pairs are ranked counts, and not how sure the model is, which the temperature mends later.
+    What the labels say for pretraining. Each prompt counts once, however many pairs it has, since pairs of one prompt tell much
+    the same.
+
+    Two things are evidence, in nats of log-likelihood over all prompts: how much better than by chance the pretrained model ranks the
+    pairs; and by how much pretraining lowers the log-loss of fold models on pairs that they have not seen. For the latter, each
+    has the temperature that is best for it: how well pairs are ranked counts, and not how sure the model is, which the temperature
+    mends later.
 
     Args:
+        untrained (`np.ndarray` of shape `(num_pairs,)`):
+            Pair logits `z = r(chosen) - r(rejected)` of the pretrained model, which has seen no label.
         without, with_pretraining (`np.ndarray` of shape `(num_pairs,)`):
-            Pair logits `z = r(chosen) - r(rejected)`.
+            Those of fold models that start from either weights.
+        prompts (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Number of the prompt of each pair; there are two prompts or more.
 
     Returns:
         `dict[str, float]`: `accuracy` and `log_loss`, `_without_pretraining` and `_with_pretraining`, the standard errors of
-        their differences, `pretraining_accuracy_change_error` and `pretraining_log_loss_change_error`, and the gain in log-loss
-        that is asked for, `pretraining_least_gain`.
+        their differences, `pretraining_accuracy_change_error` and `pretraining_log_loss_change_error`,
+        `pretraining_evidence`, and what is asked for, `pretraining_least_gain` and `pretraining_least_evidence`.
     """
-    before, after = at_best_temperature(without), at_best_temperature(with_pretraining)
-    facts = {f"pretraining_{name}": value for name, value in paired_change(after, before).items() if "error" in name}
-    facts["pretraining_least_gain"] = LEAST_GAIN
-    for kind, logits in (("without", before), ("with", after)):
-        metrics = preference_metrics(logits)
-        facts |= {f"{name}_{kind}_pretraining": metrics[name] for name in ("accuracy", "log_loss")}
-    return facts
+    _, prompts, num_pairs = np.unique(prompts, return_inverse=True, return_counts=True)
+
+    def by_prompt(values: np.ndarray) -> np.ndarray:
+        return np.bincount(prompts, weights=values) / num_pairs
+
+    facts = {"pretraining_least_gain": LEAST_GAIN, "pretraining_least_evidence": LEAST_EVIDENCE}
+    logits_of = {"without": at_best_temperature(without), "with": at_best_temperature(with_pretraining)}
+    for metric, function in (("accuracy", lambda z: z > 0), ("log_loss", lambda z: np.logaddexp(0.0, -z))):
+        of = {kind: by_prompt(function(logits)) for kind, logits in logits_of.items()}
+        facts |= {f"{metric}_{kind}_pretraining": float(values.mean()) for kind, values in of.items()}
+        difference = of["with"] - of["without"]
+        facts[f"pretraining_{metric}_change_error"] = float(difference.std(ddof=1) / np.sqrt(len(difference)))
+    right = float(np.clip(by_prompt(untrained > 0).mean(), 1e-9, 1 - 1e-9))
+    above_chance = np.log(2) + right * np.log(right) + (1 - right) * np.log(1 - right)
+    lower = facts["log_loss_without_pretraining"] - facts["log_loss_with_pretraining"]
+    return {**facts, "pretraining_evidence": float(len(num_pairs) * (above_chance + lower))}
