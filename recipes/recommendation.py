@@ -9,7 +9,8 @@ says both, in two words of the theme and one of the mood. A reader likes two the
 light or dark books: `liking` is the sum. The books that a reader has read are drawn at random, with higher odds for a
 higher liking. Most of the shown books have a theme that the reader likes, and the reader never likes both equally.
 The difference in liking is the log-odds of the click, so clicks are noisy: the last line of the table shows how often
-the liking itself predicts them. Held-out pairs are of other readers.
+the liking itself predicts them. Held-out pairs are of other readers. With the paper's rounds, 96 clicks alone had an accuracy of
+.787 on 300 of them, clicks and pool .773, and all clicks .797 (standard error .024): the pool added nothing.
 
     python recipes/recommendation.py --config recipes/recommendation.yaml
 
