@@ -19,7 +19,9 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # Each worker of the tests has a server, from its first script on.
-CONTEXT.set_forkserver_preload(["trl_ssrm.trainer", "trl_ssrm.alignment", "trl", "trl.trainer.reward_trainer", "peft"])
+CONTEXT.set_forkserver_preload(
+    ["trl_ssrm.trainer", *(f"trl_ssrm.alignment.{name}" for name in ("generation", "judge", "labeling")), "peft"]
+)
 # Seconds that the others have to leave after one process is gone, as a launcher gives them.
 GRACE = 5
 
@@ -38,10 +40,13 @@ def run_python(
         num_processes (`int`, *optional*, defaults to `1`):
             Number of processes, which find each other as those of `accelerate launch` do.
         timeout (`float`, *optional*, defaults to `300`):
-            Seconds after which they are killed.
+            Seconds that they may take.
 
     Returns:
         `subprocess.CompletedProcess`: the first exit status that is not 0, negative for a signal, and all that they wrote.
+
+    Raises:
+        TimeoutError: If they take longer. They are killed.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -72,17 +77,20 @@ def run_python(
 
 def _wait(processes: list[multiprocessing.Process], end: float) -> int:
     """The first exit status that is not 0. One process that fails ends the others."""
-    status = 0
+    status, is_late = 0, False
     while alive := [each for each in processes if each.is_alive()]:
         wait([each.sentinel for each in alive], timeout=max(0.0, end - time.monotonic()))
-        if time.monotonic() >= end:
-            for each in alive:
-                each.kill()
-        failed = [each.exitcode for each in processes if each.exitcode]
-        if failed and not status:
+        if not status and (failed := [each.exitcode for each in processes if each.exitcode]):
             status, end = failed[0], time.monotonic() + GRACE
             for each in alive:
                 each.terminate()
+        if time.monotonic() >= end:
+            is_late = not status
+            for each in alive:
+                each.kill()
+                each.join()
+    if is_late:
+        raise TimeoutError("The processes took too long.")
     return status or next((each.exitcode for each in processes if each.exitcode), 0)
 
 

@@ -92,6 +92,8 @@ def test_evidence_counts_prompts_and_not_pairs():
     # Ranking three of four right is as unlikely by chance as the log-loss gets lower by it.
     evidence = gain(right, coin, right, np.arange(4))["pretraining_evidence"]
     assert evidence == pytest.approx(2 * 4 * (np.log(2) - log_loss), abs=1e-2)
+    # What ranks them wrong is evidence against it.
+    assert gain(-right, coin, right, np.arange(4))["pretraining_evidence"] == pytest.approx(0, abs=1e-2)
     # Ten pairs of each prompt tell no more.
     many = (np.repeat(logits, 10) for logits in (right, coin, right))
     assert gain(*many, np.repeat(np.arange(4), 10))["pretraining_evidence"] == pytest.approx(evidence)

@@ -25,8 +25,8 @@ from .run_directory import INITIAL, PRETRAINED
 
 logger = logging.getLogger(__name__)
 
-# Nats of evidence for pretraining that the labels have to give, each prompt counted once; see [`gain`]. With 50 labels, draws of
-# quality.py that pretraining is good for had 6 and more, and two of RMB's, whose 14 prompts liked it by luck, under 4.
+# Nats of evidence that the labels have to give, see [`gain`]; 3 are odds of 20 to 1. With 50 labels of quality.py's tasks, draws that
+# pretraining was good for had 3.2 to 18, and two of RMB's, whose 14 prompts favored it by chance, 1.4 and 2.5.
 LEAST_EVIDENCE = 3.0
 # Draws of another row for each row, until it has another prompt.
 _DRAWS = 20
@@ -183,6 +183,6 @@ def gain(
         difference = of["with"] - of["without"]
         facts[f"pretraining_{metric}_change_error"] = float(difference.std(ddof=1) / np.sqrt(len(difference)))
     right = float(np.clip(by_prompt(untrained > 0).mean(), 1e-9, 1 - 1e-9))
-    above_chance = np.log(2) + right * np.log(right) + (1 - right) * np.log(1 - right)
+    unlike_chance = np.log(2) + right * np.log(right) + (1 - right) * np.log(1 - right)
     lower = facts["log_loss_without_pretraining"] - facts["log_loss_with_pretraining"]
-    return {**facts, "pretraining_evidence": float(len(num_pairs) * (above_chance + lower))}
+    return {**facts, "pretraining_evidence": float(len(num_pairs) * (np.sign(right - 0.5) * unlike_chance + lower))}
