@@ -32,8 +32,8 @@ class SSRMConfig(RewardConfig):
             Whether the weights that all rounds start from are first trained on the texts of the pool, for one epoch (for
             `max_steps`, if that is set): to prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No
             label is read. If `None`, the fold models decide: it is done, and its weights are used if they rank more than half of
-            the labeled pairs right and lower the log-loss on labels that a fold model has not seen by 0.01, and if both together are
-            evidence of 3 nats, each prompt counted once. Without fold models, or with `freeze_backbone`, `None` is `False`.
+            the labeled pairs right and lower the log-loss on labels that a fold model has not seen by 0.01. Without fold models,
+            or with `freeze_backbone`, `None` is `False`.
         keep_best_round (`bool`, *optional*):
             Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
             `calibration_dataset`. `eval_dataset` never chooses the round. If `False`, the last round is kept. If `None`, it

@@ -168,16 +168,10 @@ def _pretraining(first: dict[str, Any]) -> str | None:
     for key, words in _METRICS.items():
         before, after = (first[f"{key}_{kind}_pretraining"] for kind in ("without", "with"))
         changes.append(_from_to(words, before, after, after - before, first[f"pretraining_{key}_change_error"]))
-    why = "" if first["is_pretrained"] else f", {_why_refused(first)}"
-    return f"{opening}{why}: {', '.join(changes)}, on the labels, by fold models that have not seen them."
-
-
-def _why_refused(first: dict[str, Any]) -> str:
-    lower = first["log_loss_without_pretraining"] - first["log_loss_with_pretraining"]
-    if lower < (least := first["pretraining_least_gain"]):
-        return f"since it has to lower the log-loss by {least}"
-    evidence, least = first["pretraining_evidence"], first["pretraining_least_evidence"]
-    return f"since labels of so few prompts may favor it by chance (evidence of {evidence:.1f} nats; it takes {least:.0f})"
+    asked = (
+        "" if first["is_pretrained"] else f", since it has to lower the log-loss by {first['pretraining_least_gain']}"
+    )
+    return f"{opening}{asked}: {', '.join(changes)}, on the labels, by fold models that have not seen them."
 
 
 def _linear_model(first: dict[str, Any], last: dict[str, Any]) -> str | None:

@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 PENALTIES = np.geomspace(1e2, 1e-3, 11)
 # Parts of the labels that choose among them.
 NUM_PARTS = 5
+# Nats of evidence for pretraining (see [`~trl_ssrm.rounds.pretraining.gain`]) from which on there is no linear model beside it: then it
+# adds no accuracy, and raised the log-loss by up to .03 in the quickstart. With less, labels of few prompts may have favored
+# pretraining by chance, as twice on RMB, and the linear model makes up for some of that. 3 are odds of 20 to 1.
+SURE_EVIDENCE = 3.0
 # With more labels, fitting takes minutes, and was not tried.
 MOST_PAIRS = 2_000
 
@@ -34,7 +38,7 @@ class LinearModel:
     [`~trl_ssrm.models.linear.mean_states`] under the weights that the rounds start from.
 
     With few labels it often ranks as well as the model whose weights were trained, and errs on other pairs. So the mean of their
-    probabilities labels the pool for round 1, and the model of that round learns what both know. After pretraining there is none.
+    probabilities labels the pool for round 1, and the model of that round learns what both know. Where pretraining is clearly better there is none.
 
     Args:
         trainer ([`~trl_ssrm.rounds.round_trainer.RoundTrainer`]):
@@ -47,21 +51,23 @@ class LinearModel:
         self.weights = torch.empty(0)
         self.temperature = 1.0
 
-    def fit(self, start: int) -> dict[str, Any]:
+    def fit(self, start: int, facts: dict[str, Any]) -> dict[str, Any]:
         """
         Fit the model, or read what an interrupted run has fitted. The model of the trainer may have other weights afterwards.
 
         Args:
             start (`int`):
-                Weights that the rounds start from, `INITIAL` or `PRETRAINED`; in the latter case no linear model is fitted.
+                Weights that the rounds start from, `INITIAL` or `PRETRAINED`.
+            facts (`dict[str, Any]`):
+                Facts that decided it. If they are sure evidence for pretraining, no linear model is fitted.
 
         Returns:
             `dict[str, Any]`: `linear_accuracy` and `linear_log_loss` on the labels, each predicted by a model that was fitted without
             it; and `linear_has_learned` (see [`~trl_ssrm.rounds.calibrate.has_learned`]). Empty if no linear model is fitted.
         """
         trainer, run, data = self.trainer, self.trainer.run, self.trainer.data
-        # After pretraining it added no accuracy in quality.py and the quickstart, and raised the log-loss by up to .03.
-        if not trainer.settings.fits_linear_model or start == PRETRAINED:
+        is_sure = start == PRETRAINED and facts["pretraining_evidence"] >= SURE_EVIDENCE
+        if not trainer.settings.fits_linear_model or is_sure:
             return {}
         if len(data.labeled) > MOST_PAIRS:
             logger.warning(

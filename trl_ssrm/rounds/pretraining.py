@@ -25,9 +25,6 @@ from .run_directory import INITIAL, PRETRAINED
 
 logger = logging.getLogger(__name__)
 
-# Nats of evidence that the labels have to give, see [`gain`]; 3 are odds of 20 to 1. With 50 labels of quality.py's tasks, draws that
-# pretraining was good for had 3.2 to 18, and two of RMB's, whose 14 prompts favored it by chance, 1.4 and 2.5.
-LEAST_EVIDENCE = 3.0
 # Draws of another row for each row, until it has another prompt.
 _DRAWS = 20
 
@@ -50,10 +47,9 @@ class Pretraining:
         """
         Train the fold models, and choose the weights that the rounds start from.
 
-        Pretrained weights are chosen if three things hold. Without having seen a label, they rank more than half of the labeled
-        pairs but ties right. Fold models that start from them have a log-loss, on the labels that they have not seen, that is lower
-        by `LEAST_GAIN` than that of fold models that start from the initial weights. And both together are evidence of
-        `LEAST_EVIDENCE` nats (see [`gain`]), which labels of a few prompts can't give.
+        Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
+        pairs but ties right. And fold models that start from them have a log-loss, on the labels that they have not seen, that is
+        lower by `LEAST_GAIN` than that of fold models that start from the initial weights.
 
         Args:
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -81,8 +77,7 @@ class Pretraining:
         without, with_pretraining = (self.folds.held_out_logits(start) for start in (INITIAL, PRETRAINED))
         facts |= gain(logits, without, with_pretraining, trainer.data.prompts[~trainer.data.is_tie])
         lower = facts["log_loss_without_pretraining"] - facts["log_loss_with_pretraining"]
-        is_better = lower >= LEAST_GAIN and facts["pretraining_evidence"] >= LEAST_EVIDENCE
-        return PRETRAINED if is_better else INITIAL, {**facts, "is_pretrained": is_better}
+        return PRETRAINED if lower >= LEAST_GAIN else INITIAL, {**facts, "is_pretrained": lower >= LEAST_GAIN}
 
     def _pairs(self) -> Dataset | None:
         """The pairs to pretrain on, tokenized; `None` if there are none."""
@@ -168,14 +163,14 @@ def gain(
     Returns:
         `dict[str, float]`: `accuracy` and `log_loss`, `_without_pretraining` and `_with_pretraining`, the standard errors of
         their differences, `pretraining_accuracy_change_error` and `pretraining_log_loss_change_error`,
-        `pretraining_evidence`, and what is asked for, `pretraining_least_gain` and `pretraining_least_evidence`.
+        `pretraining_evidence`, and the gain in log-loss that is asked for, `pretraining_least_gain`.
     """
     _, prompts, num_pairs = np.unique(prompts, return_inverse=True, return_counts=True)
 
     def by_prompt(values: np.ndarray) -> np.ndarray:
         return np.bincount(prompts, weights=values) / num_pairs
 
-    facts = {"pretraining_least_gain": LEAST_GAIN, "pretraining_least_evidence": LEAST_EVIDENCE}
+    facts = {"pretraining_least_gain": LEAST_GAIN}
     logits_of = {"without": at_best_temperature(without), "with": at_best_temperature(with_pretraining)}
     for metric, function in (("accuracy", lambda z: z > 0), ("log_loss", lambda z: np.logaddexp(0.0, -z))):
         of = {kind: by_prompt(function(logits)) for kind, logits in logits_of.items()}

@@ -61,7 +61,7 @@ class RoundSteps(RoundTrainer):
                 run.write_start(*chosen)
             self.accelerator.wait_for_everyone()
         self.start, self.start_facts = chosen
-        self.start_facts |= self.linear_model.fit(self.start)
+        self.start_facts |= self.linear_model.fit(self.start, self.start_facts)
         run.read_weights(run.weights_path(self.round if self.round_history else self.start), self.unwrapped_model)
 
     def train_round(self, ignore_keys_for_eval: list[str] | None) -> None:
