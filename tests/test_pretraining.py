@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_ssrm import SSRMTrainer
+from trl_ssrm.rounds.linear import SURE_EVIDENCE
 from trl_ssrm.rounds.pretraining import gain, pretraining_pairs
 from trl_ssrm.rounds.run_directory import INITIAL, PRETRAINED
 
@@ -58,7 +59,7 @@ def make_matching(make_trainer):
 
 
 @pytest.mark.slow
-def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path):
+def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path, monkeypatch):
     held_out = Dataset.from_list(matching_rows(100, seed=3))
     trainer = make_matching(eval_dataset=held_out)
     trainer.train()
@@ -67,8 +68,16 @@ def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path):
     assert facts["log_loss_with_pretraining"] < facts["log_loss_without_pretraining"]
     without = make_matching(eval_dataset=held_out, pretrain_on_pool=False, output_dir=str(tmp_path / "without"))
     without.train()
-    # A linear model helps to label the pool only where pretraining is not used.
+    # A linear model helps to label the pool where pretraining is not used, or its evidence is weak.
+    assert facts["pretraining_evidence"] > SURE_EVIDENCE
     assert "linear_accuracy" not in facts and "linear_accuracy" in without.round_history[0]
+    monkeypatch.setattr("trl_ssrm.rounds.linear.SURE_EVIDENCE", facts["pretraining_evidence"] + 1)
+    weak = make_matching(eval_dataset=held_out, output_dir=str(tmp_path / "weak"))
+    weak.train()
+    assert weak.start == PRETRAINED and weak.linear_model.start == PRETRAINED
+    assert weak.round_history[0]["linear_has_learned"]
+    labels = [each.run.read_labels(1)[0]["confidence"] for each in (trainer, weak)]
+    assert not np.array_equal(*labels)
     for round in range(2):
         one, other = (each.round_history[round]["eval_accuracy"] for each in (trainer, without))
         assert one > other + 0.05

@@ -43,7 +43,7 @@ class SSRMConfig(RewardConfig):
             the labels without it, before round 0; the pool is not read. The predictions of these models on the parts that
             they have not seen calibrate the confidence of round 0, find the threshold for `target_precision`, and decide about
             `pretrain_on_pool`; for the first two, `calibration_dataset` takes their place if it is given. With one of these two, and
-            soft labels, a linear model on the hidden states helps to label the pool, unless the model is pretrained on it. Round 0 costs
+            soft labels, a linear model on the hidden states helps to label the pool, unless pretraining is clearly better. Round 0 costs
             `num_folds` times as much, and `2 * num_folds - 1` times if pretraining may help. `0`, or at least 2. If `None`, it is 3
             (or the number of prompts, if lower), and 0 if nothing needs them, or with `load_best_model_at_end`, a teacher, or a
             callback with a `score` of its own.

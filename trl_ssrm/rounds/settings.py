@@ -58,8 +58,8 @@ class RoundSettings:
             Whether the model is pretrained on the texts of the pool: `"never"`, `"always"`, or `"if_better"`, where the fold
             models decide.
         fits_linear_model (`bool`):
-            Whether a linear model on the hidden states helps to label the pool for round 1, unless the fold models decide for
-            pretraining.
+            Whether a linear model on the hidden states helps to label the pool for round 1, unless the fold models are sure that
+            pretraining is better.
         num_train_epochs (`float`, *optional*):
             Number of epochs of a round after round 0; `None` if `max_steps` decides.
         confidence_threshold (`float`, *optional*):
