@@ -66,8 +66,9 @@ class LinearModel:
             it; and `linear_has_learned` (see [`~trl_ssrm.rounds.calibrate.has_learned`]). Empty if no linear model is fitted.
         """
         trainer, run, data = self.trainer, self.trainer.run, self.trainer.data
-        is_sure = start == PRETRAINED and facts["pretraining_evidence"] >= SURE_EVIDENCE
-        if not trainer.settings.fits_linear_model or is_sure:
+        if not trainer.settings.fits_linear_model:
+            return {}
+        if start == PRETRAINED and facts["pretraining_evidence"] >= SURE_EVIDENCE:
             return {}
         if len(data.labeled) > MOST_PAIRS:
             logger.warning(
