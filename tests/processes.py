@@ -24,10 +24,12 @@ CONTEXT.set_forkserver_preload(
 )
 # Seconds that the others have to leave after one process is gone, as a launcher gives them.
 GRACE = 5
+# A script that takes longer hangs.
+TIMEOUT = 300
 
 
 def run_python(
-    words: list[str], environment: dict[str, str] | None = None, num_processes: int = 1, timeout: float = 300
+    words: list[str], environment: dict[str, str] | None = None, num_processes: int = 1
 ) -> subprocess.CompletedProcess:
     """
     Run a Python script to its end.
@@ -39,14 +41,12 @@ def run_python(
             What its processes have in their environment beside that of the tests.
         num_processes (`int`, *optional*, defaults to `1`):
             Number of processes, which find each other as those of `accelerate launch` do.
-        timeout (`float`, *optional*, defaults to `300`):
-            Seconds that they may take.
 
     Returns:
         `subprocess.CompletedProcess`: the first exit status that is not 0, negative for a signal, and all that they wrote.
 
     Raises:
-        TimeoutError: If they take longer. They are killed.
+        TimeoutError: If they take more than `TIMEOUT` seconds. They are killed.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -67,7 +67,7 @@ def run_python(
             outputs = [str(Path(directory) / f"{rank}.{name}") for name in ("out", "err")]
             processes.append(CONTEXT.Process(target=_run, args=(words, {**os.environ, **own}, os.getcwd(), outputs)))
             processes[-1].start()
-        status = _wait(processes, time.monotonic() + timeout)
+        status = _wait(processes, time.monotonic() + TIMEOUT)
         out, err = (
             "".join(path.read_text(errors="replace") for path in sorted(Path(directory).glob(f"*.{name}")))
             for name in ("out", "err")

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl_ssrm import RoundCallback
 from trl_ssrm.models.linear import mean_states
 from trl_ssrm.rounds import linear
-from trl_ssrm.rounds.linear import PENALTIES, fit_to_labels
+from trl_ssrm.rounds.linear import PENALTIES, fit_to_labels, projection_of
 from trl_ssrm.rounds.run_directory import INITIAL, PRETRAINED
 from trl_ssrm.scoring.pair_scores import sigmoid
 
@@ -40,6 +40,15 @@ def test_padding_changes_no_mean():
         own = states[layer][0, :3]
         expected = (own / own.norm(dim=-1, keepdim=True)).mean(0)
         assert torch.allclose(found[0, 4 * place : 4 * place + 4], expected, atol=1e-6)
+
+
+def test_dimensions_in_which_pairs_differ_more_are_penalized_less():
+    differences = np.random.default_rng(0).normal(size=(50, 4)) * [1, 4, 16, 64]
+    features = differences @ projection_of(differences)
+    assert (features**2).sum(1).mean() == pytest.approx(1)
+    before, after = (np.linalg.svd(each, compute_uv=False) for each in (differences, features))
+    assert after / after[0] == pytest.approx((before / before[0]) ** 1.5)
+    assert not projection_of(np.zeros((3, 4))).any()
 
 
 def test_fit_is_the_best_for_its_penalty_and_parts_of_the_labels_choose_it():

@@ -102,20 +102,15 @@ class LinearModel:
     def _fitted(self, differences: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights, and predictions for each pair by weights that were fitted without its part of the labels."""
         data = self.trainer.data
-        # The same problem in as many dimensions as there are pairs. The more the pairs differ along one of them, the less it is
-        # penalized: in quality.py that lowered the log-loss on unseen pairs by .005 to .012, and raised the accuracy by up to .008.
-        left, sizes, axes = np.linalg.svd(differences, full_matrices=False)
-        stretch = np.sqrt(sizes)
-        features = left * sizes * stretch
-        scale = max(float(np.sqrt((features**2).sum(1).mean())), np.finfo(np.float32).tiny)
-        features, target = features / scale, np.where(data.is_tie, 0.5, 1.0)
+        projection = projection_of(differences)
+        features, target = differences @ projection, np.where(data.is_tie, 0.5, 1.0)
         held_out = np.empty(len(features))
         num_folds = min(NUM_FOLDS, data.num_prompts)
         fold_of = fold_of_pairs(data.prompts, num_folds, self.trainer.args.seed)
         for fold in range(num_folds):
             rest = fold_of != fold
             held_out[~rest] = features[~rest] @ fit_to_labels(features[rest], target[rest], data.prompts[rest])
-        weights = (fit_to_labels(features, target, data.prompts) * stretch) @ axes / scale
+        weights = projection @ fit_to_labels(features, target, data.prompts)
         return torch.from_numpy(weights).float(), torch.from_numpy(held_out)
 
     def join(self, scores: PairScores, pool: Pool, round: int) -> PairScores:
@@ -155,6 +150,25 @@ class LinearModel:
         # As for a comparison in two orders, whose second logit is turned round.
         mean = pairwise_logits(np.stack([linear, -own], axis=1))
         return PairScores(mean if first["has_learned"] else linear, rows=scores.rows, lengths=scores.lengths)
+
+
+def projection_of(differences: np.ndarray) -> np.ndarray:
+    """
+    The space in which a linear model is fitted: of as many dimensions as there are pairs, and with a mean squared length of 1.
+
+    The more the pairs differ along a dimension, the longer it is made, so the less a weight on it is penalized. In quality.py that
+    lowered the log-loss on unseen pairs by .005 to .012, and raised the accuracy by up to .008.
+
+    Args:
+        differences (`np.ndarray` of shape `(num_pairs, num_features)`, float64):
+            Differences of the features of the two completions.
+
+    Returns:
+        `np.ndarray` of shape `(num_features, min(num_pairs, num_features))`, float64: `differences @ projection` are the features to fit.
+    """
+    _, sizes, axes = np.linalg.svd(differences, full_matrices=False)
+    length = np.sqrt((sizes**3).sum() / len(differences))
+    return axes.T * np.sqrt(sizes) / max(float(length), np.finfo(np.float32).tiny)
 
 
 def fit_to_labels(features: np.ndarray, target: np.ndarray, prompts: np.ndarray) -> np.ndarray:

@@ -76,8 +76,8 @@ class Pretraining:
         self.folds.train(PRETRAINED, ignore_keys_for_eval)
         without, with_pretraining = (self.folds.held_out_logits(start) for start in (INITIAL, PRETRAINED))
         facts |= gain(logits, without, with_pretraining, trainer.data.prompts[~trainer.data.is_tie])
-        lower = facts["log_loss_without_pretraining"] - facts["log_loss_with_pretraining"]
-        return PRETRAINED if lower >= LEAST_GAIN else INITIAL, {**facts, "is_pretrained": lower >= LEAST_GAIN}
+        is_better = facts["log_loss_with_pretraining"] <= facts["log_loss_without_pretraining"] - LEAST_GAIN
+        return PRETRAINED if is_better else INITIAL, {**facts, "is_pretrained": is_better}
 
     def _pairs(self) -> Dataset | None:
         """The pairs to pretrain on, tokenized; `None` if there are none."""
@@ -141,7 +141,7 @@ def pretraining_pairs(pool: Pool, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def gain(
-    untrained: np.ndarray, without: np.ndarray, with_pretraining: np.ndarray, prompts: np.ndarray
+    zero_shot: np.ndarray, without: np.ndarray, with_pretraining: np.ndarray, prompts: np.ndarray
 ) -> dict[str, float]:
     """
     What the labels say for pretraining. Each prompt counts once, however many pairs it has, since pairs of one prompt tell much
@@ -153,7 +153,7 @@ def gain(
     mends later.
 
     Args:
-        untrained (`np.ndarray` of shape `(num_pairs,)`):
+        zero_shot (`np.ndarray` of shape `(num_pairs,)`):
             Pair logits `z = r(chosen) - r(rejected)` of the pretrained model, which has seen no label.
         without, with_pretraining (`np.ndarray` of shape `(num_pairs,)`):
             Those of fold models that start from either weights.
@@ -177,7 +177,7 @@ def gain(
         facts |= {f"{metric}_{kind}_pretraining": float(values.mean()) for kind, values in of.items()}
         difference = of["with"] - of["without"]
         facts[f"pretraining_{metric}_change_error"] = float(difference.std(ddof=1) / np.sqrt(len(difference)))
-    right = float(np.clip(by_prompt(untrained > 0).mean(), 1e-9, 1 - 1e-9))
+    right = float(np.clip(by_prompt(zero_shot > 0).mean(), 1e-9, 1 - 1e-9))
     unlike_chance = np.log(2) + right * np.log(right) + (1 - right) * np.log(1 - right)
     lower = facts["log_loss_without_pretraining"] - facts["log_loss_with_pretraining"]
     return {**facts, "pretraining_evidence": float(len(num_pairs) * (np.sign(right - 0.5) * unlike_chance + lower))}

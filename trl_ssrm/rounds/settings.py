@@ -282,8 +282,8 @@ def _check_target_precision(
 
 def _fits_linear_model(args: SSRMConfig, data: RunData, labels_by_itself: bool, calibrated_by: str | None) -> bool:
     """
-    Whether a linear model helps to label the pool. Hard labels and a target precision ask how sure the model itself is. After
-    pretraining it adds nothing. A pairwise model was not tried, and a frozen backbone is a linear model by itself.
+    Whether a linear model helps to label the pool. Hard labels and a target precision ask how sure the model itself is. What
+    pretraining adds is not judged where it is asked for. A pairwise model was not tried, and a frozen backbone is a linear model by itself.
     """
     return (
         args.pseudo_label_type == "soft"
