@@ -133,15 +133,20 @@ def test_fold_models_are_trained_on_the_labels_alone_and_once(make_trainer):
     assert "cross_fit_accuracy" in trainer.round_history[0] and "cross_fit_accuracy" not in trainer.round_history[1]
 
 
-def test_folds_are_there_where_they_calibrate_or_decide(make_trainer, labeled, held_out, caplog):
+def test_folds_are_there_where_they_calibrate_or_decide(make_trainer, labeled, held_out, caplog, monkeypatch):
     def num_folds(rows=labeled, **kwargs) -> int:
         return make_trainer(train_dataset=rows, num_folds=None, **kwargs).folds.num_folds
 
     assert num_folds() == 3
-    assert "calibrate the confidence and decide whether the model is pretrained" in caplog.text
+    assert "that part calibrate the confidence. `num_folds=0` goes without." in caplog.text
     assert num_folds(rows=labeled.select(range(2))) == 2
     assert num_folds(rows=labeled.select(range(1))) == 0
     assert num_folds(num_rounds=0) == 3
+    # Linear models decide about pretraining, where there can be some.
+    assert num_folds(calibration_dataset=held_out) == 0
+    assert make_trainer(num_folds=None, calibration_dataset=held_out).settings.pretrains == "if_better"
+    assert make_trainer(num_folds=0, calibration_dataset=held_out).settings.pretrains == "never"
+    monkeypatch.setattr("trl_ssrm.rounds.settings.MOST_LINEAR_PAIRS", 10)
     caplog.clear()
     assert num_folds(calibration_dataset=held_out) == 3
     assert "that part decide whether the model is pretrained" in caplog.text

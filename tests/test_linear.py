@@ -10,7 +10,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ssrm import RoundCallback
 from trl_ssrm.models.linear import mean_states
-from trl_ssrm.rounds import linear
 from trl_ssrm.rounds.linear import PENALTIES, fit_to_labels, projection_of
 from trl_ssrm.rounds.run_directory import INITIAL, PRETRAINED
 from trl_ssrm.scoring.pair_scores import sigmoid
@@ -117,7 +116,7 @@ def test_models_without_a_state_of_each_token_go_without(make_trainer, monkeypat
         plain.train()
     assert "gives no hidden state of each token" in caplog.text and "linear_accuracy" not in plain.round_history[0]
     caplog.clear()
-    monkeypatch.setattr(linear, "MOST_PAIRS", 10)
+    monkeypatch.setattr("trl_ssrm.rounds.settings.MOST_LINEAR_PAIRS", 10)
     other = make_trainer(**SETTINGS, output_dir=str(tmp_path / "other"))
     with caplog.at_level(logging.WARNING):
         other.train()
@@ -137,13 +136,13 @@ def test_models_without_a_state_of_each_token_go_without(make_trainer, monkeypat
     ],
 )
 def test_settings_that_ask_for_something_else_fit_none(make_trainer, settings):
-    assert not make_trainer(**{**SETTINGS, **settings}).settings.fits_linear_model
+    assert not make_trainer(**{**SETTINGS, **settings}).settings.linear_model_labels
 
 
 def test_default_fits_one_also_with_labels_to_calibrate(make_trainer, held_out):
-    assert make_trainer(**SETTINGS).settings.fits_linear_model
+    assert make_trainer(**SETTINGS).settings.linear_model_labels
     settings = {**SETTINGS, "num_folds": 0}
-    assert make_trainer(calibration_dataset=held_out, **settings).settings.fits_linear_model
+    assert make_trainer(calibration_dataset=held_out, **settings).settings.linear_model_labels
 
 
 @pytest.mark.slow
@@ -157,12 +156,12 @@ def test_an_interrupted_run_reads_it_again(make_trainer, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         broken.train()
     # A damaged file is fitted again, from the same weights.
-    path = broken.run.root / "linear.safetensors"
-    before = [each.clone() for each in broken.run.read_linear()]
+    path = broken.run.linear_path(INITIAL)
+    before = [each.clone() for each in broken.run.read_linear(INITIAL)]
     path.write_bytes(path.read_bytes()[:-1])
     resumed = make_trainer(train_dataset=rows, output_dir=directory, **SETTINGS)
     resumed.train(resume_from_checkpoint=True)
-    assert all(map(torch.equal, resumed.run.read_linear(), before))
+    assert all(map(torch.equal, resumed.run.read_linear(INITIAL), before))
     assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
 
 
@@ -182,7 +181,7 @@ def test_labels_of_the_pool_are_never_read(make_trainer, tmp_path):
 @pytest.mark.slow
 def test_after_pretraining_there_is_none(make_trainer):
     trainer = make_trainer(**{**SETTINGS, "pretrain_on_pool": True})
-    assert not trainer.settings.fits_linear_model
+    assert not trainer.settings.linear_model_labels
     trainer.train()
     assert trainer.start == PRETRAINED and "linear_accuracy" not in trainer.round_history[0]
     assert trainer.linear_model.start is None and trainer.termination_reason == "max_rounds"

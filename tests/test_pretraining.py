@@ -66,6 +66,8 @@ def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path, monke
     facts = trainer.round_history[0]
     assert trainer.start == PRETRAINED and facts["pretraining_pairs"] > 350 and facts["pretraining_accuracy"] > 0.75
     assert facts["log_loss_with_pretraining"] < facts["log_loss_without_pretraining"]
+    # Linear models have judged it, so fold models are trained from one of the starts alone.
+    assert trainer.run.linear_path(INITIAL).is_file() and not trainer.run.fold_dir(0, INITIAL).exists()
     without = make_matching(eval_dataset=held_out, pretrain_on_pool=False, output_dir=str(tmp_path / "without"))
     without.train()
     # A linear model helps to label the pool where pretraining is not used, or its evidence is weak.
@@ -81,6 +83,34 @@ def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path, monke
     for round in range(2):
         one, other = (each.round_history[round]["eval_accuracy"] for each in (trainer, without))
         assert one > other + 0.05
+
+
+@pytest.mark.slow
+def test_fold_models_judge_where_there_is_no_linear_model(make_matching, held_out, tmp_path, monkeypatch, caplog):
+    trainer = make_matching()
+    forward = trainer.model.forward
+    trainer.model.forward = lambda *args, output_hidden_states=False, **kwargs: forward(*args, **kwargs)
+    trainer.train()
+    assert trainer.start == PRETRAINED and not trainer.run.linear_path(INITIAL).is_file()
+    without = trainer.run.read_fold(0, INITIAL)
+    assert without is not None and len(without) == 8
+    # Without them either, nothing is trained in vain.
+    alone = make_matching(num_folds=None, calibration_dataset=held_out, output_dir=str(tmp_path / "alone"))
+    assert alone.settings.num_folds == 0 and alone.settings.pretrains == "if_better"
+    monkeypatch.setattr(alone.linear_model, "has_states", False)
+    monkeypatch.setattr(alone.pretraining, "_train", lambda *args: 1 / 0)
+    alone.train()
+    assert alone.start == INITIAL and "Nothing can judge pretraining" in caplog.text
+
+
+@pytest.mark.slow
+def test_weak_evidence_does_not_let_it_in(make_matching, monkeypatch):
+    monkeypatch.setattr("trl_ssrm.rounds.pretraining.LEAST_EVIDENCE", 1000.0)
+    trainer = make_matching(num_pool=40)
+    trainer.train()
+    facts = trainer.round_history[0]
+    assert trainer.start == INITIAL and not facts["is_pretrained"]
+    assert facts["log_loss_with_pretraining"] < facts["log_loss_without_pretraining"] - facts["pretraining_least_gain"]
 
 
 def test_gain_is_paired_and_at_the_best_temperature():

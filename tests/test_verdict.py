@@ -66,10 +66,15 @@ def test_without_held_out_pairs_nothing_is_claimed():
 
 @pytest.mark.parametrize(
     ("after", "opening"),
-    [(0.44, "was used: "), (0.595, "was not used, since it has to lower the log-loss by 0.01: ")],
+    [
+        (0.44, "was used: "),
+        (0.595, "was not used, since it has to lower the log-loss by 0.01: "),
+        (0.55, "was not used, since the labels are too weak evidence for it (0.4 nats, and 1 is needed): "),
+    ],
 )
 def test_gain_of_pretraining_has_an_interval(after, opening):
-    facts = {"pretraining_accuracy": 0.7, "is_pretrained": after < 0.5, "pretraining_least_gain": 0.01}
+    facts = {"pretraining_accuracy": 0.7, "is_pretrained": after < 0.5, "pretraining_evidence": 0.4}
+    facts |= {"pretraining_least_gain": 0.01, "pretraining_least_evidence": 1.0}
     facts |= {"accuracy_without_pretraining": 0.6, "accuracy_with_pretraining": 0.75}
     facts |= {"log_loss_without_pretraining": 0.6, "log_loss_with_pretraining": after}
     facts |= {"pretraining_accuracy_change_error": 0.05, "pretraining_log_loss_change_error": 0.1}
@@ -77,7 +82,7 @@ def test_gain_of_pretraining_has_an_interval(after, opening):
     words = verdict([{**first, **facts}, last], "max_rounds", 1)[1]
     assert words == (
         f"Pretraining on the texts of the pool {opening}accuracy 0.600 to 0.750 (+0.150 ± 0.098), log-loss 0.600 to {after:.3f} "
-        f"(−{0.6 - after:.3f} ± 0.196), on the labels, by fold models that have not seen them."
+        f"(−{0.6 - after:.3f} ± 0.196), on the labels, by models that have not seen them."
     )
 
 

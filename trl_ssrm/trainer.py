@@ -261,8 +261,8 @@ class SSRMTrainer(RoundSteps):
         keep_logs_off_the_console(self)
         self.settings = resolve_settings(self.args, self.data, callback.labels_by_itself)
         self.folds = Folds(self, self.settings.num_folds)
-        self.pretraining = Pretraining(self, self.folds)
         self.linear_model = LinearModel(self)
+        self.pretraining = Pretraining(self, self.folds, self.linear_model)
         self.callback_handler = RoundCallbackHandler(self.callback_handler, self.args.report_to)
         self.round, self.round_history, self.labeling_facts, self.termination_reason = 0, [], {}, None
 

@@ -105,8 +105,8 @@ def round_costs(trainer: SSRMTrainer) -> list[RoundCost]:
             scoring += sum((_reading_to_score(data.labeled_pairs.take(part)) for part in parts), Work())
         if round < args.num_rounds:
             scoring += _reading_to_score(shares[round + 1])
-        if round == 0 and trainer.settings.fits_linear_model:
-            scoring += _reading_to_score(data.labeled_pairs) + _reading_to_score(shares[1])
+        if round == 0:
+            scoring += _reading_for_linear_models(trainer, shares)
         # Which order of a comparison is read, and how long the pairs of a batch are, is not counted out.
         reads_one_order = trainer.comparison is not None and args.comparison_orders == "random"
         is_exact = round == 0 and num_epochs is not None and not reads_one_order
@@ -166,7 +166,7 @@ def dry_run(trainer: SSRMTrainer) -> str:
 
 def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> tuple[list[str], list[RoundCost]]:
     """
-    What pretraining adds at most, in words, and as costs: its own, and that of the fold models that start from its weights.
+    What pretraining adds at most, in words, and as costs: its own, and that of fold models that judge it where no linear model does.
     Which texts it pairs is not known before.
     """
     settings, args, pool = trainer.settings, trainer.args, trainer.data.pool
@@ -179,7 +179,7 @@ def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> tuple[list[str], lis
     if epochs is None:
         tokens = round(args.max_steps * _batch(trainer) * mean)
     costs = [RoundCost(first.round, 1, epochs, Work(pairs=num_pairs), tokens, False, Work())]
-    if settings.pretrains == "if_better":
+    if settings.pretrains == "if_better" and not settings.fits_linear_model:
         num_folds = first.num_models - 1
         line += f" If it may help, the {num_folds} fold models are trained a second time, from its weights."
         pairs = first.training.pairs - len(trainer.data.labeled)
@@ -238,6 +238,16 @@ def _table(costs: list[RoundCost], max_steps: int) -> list[str]:
 
 def _mark(is_exact: bool) -> str:
     return "" if is_exact else "≤ "
+
+
+def _reading_for_linear_models(trainer: SSRMTrainer, shares: dict[int, PairedSequences]) -> Work:
+    """They read the labels under each start, and the pool if one of them helps to label it."""
+    settings = trainer.settings
+    num_starts = 2 if settings.pretrains == "if_better" else int(settings.linear_model_labels)
+    if not settings.fits_linear_model or not num_starts:
+        return Work()
+    work = sum([_reading_to_score(trainer.data.labeled_pairs)] * num_starts, Work())
+    return work + _reading_to_score(shares[1]) if settings.linear_model_labels else work
 
 
 def _reading_to_score(pairs: PairedSequences) -> Work:

@@ -168,10 +168,14 @@ def _pretraining(first: dict[str, Any]) -> str | None:
     for key, words in _METRICS.items():
         before, after = (first[f"{key}_{kind}_pretraining"] for kind in ("without", "with"))
         changes.append(_from_to(words, before, after, after - before, first[f"pretraining_{key}_change_error"]))
-    asked = (
-        "" if first["is_pretrained"] else f", since it has to lower the log-loss by {first['pretraining_least_gain']}"
-    )
-    return f"{opening}{asked}: {', '.join(changes)}, on the labels, by fold models that have not seen them."
+    asked = ""
+    if not first["is_pretrained"]:
+        least, needed = first["pretraining_least_gain"], first["pretraining_least_evidence"]
+        gain = first["log_loss_without_pretraining"] - first["log_loss_with_pretraining"]
+        asked = f", since it has to lower the log-loss by {least}"
+        if gain >= least:
+            asked = f", since the labels are too weak evidence for it ({first['pretraining_evidence']:.1f} nats, and {needed:g} is needed)"
+    return f"{opening}{asked}: {', '.join(changes)}, on the labels, by models that have not seen them."
 
 
 def _linear_model(first: dict[str, Any], last: dict[str, Any]) -> str | None:

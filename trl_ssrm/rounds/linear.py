@@ -1,4 +1,4 @@
-"""A linear model on the hidden states of the initial weights, fitted to the labels, that helps to label the pool."""
+"""A linear model on the hidden states, fitted to the labels: it judges the weights to start from, and helps to label the pool."""
 
 import logging
 from typing import Any
@@ -15,30 +15,30 @@ from ..scoring.preference import pairwise_logits
 from .calibrate import fit_temperature, has_learned
 from .round_trainer import RoundTrainer
 from .run_directory import PRETRAINED
-from .settings import NUM_FOLDS, fold_of_pairs
+from .settings import fold_of_pairs
 
 
 logger = logging.getLogger(__name__)
 
 # On the squared weights, where the features of a pair have length 1: from no model to one that fits most labels.
 PENALTIES = np.geomspace(1e2, 1e-3, 11)
-# Parts of the labels that choose among them.
+# Parts of the labels that choose among them, and that show what a linear model knows of labels that it has not seen.
 NUM_PARTS = 5
 # Nats of evidence for pretraining (see [`~trl_ssrm.rounds.pretraining.gain`]) from which on there is no linear model beside it: then it
 # adds no accuracy, and raised the log-loss by up to .03 in the quickstart. With less, labels of few prompts may have favored
 # pretraining by chance, as twice on RMB, and the linear model makes up for some of that. 3 are odds of 20 to 1.
 SURE_EVIDENCE = 3.0
-# With more labels, fitting takes minutes, and was not tried.
-MOST_PAIRS = 2_000
 
 
 class LinearModel:
     """
     Fits a linear model to the labels: logistic regression on the differences of the two completions'
-    [`~trl_ssrm.models.linear.mean_states`] under the weights that the rounds start from.
+    [`~trl_ssrm.models.linear.mean_states`] under the weights that the rounds may start from.
 
-    With few labels it often ranks as well as the model whose weights were trained, and errs on other pairs. So the mean of their
-    probabilities labels the pool for round 1, and the model of that round learns what both know. Where pretraining is clearly better there is none.
+    It costs a forward pass over the labels, and is there for two things. Its predictions on labels that it has not seen say which weights
+    are the better start. And with few labels it often ranks as well as the model whose weights were trained, and errs on other pairs: so
+    the mean of their probabilities labels the pool for round 1, and the model of that round learns what both know. Where pretraining is
+    clearly better it does not label.
 
     Args:
         trainer ([`~trl_ssrm.rounds.round_trainer.RoundTrainer`]):
@@ -48,56 +48,77 @@ class LinearModel:
     def __init__(self, trainer: RoundTrainer):
         self.trainer = trainer
         self.start: int | None = None
+        self.has_states = True
         self.weights = torch.empty(0)
         self.temperature = 1.0
 
-    def fit(self, start: int, facts: dict[str, Any]) -> dict[str, Any]:
+    def held_out_logits(self, start: int) -> np.ndarray | None:
         """
-        Fit the model, or read what an interrupted run has fitted. The model of the trainer may have other weights afterwards.
+        Predictions for all labeled pairs but ties, each by a linear model that was fitted without it. The model of the trainer may have
+        other weights afterwards.
+
+        Args:
+            start (`int`):
+                Weights under which the model is read, `INITIAL` or `PRETRAINED`.
+
+        Returns:
+            `np.ndarray` of shape `(num_pairs,)`, float64, or `None`: pair logits `z = r(chosen) - r(rejected)`; `None` if there can be
+            no linear model.
+        """
+        fitted = self._fit(start)
+        return None if fitted is None else fitted[1].numpy()[~self.trainer.data.is_tie]
+
+    def prepare(self, start: int, facts: dict[str, Any]) -> dict[str, Any]:
+        """
+        Get ready to help to label the pool. The model of the trainer may have other weights afterwards.
 
         Args:
             start (`int`):
                 Weights that the rounds start from, `INITIAL` or `PRETRAINED`.
             facts (`dict[str, Any]`):
-                Facts that decided it. If they are sure evidence for pretraining, no linear model is fitted.
+                Facts that decided it. If they are sure evidence for pretraining, the linear model does not label.
 
         Returns:
             `dict[str, Any]`: `linear_accuracy` and `linear_log_loss` on the labels, each predicted by a model that was fitted without
-            it; and `linear_has_learned` (see [`~trl_ssrm.rounds.calibrate.has_learned`]). Empty if no linear model is fitted.
+            it; and `linear_has_learned` (see [`~trl_ssrm.rounds.calibrate.has_learned`]). Empty if it does not label.
         """
-        trainer, run, data = self.trainer, self.trainer.run, self.trainer.data
-        if not trainer.settings.fits_linear_model:
+        data = self.trainer.data
+        if not self.trainer.settings.linear_model_labels:
             return {}
         if start == PRETRAINED and facts["pretraining_evidence"] >= SURE_EVIDENCE:
             return {}
-        if len(data.labeled) > MOST_PAIRS:
-            logger.warning(
-                f"No linear model helps to label the pool, since there are more than {MOST_PAIRS:,} labels."
-            )
+        if (fitted := self._fit(start)) is None:
             return {}
-        if (kept := trainer.on_main_process(run.read_linear)) is None:
-            trainer.shard()
-            run.read_weights(run.weights_path(start), trainer.unwrapped_model)
-            try:
-                differences = trainer.state_differences(data.labeled_pairs, "train_dataset", lambda states: states)
-            except NoStatesError:
-                kind = type(trainer.unwrapped_model).__name__
-                logger.warning(
-                    f"No linear model helps to label the pool, since {kind} gives no hidden state of each token."
-                )
-                return {}
-            kept = trainer.on_main_process(lambda: self._fitted(differences))
-            if trainer.accelerator.is_main_process:
-                run.write_linear(*kept)
-        self.weights, held_out = kept
-        logits = held_out.numpy()[~data.is_tie]
+        self.start, self.weights = start, fitted[0]
+        logits = fitted[1].numpy()[~data.is_tie]
         self.temperature = fit_temperature(logits, data.prompts[~data.is_tie])
-        self.start = start
         return {
             "linear_accuracy": float((logits > 0).mean()),
             "linear_log_loss": float(np.logaddexp(0.0, -logits / self.temperature).mean()),
             "linear_has_learned": has_learned(logits),
         }
+
+    def _fit(self, start: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Weights and held-out predictions, or what an interrupted run has kept of them; `None` if there can be no linear model."""
+        trainer, run = self.trainer, self.trainer.run
+        if not trainer.settings.fits_linear_model or not self.has_states:
+            return None
+        if (kept := trainer.on_main_process(lambda: run.read_linear(start))) is None:
+            trainer.shard()
+            run.read_weights(run.weights_path(start), trainer.unwrapped_model)
+            try:
+                differences = trainer.state_differences(
+                    trainer.data.labeled_pairs, "train_dataset", lambda states: states
+                )
+            except NoStatesError:
+                self.has_states = False
+                kind = type(trainer.unwrapped_model).__name__
+                logger.warning(f"No linear model is fitted, since {kind} gives no hidden state of each token.")
+                return None
+            kept = trainer.on_main_process(lambda: self._fitted(differences))
+            if trainer.accelerator.is_main_process:
+                run.write_linear(start, *kept)
+        return kept
 
     def _fitted(self, differences: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights, and predictions for each pair by weights that were fitted without its part of the labels."""
@@ -105,10 +126,9 @@ class LinearModel:
         projection = projection_of(differences)
         features, target = differences @ projection, np.where(data.is_tie, 0.5, 1.0)
         held_out = np.empty(len(features))
-        num_folds = min(NUM_FOLDS, data.num_prompts)
-        fold_of = fold_of_pairs(data.prompts, num_folds, self.trainer.args.seed)
-        for fold in range(num_folds):
-            rest = fold_of != fold
+        part_of = fold_of_pairs(data.prompts, min(NUM_PARTS, data.num_prompts), self.trainer.args.seed)
+        for part in np.unique(part_of):
+            rest = part_of != part
             held_out[~rest] = features[~rest] @ fit_to_labels(features[rest], target[rest], data.prompts[rest])
         weights = projection @ fit_to_labels(features, target, data.prompts)
         return torch.from_numpy(weights).float(), torch.from_numpy(held_out)

@@ -19,12 +19,15 @@ from ..data.pool import Pool
 from ..data.prompts import prompt_groups
 from .calibrate import LEAST_GAIN, at_best_temperature
 from .folds import Folds
+from .linear import LinearModel
 from .round_trainer import RoundTrainer
 from .run_directory import INITIAL, PRETRAINED
 
 
 logger = logging.getLogger(__name__)
 
+# Nats of evidence that pretraining needs, odds of 2.7 to 1. XXX
+LEAST_EVIDENCE = 1.0
 # Draws of another row for each row, until it has another prompt.
 _DRAWS = 20
 
@@ -37,19 +40,22 @@ class Pretraining:
         trainer ([`~trl_ssrm.rounds.round_trainer.RoundTrainer`]):
             The trainer, whose model, pool and run directory are used.
         folds ([`~trl_ssrm.rounds.folds.Folds`]):
-            Fold models that compare the two starts.
+            Fold models of the run.
+        linear_model ([`~trl_ssrm.rounds.linear.LinearModel`]):
+            Linear model that compares the two starts. Where there can be none, the fold models do.
     """
 
-    def __init__(self, trainer: RoundTrainer, folds: Folds):
-        self.trainer, self.folds = trainer, folds
+    def __init__(self, trainer: RoundTrainer, folds: Folds, linear_model: LinearModel):
+        self.trainer, self.folds, self.linear_model = trainer, folds, linear_model
 
     def choose_start(self, ignore_keys_for_eval: list[str] | None) -> tuple[int, dict[str, Any]]:
         """
-        Train the fold models, and choose the weights that the rounds start from.
+        Choose the weights that the rounds start from, and train the fold models from them.
 
-        Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
-        pairs but ties right. And fold models that start from them have a log-loss, on the labels that they have not seen, that is
-        lower by `LEAST_GAIN` than that of fold models that start from the initial weights.
+        Pretrained weights are chosen if three things hold. Without having seen a label, they rank more than half of the labeled
+        pairs but ties right. Linear models on their hidden states have a log-loss, on labels that they have not seen, that is
+        lower by `LEAST_GAIN` than that of linear models on those of the initial weights. And both together are evidence of
+        `LEAST_EVIDENCE` nats (see [`gain`]). Where there can be no linear model, fold models that start from either weights are compared.
 
         Args:
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -58,26 +64,42 @@ class Pretraining:
         Returns:
             `tuple[int, dict[str, Any]]`: `INITIAL` or `PRETRAINED`, and the facts that decided it.
         """
-        pretrains = self.trainer.settings.pretrains
-        facts: dict[str, Any] = {}
-        if pretrains == "never" or (pairs := self._pairs()) is None:
-            self.folds.train(INITIAL, ignore_keys_for_eval)
-            return INITIAL, facts
-        self._train(pairs, ignore_keys_for_eval)
+        start, facts = self._choose(ignore_keys_for_eval)
+        self.folds.train(start, ignore_keys_for_eval)
+        return start, facts
+
+    def _choose(self, ignore_keys_for_eval: list[str] | None) -> tuple[int, dict[str, Any]]:
         trainer = self.trainer
+        if trainer.settings.pretrains == "never" or (pairs := self._pairs()) is None:
+            return INITIAL, {}
+        is_asked = trainer.settings.pretrains == "always"
+        without = None if is_asked else self._held_out_logits(INITIAL, ignore_keys_for_eval)
+        if without is None and not is_asked:
+            logger.warning("Nothing can judge pretraining on the texts of the pool, so it is left out. Set `num_folds=3`.")
+            return INITIAL, {}
+        self._train(pairs, ignore_keys_for_eval)
         logits = trainer.score_pairs(trainer.data.labeled_pairs, "train_dataset").logits[~trainer.data.is_tie]
         facts = {"pretraining_pairs": len(pairs), "pretraining_accuracy": float((logits > 0).mean())}
-        if pretrains == "always":
-            self.folds.train(PRETRAINED, ignore_keys_for_eval)
+        if without is None:
             return PRETRAINED, {**facts, "is_pretrained": True}
-        self.folds.train(INITIAL, ignore_keys_for_eval)
         if facts["pretraining_accuracy"] <= 0.5:
             return INITIAL, {**facts, "is_pretrained": False}
-        self.folds.train(PRETRAINED, ignore_keys_for_eval)
-        without, with_pretraining = (self.folds.held_out_logits(start) for start in (INITIAL, PRETRAINED))
+        with_pretraining = self._held_out_logits(PRETRAINED, ignore_keys_for_eval)
+        assert with_pretraining is not None
         facts |= gain(logits, without, with_pretraining, trainer.data.prompts[~trainer.data.is_tie])
-        is_better = facts["log_loss_with_pretraining"] <= facts["log_loss_without_pretraining"] - LEAST_GAIN
+        is_better = (
+            facts["log_loss_with_pretraining"] <= facts["log_loss_without_pretraining"] - LEAST_GAIN
+            and facts["pretraining_evidence"] >= LEAST_EVIDENCE
+        )
         return PRETRAINED if is_better else INITIAL, {**facts, "is_pretrained": is_better}
+
+    def _held_out_logits(self, start: int, ignore_keys_for_eval: list[str] | None) -> np.ndarray | None:
+        """Predictions for labels by models that have not seen them: linear models, which cost no training, or else fold models."""
+        logits = self.linear_model.held_out_logits(start)
+        if logits is None and self.folds.num_folds:
+            self.folds.train(start, ignore_keys_for_eval)
+            logits = self.folds.held_out_logits(start)
+        return logits
 
     def _pairs(self) -> Dataset | None:
         """The pairs to pretrain on, tokenized; `None` if there are none."""
@@ -103,6 +125,7 @@ class Pretraining:
             return
         trainer.accelerator.print(f"Pretraining on {len(pairs)} pairs of texts of the pool, without labels.")
         trainer.round, trainer.train_dataset = PRETRAINED, pairs
+        run.read_weights(run.weights_path(INITIAL), trainer.unwrapped_model)
         checkpoint = trainer.on_main_process(lambda: run.last_checkpoint(PRETRAINED))
         with trainer.in_silence(with_checkpoints=True):
             trainer.train_once(checkpoint, ignore_keys_for_eval)
@@ -148,7 +171,7 @@ def gain(
     the same.
 
     Two things are evidence, in nats of log-likelihood over all prompts: how much better than by chance the pretrained model ranks the
-    pairs; and by how much pretraining lowers the log-loss of fold models on pairs that they have not seen. For the latter, each
+    pairs; and by how much pretraining lowers the log-loss on pairs that the models compared have not seen. For the latter, each
     has the temperature that is best for it: how well pairs are ranked counts, and not how sure the model is, which the temperature
     mends later.
 
@@ -156,21 +179,21 @@ def gain(
         zero_shot (`np.ndarray` of shape `(num_pairs,)`):
             Pair logits `z = r(chosen) - r(rejected)` of the pretrained model, which has seen no label.
         without, with_pretraining (`np.ndarray` of shape `(num_pairs,)`):
-            Those of fold models that start from either weights.
+            Those of linear models or fold models that have not seen the pair and start from either weights.
         prompts (`np.ndarray` of shape `(num_pairs,)`, int64):
             Number of the prompt of each pair; there are two prompts or more.
 
     Returns:
         `dict[str, float]`: `accuracy` and `log_loss`, `_without_pretraining` and `_with_pretraining`, the standard errors of
         their differences, `pretraining_accuracy_change_error` and `pretraining_log_loss_change_error`,
-        `pretraining_evidence`, and the gain in log-loss that is asked for, `pretraining_least_gain`.
+        `pretraining_evidence`, and what is asked for, `pretraining_least_gain` and `pretraining_least_evidence`.
     """
     _, prompts, num_pairs = np.unique(prompts, return_inverse=True, return_counts=True)
 
     def by_prompt(values: np.ndarray) -> np.ndarray:
         return np.bincount(prompts, weights=values) / num_pairs
 
-    facts = {"pretraining_least_gain": LEAST_GAIN}
+    facts = {"pretraining_least_gain": LEAST_GAIN, "pretraining_least_evidence": LEAST_EVIDENCE}
     logits_of = {"without": at_best_temperature(without), "with": at_best_temperature(with_pretraining)}
     for metric, function in (("accuracy", lambda z: z > 0), ("log_loss", lambda z: np.logaddexp(0.0, -z))):
         of = {kind: by_prompt(function(logits)) for kind, logits in logits_of.items()}

@@ -7,7 +7,7 @@ output_dir/_rounds/
     initial.safetensors        trainable weights that the trainer was given
     pretraining/               pairs of texts, checkpoints, weights, and fold models that start from these weights
     start.json                 which of these weights the rounds start from, and why
-    linear.safetensors         linear model on the hidden states, which helps to label the pool
+    linear_*.safetensors       linear models on the hidden states under either of them
     round_0/fold_0/            predictions of the fold model without the first part of the labels
     pool/                      rows of a pool that is a stream, and the cache of what was made of them
     round_0/held_out.safetensors  predictions on the held-out pairs, which later rounds are compared with
@@ -299,16 +299,23 @@ class RunDirectory(RunRoot):
         kept = self._read(path)
         return kept["start"], kept["facts"]
 
-    def write_linear(self, weights: torch.Tensor, held_out: torch.Tensor) -> None:
-        """Keep the weights of the linear model, and its predictions on parts of the labels that it was not fitted to."""
-        path = self.root / "linear.safetensors"
+    def write_linear(self, start: int, weights: torch.Tensor, held_out: torch.Tensor) -> None:
+        """
+        Keep the weights of the linear model on the hidden states under `INITIAL` or `PRETRAINED` weights, and its predictions on parts of
+        the labels that it was not fitted to.
+        """
+        path = self.linear_path(start)
         write_tensors(path, {"weights": weights, "held_out": held_out}, self.key(path))
 
-    def read_linear(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def read_linear(self, start: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`tuple[torch.Tensor, torch.Tensor]` or `None`: these two; `None` if there are none yet, or if they are damaged."""
-        path = self.root / "linear.safetensors"
+        path = self.linear_path(start)
         tensors = read_tensors(path, self.key(path))
         return None if tensors is None else (tensors["weights"], tensors["held_out"])
+
+    def linear_path(self, start: int) -> Path:
+        """`Path`: file with the linear model on the hidden states under `INITIAL` or `PRETRAINED` weights."""
+        return self.root / f"linear_{'initial' if start == INITIAL else 'pretrained'}.safetensors"
 
     def fold_dir(self, fold: int, start: int) -> Path:
         """`Path`: directory of a fold model that starts from some weights, `INITIAL` or `PRETRAINED`."""

@@ -25,6 +25,8 @@ NUM_FOLDS = 3
 # Passes over the pool in a round, if nothing else is set. In five of six comparisons on dev parts of quality.py, two had a lower
 # log-loss than one, by .006 in the mean of all.
 MOST_EPOCHS = 2
+# With more labels, fitting a linear model takes minutes, and was not tried.
+MOST_LINEAR_PAIRS = 2_000
 
 
 # Settings of `Trainer` without effect on reward models, here and in `RewardTrainer`, and why.
@@ -55,11 +57,13 @@ class RoundSettings:
         has_soft_labels (`bool`):
             Whether kept pairs are trained on their probability.
         pretrains (`str`):
-            Whether the model is pretrained on the texts of the pool: `"never"`, `"always"`, or `"if_better"`, where the fold
-            models decide.
+            Whether the model is pretrained on the texts of the pool: `"never"`, `"always"`, or `"if_better"`, where the
+            labels decide.
         fits_linear_model (`bool`):
-            Whether a linear model on the hidden states helps to label the pool for round 1, unless the fold models are sure that
-            pretraining is better.
+            Whether a linear model on the hidden states can be fitted to the labels. If so it decides about pretraining, otherwise the
+            fold models do, at more cost.
+        linear_model_labels (`bool`):
+            Whether it helps to label the pool for round 1, unless the labels are sure that pretraining is better.
         num_train_epochs (`float`, *optional*):
             Number of epochs of a round after round 0; `None` if `max_steps` decides.
         confidence_threshold (`float`, *optional*):
@@ -74,6 +78,7 @@ class RoundSettings:
     has_soft_labels: bool
     pretrains: str
     fits_linear_model: bool
+    linear_model_labels: bool
     num_train_epochs: float | None
     confidence_threshold: float | None = None
     target_precision: float | None = None
@@ -205,7 +210,8 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
         ValueError: If the data can't meet a setting.
     """
     num_calibration = len(data.held_out["calibration"].first) if "calibration" in data.held_out else 0
-    num_folds = _resolve_num_folds(args, data, labels_by_itself, num_calibration > 0)
+    fits_linear_model = _fits_linear_model(args, data, labels_by_itself)
+    num_folds = _resolve_num_folds(args, data, labels_by_itself, num_calibration > 0, fits_linear_model)
     _check_drop_last(args, data, num_folds)
     num_held_out = num_calibration or (int((~data.is_tie).sum()) if num_folds else 0)
     calibrated_by = "calibration" if num_calibration else "cross_fit" if num_folds else None
@@ -219,18 +225,16 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
     num_train_epochs: float | None = args.round_num_train_epochs
     if num_train_epochs is None and args.max_steps <= 0:
         num_train_epochs = min(args.num_train_epochs, MOST_EPOCHS)
-    pretrains = {
-        None: "if_better" if num_folds and not args.freeze_backbone else "never",
-        True: "always",
-        False: "never",
-    }
+    can_judge = num_folds > 0 or fits_linear_model and _may_have_folds(args, data, labels_by_itself)
+    pretrains = {None: "if_better" if can_judge and not args.freeze_backbone else "never", True: "always", False: "never"}
     return RoundSettings(
         num_folds,
         calibrated_by,
         keeps_best_round,
         has_soft_labels,
         pretrains[args.pretrain_on_pool],
-        _fits_linear_model(args, data, labels_by_itself, calibrated_by),
+        fits_linear_model,
+        fits_linear_model and _linear_model_labels(args, labels_by_itself, calibrated_by),
         num_train_epochs,
         **threshold,
     )
@@ -280,22 +284,28 @@ def _check_target_precision(
         )
 
 
-def _fits_linear_model(args: SSRMConfig, data: RunData, labels_by_itself: bool, calibrated_by: str | None) -> bool:
+def _fits_linear_model(args: SSRMConfig, data: RunData, labels_by_itself: bool) -> bool:
+    """Whether a linear model can be fitted. A pairwise model was not tried, and a frozen backbone is a linear model by itself."""
+    is_possible = args.preference_model == "scalar" and not args.freeze_backbone and data.num_prompts > 1
+    has_too_many = is_possible and len(data.labeled) > MOST_LINEAR_PAIRS
+    if has_too_many and labels_by_itself and args.pseudo_label_type == "soft":
+        logger.warning(f"No linear model is fitted, since there are more than {MOST_LINEAR_PAIRS:,} labels.")
+    return is_possible and not has_too_many
+
+
+def _linear_model_labels(args: SSRMConfig, labels_by_itself: bool, calibrated_by: str | None) -> bool:
     """
-    Whether a linear model helps to label the pool. Hard labels and a target precision ask how sure the model itself is. What
-    pretraining adds is not judged where it is asked for. A pairwise model was not tried, and a frozen backbone is a linear model by itself.
+    Whether a linear model helps to label the pool, if there can be one. Hard labels and a target precision ask how sure the trained
+    model is. What pretraining adds is not judged where it is asked for.
     """
     return (
         args.pseudo_label_type == "soft"
         and labels_by_itself
         and calibrated_by is not None
         and args.target_precision is None
-        and args.preference_model == "scalar"
         and args.round_init == "base"
         and args.num_rounds > 0
-        and data.num_prompts > 1
         and not args.pretrain_on_pool
-        and not args.freeze_backbone
     )
 
 
@@ -312,14 +322,20 @@ def _check_drop_last(args: SSRMConfig, data: RunData, num_folds: int) -> None:
         )
 
 
-def _resolve_num_folds(args: SSRMConfig, data: RunData, labels_by_itself: bool, has_calibration: bool) -> int:
+def _may_have_folds(args: SSRMConfig, data: RunData, labels_by_itself: bool) -> bool:
+    """Whether labels are split to judge models by, if nothing is set."""
+    return args.num_folds != 0 and labels_by_itself and not args.load_best_model_at_end and data.num_prompts > 1
+
+
+def _resolve_num_folds(
+    args: SSRMConfig, data: RunData, labels_by_itself: bool, has_calibration: bool, fits_linear_model: bool
+) -> int:
     num_prompts = data.num_prompts
     if args.num_folds is None:
-        decides_on_pretraining = args.pretrain_on_pool is None and not args.freeze_backbone
+        judges_pretraining = args.pretrain_on_pool is None and not args.freeze_backbone and not fits_linear_model
         uses = [] if has_calibration else ["calibrate the confidence"]
-        uses += ["decide whether the model is pretrained on the texts of the pool"] if decides_on_pretraining else []
-        is_possible = labels_by_itself and not args.load_best_model_at_end and num_prompts > 1
-        if not is_possible or not uses:
+        uses += ["decide whether the model is pretrained on the texts of the pool"] if judges_pretraining else []
+        if not uses or not _may_have_folds(args, data, labels_by_itself):
             return 0
         num_folds = min(NUM_FOLDS, num_prompts)
         logger.warning(

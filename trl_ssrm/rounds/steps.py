@@ -51,8 +51,8 @@ class RoundSteps(RoundTrainer):
 
     def choose_start(self, ignore_keys_for_eval: list[str] | None) -> None:
         """
-        Train the fold models and, unless it is off, pretrain on the texts of the pool; choose what round 0 starts from. Fit the
-        linear model.
+        Unless it is off, pretrain on the texts of the pool, and let the labels choose what round 0 starts from. Train the fold
+        models. Get the linear model ready.
         """
         run = self.run
         if (chosen := self.on_main_process(run.read_start)) is None:
@@ -61,7 +61,7 @@ class RoundSteps(RoundTrainer):
                 run.write_start(*chosen)
             self.accelerator.wait_for_everyone()
         self.start, self.start_facts = chosen
-        self.start_facts |= self.linear_model.fit(self.start, self.start_facts)
+        self.start_facts |= self.linear_model.prepare(self.start, self.start_facts)
         run.read_weights(run.weights_path(self.round if self.round_history else self.start), self.unwrapped_model)
 
     def train_round(self, ignore_keys_for_eval: list[str] | None) -> None:
