@@ -170,11 +170,8 @@ def _pretraining(first: dict[str, Any]) -> str | None:
         changes.append(_from_to(words, before, after, after - before, first[f"pretraining_{key}_change_error"]))
     asked = ""
     if not first["is_pretrained"]:
-        least, needed = first["pretraining_least_gain"], first["pretraining_least_evidence"]
-        gain = first["log_loss_without_pretraining"] - first["log_loss_with_pretraining"]
-        asked = f", since it has to lower the log-loss by {least}"
-        if gain >= least:
-            asked = f", since the labels are too weak evidence for it ({first['pretraining_evidence']:.1f} nats, and {needed:g} is needed)"
+        evidence, least = first["pretraining_evidence"], first["pretraining_least_evidence"]
+        asked = f", since the labels say too little for it (evidence of {evidence:.1f} nats, and {least:g} is needed)"
     return f"{opening}{asked}: {', '.join(changes)}, on the labels, by models that have not seen them."
 
 

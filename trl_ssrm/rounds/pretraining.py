@@ -17,7 +17,7 @@ from datasets import Dataset
 from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
-from .calibrate import LEAST_GAIN, at_best_temperature
+from .calibrate import at_best_temperature
 from .folds import Folds
 from .linear import LinearModel
 from .round_trainer import RoundTrainer
@@ -52,10 +52,10 @@ class Pretraining:
         """
         Choose the weights that the rounds start from, and train the fold models from them.
 
-        Pretrained weights are chosen if three things hold. Without having seen a label, they rank more than half of the labeled
-        pairs but ties right. Linear models on their hidden states have a log-loss, on labels that they have not seen, that is
-        lower by `LEAST_GAIN` than that of linear models on those of the initial weights. And both together are evidence of
-        `LEAST_EVIDENCE` nats (see [`gain`]). Where there can be no linear model, fold models that start from either weights are compared.
+        Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
+        pairs but ties right. And that, with the log-loss of linear models on the hidden states under either weights, on labels that
+        these have not seen, is evidence of `LEAST_EVIDENCE` nats (see [`gain`]). Where there can be no linear model, fold models that
+        start from either weights are compared.
 
         Args:
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -75,7 +75,9 @@ class Pretraining:
         is_asked = trainer.settings.pretrains == "always"
         without = None if is_asked else self._held_out_logits(INITIAL, ignore_keys_for_eval)
         if without is None and not is_asked:
-            logger.warning("Nothing can judge pretraining on the texts of the pool, so it is left out. Set `num_folds=3`.")
+            logger.warning(
+                "Nothing can judge pretraining on the texts of the pool, so it is left out. Set `num_folds=3`."
+            )
             return INITIAL, {}
         self._train(pairs, ignore_keys_for_eval)
         logits = trainer.score_pairs(trainer.data.labeled_pairs, "train_dataset").logits[~trainer.data.is_tie]
@@ -87,10 +89,7 @@ class Pretraining:
         with_pretraining = self._held_out_logits(PRETRAINED, ignore_keys_for_eval)
         assert with_pretraining is not None
         facts |= gain(logits, without, with_pretraining, trainer.data.prompts[~trainer.data.is_tie])
-        is_better = (
-            facts["log_loss_with_pretraining"] <= facts["log_loss_without_pretraining"] - LEAST_GAIN
-            and facts["pretraining_evidence"] >= LEAST_EVIDENCE
-        )
+        is_better = facts["pretraining_evidence"] >= LEAST_EVIDENCE
         return PRETRAINED if is_better else INITIAL, {**facts, "is_pretrained": is_better}
 
     def _held_out_logits(self, start: int, ignore_keys_for_eval: list[str] | None) -> np.ndarray | None:
@@ -186,14 +185,14 @@ def gain(
     Returns:
         `dict[str, float]`: `accuracy` and `log_loss`, `_without_pretraining` and `_with_pretraining`, the standard errors of
         their differences, `pretraining_accuracy_change_error` and `pretraining_log_loss_change_error`,
-        `pretraining_evidence`, and what is asked for, `pretraining_least_gain` and `pretraining_least_evidence`.
+        `pretraining_evidence`, and the evidence that is asked for, `pretraining_least_evidence`.
     """
     _, prompts, num_pairs = np.unique(prompts, return_inverse=True, return_counts=True)
 
     def by_prompt(values: np.ndarray) -> np.ndarray:
         return np.bincount(prompts, weights=values) / num_pairs
 
-    facts = {"pretraining_least_gain": LEAST_GAIN, "pretraining_least_evidence": LEAST_EVIDENCE}
+    facts = {"pretraining_least_evidence": LEAST_EVIDENCE}
     logits_of = {"without": at_best_temperature(without), "with": at_best_temperature(with_pretraining)}
     for metric, function in (("accuracy", lambda z: z > 0), ("log_loss", lambda z: np.logaddexp(0.0, -z))):
         of = {kind: by_prompt(function(logits)) for kind, logits in logits_of.items()}

@@ -226,7 +226,11 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
     if num_train_epochs is None and args.max_steps <= 0:
         num_train_epochs = min(args.num_train_epochs, MOST_EPOCHS)
     can_judge = num_folds > 0 or fits_linear_model and _may_have_folds(args, data, labels_by_itself)
-    pretrains = {None: "if_better" if can_judge and not args.freeze_backbone else "never", True: "always", False: "never"}
+    pretrains = {
+        None: "if_better" if can_judge and not args.freeze_backbone else "never",
+        True: "always",
+        False: "never",
+    }
     return RoundSettings(
         num_folds,
         calibrated_by,
