@@ -31,9 +31,10 @@ class SSRMConfig(RewardConfig):
         pretrain_on_pool (`bool`, *optional*):
             Whether the weights that all rounds start from are first trained on the texts of the pool, for one epoch (for
             `max_steps`, if that is set): to prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No
-            label is read. If `None`, the fold models decide: it is done, and its weights are used if they rank more than half of
-            the labeled pairs right and lower the log-loss on labels that a fold model has not seen by 0.01. Without fold models,
-            or with `freeze_backbone`, `None` is `False`.
+            label is read. If `None`, it is done and the labels decide: its weights are used if they rank more than half of the
+            labeled pairs right, and if that and linear models on the hidden states, which predict labels that they have not seen, are
+            evidence of 1 nat for it. `None` is `False` with `num_folds=0`, `freeze_backbone`, `load_best_model_at_end`, a teacher, or
+            a callback with a `score` of its own.
         keep_best_round (`bool`, *optional*):
             Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
             `calibration_dataset`. `eval_dataset` never chooses the round. If `False`, the last round is kept. If `None`, it
@@ -41,12 +42,12 @@ class SSRMConfig(RewardConfig):
         num_folds (`int`, *optional*):
             Number of parts into which the labeled pairs are split, by prompt. For each part one more model is trained on
             the labels without it, before round 0; the pool is not read. The predictions of these models on the parts that
-            they have not seen calibrate the confidence of round 0, find the threshold for `target_precision`, and decide about
-            `pretrain_on_pool`; for the first two, `calibration_dataset` takes their place if it is given. With one of these two, and
-            soft labels, a linear model on the hidden states helps to label the pool, unless pretraining is clearly better. Round 0 costs
-            `num_folds` times as much, and `2 * num_folds - 1` times if pretraining may help. `0`, or at least 2. If `None`, it is 3
-            (or the number of prompts, if lower), and 0 if nothing needs them, or with `load_best_model_at_end`, a teacher, or a
-            callback with a `score` of its own.
+            they have not seen calibrate the confidence of round 0 and find the threshold for `target_precision`;
+            `calibration_dataset` takes their place if it is given. With one of the two, and soft labels, a linear model on the hidden
+            states helps to label the pool, unless pretraining is clearly better. Round 0 costs `num_folds` times as much. Where there
+            can be no linear model (a pairwise model, more than 2,000 labels), fold models decide about `pretrain_on_pool`, and round 0
+            costs up to `2 * num_folds - 1` times as much. `0`, or at least 2. If `None`, it is 3 (or the number of prompts, if lower),
+            and 0 if nothing needs them, or with `load_best_model_at_end`, a teacher, or a callback with a `score` of its own.
 
         > Parameters that control the model
 
@@ -136,7 +137,7 @@ class SSRMConfig(RewardConfig):
         default=None,
         metadata={
             "help": "Whether the model is first trained, without labels, to prefer a completion of a prompt to one of another "
-            "prompt. Default: it is tried, and used if the fold models confirm that it helps."
+            "prompt. Default: it is tried, and used if the labels confirm that it helps."
         },
     )
     keep_best_round: bool | None = field(
@@ -150,7 +151,7 @@ class SSRMConfig(RewardConfig):
         default=None,
         metadata={
             "help": "Number of parts of the labeled pairs. One more model for each part is trained on the labels without "
-            "it; these models calibrate the confidence and decide about pretraining. Default: 3, and 0 with a teacher."
+            "it; these models calibrate the confidence. Default: 3, and 0 with `calibration_dataset` or a teacher."
         },
     )
 
