@@ -68,7 +68,7 @@ def test_without_held_out_pairs_nothing_is_claimed():
     ("after", "opening"),
     [
         (0.44, "was used: "),
-        (0.595, "was not used, since the labels say too little for it (evidence of 0.4 nats, and 1 is needed): "),
+        (0.595, "was not used, since the labels say too little for it (odds of 1.5 to 1, and 2.7 to 1 are needed): "),
     ],
 )
 def test_gain_of_pretraining_has_an_interval(after, opening):

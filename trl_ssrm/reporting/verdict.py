@@ -170,8 +170,8 @@ def _pretraining(first: dict[str, Any]) -> str | None:
         changes.append(_from_to(words, before, after, after - before, first[f"pretraining_{key}_change_error"]))
     asked = ""
     if not first["is_pretrained"]:
-        evidence, least = first["pretraining_evidence"], first["pretraining_least_evidence"]
-        asked = f", since the labels say too little for it (evidence of {evidence:.1f} nats, and {least:g} is needed)"
+        odds, needed = (math.exp(first[f"pretraining_{kind}"]) for kind in ("evidence", "least_evidence"))
+        asked = f", since the labels say too little for it (odds of {odds:.1f} to 1, and {needed:.1f} to 1 are needed)"
     return f"{opening}{asked}: {', '.join(changes)}, on the labels, by models that have not seen them."
 
 

@@ -26,8 +26,8 @@ from .run_directory import INITIAL, PRETRAINED
 
 logger = logging.getLogger(__name__)
 
-# Nats of evidence that pretraining needs, odds of 2.7 to 1. In 14 draws of the tasks of quality.py, 50 labels each, it was 2.7 to 14
-# where pretraining helped (six), and at most 0.4 where it harmed (eight), but for one of RMB with 2.3.
+# Nats of evidence that pretraining needs, odds of 2.7 to 1. In 16 draws of the tasks of quality.py, 50 labels each, it was 2.7 to 14
+# where pretraining helped (seven), and at most 0.4 where it harmed (nine), but for one of RMB with 2.3.
 LEAST_EVIDENCE = 1.0
 # Draws of another row for each row, until it has another prompt.
 _DRAWS = 20
