@@ -40,13 +40,17 @@ def test_two_processes_select_the_pairs_that_one_selects(llama, tmp_path, folds,
     assert 0 < len(two["scored"]) < len(one["scored"])
 
 
-def test_sharded_weights_are_read_by_the_same_linear_model(llama, tmp_path):
-    settings = {"model": llama, "dataloader_drop_last": True, **SOFT}
+@pytest.mark.parametrize("pretrain_on_pool", [False, None])
+def test_sharded_weights_are_read_by_the_same_linear_model(llama, tmp_path, pretrain_on_pool):
+    settings = {"model": llama, "dataloader_drop_last": True, **SOFT, "pretrain_on_pool": pretrain_on_pool}
     two = run_script("fsdp_script.py", num_processes=2, **settings, output_dir=str(tmp_path / "two"))
     one = run(**settings, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
     assert len(one["kept"]) == 1 and two["kept"] == one["kept"]
     assert two["confidence"][0] == pytest.approx(one["confidence"][0], abs=1e-2)
-    assert two["facts"][0]["linear_log_loss"] == pytest.approx(one["facts"][0]["linear_log_loss"], abs=1e-3)
+    # Under the initial weights: what it knows, or what it says for and against pretraining.
+    fact = "linear_log_loss" if pretrain_on_pool is False else "log_loss_without_pretraining"
+    assert two["facts"][0][fact] == pytest.approx(one["facts"][0][fact], abs=1e-3)
+    assert two["facts"][0].get("is_pretrained") == one["facts"][0].get("is_pretrained")
 
 
 # As `accelerate config` writes them, for processes of a CPU.
