@@ -115,7 +115,7 @@ def test_dry_run_says_what_each_round_costs_and_trains_nothing(llama, data, tmp_
         rf"Steps: about {steps} in all. Time: about [\d.]+ minutes, by the speed of 3 batches here", printed
     )
     assert "Pretraining comes before: up to 40 pairs of texts, about " in printed
-    assert "a second time" not in printed
+    assert "If the labels are in doubt about it, the 2 fold models are trained a second time" in printed
     assert not list(Path(settings["output_dir"]).rglob("*.safetensors"))
 
 

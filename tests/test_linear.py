@@ -83,7 +83,7 @@ def test_pool_is_labeled_by_the_mean_of_both_or_by_the_one_that_has_learned(make
     trainer.train()
     facts = trainer.round_history[0]
     assert facts["linear_accuracy"] > 0.6 and facts["linear_log_loss"] < np.log(2) and facts["linear_has_learned"]
-    assert facts["has_learned"] == has_learned and trainer.linear_model.start == INITIAL
+    assert facts["has_learned"] == has_learned and trainer.linear_model.labels
     pool, _ = trainer.run.read_pseudo_labels(1)
     initial = AutoModelForSequenceClassification.from_pretrained(llama, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(llama)
@@ -184,4 +184,4 @@ def test_after_pretraining_there_is_none(make_trainer):
     assert not trainer.settings.linear_model_labels
     trainer.train()
     assert trainer.start == PRETRAINED and "linear_accuracy" not in trainer.round_history[0]
-    assert trainer.linear_model.start is None and trainer.termination_reason == "max_rounds"
+    assert not trainer.linear_model.labels and trainer.termination_reason == "max_rounds"

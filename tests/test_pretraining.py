@@ -76,8 +76,10 @@ def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path, monke
     monkeypatch.setattr("trl_ssrm.rounds.linear.SURE_EVIDENCE", facts["pretraining_evidence"] + 1)
     weak = make_matching(eval_dataset=held_out, output_dir=str(tmp_path / "weak"))
     weak.train()
-    assert weak.start == PRETRAINED and weak.linear_model.start == PRETRAINED
+    assert weak.start == PRETRAINED and weak.linear_model.labels
+    # It reads the initial weights, so that it does not repeat what pretraining got wrong.
     assert weak.round_history[0]["linear_has_learned"]
+    assert weak.round_history[0]["linear_accuracy"] == without.round_history[0]["linear_accuracy"]
     labels = [each.run.read_labels(1)[0]["confidence"] for each in (trainer, weak)]
     assert not np.array_equal(*labels)
     for round in range(2):
@@ -104,12 +106,21 @@ def test_fold_models_judge_where_there_is_no_linear_model(make_matching, held_ou
 
 
 @pytest.mark.slow
-def test_weak_evidence_does_not_let_it_in(make_matching, monkeypatch):
-    monkeypatch.setattr("trl_ssrm.rounds.pretraining.LEAST_EVIDENCE", 1000.0)
+def test_fold_models_are_asked_where_linear_models_are_in_doubt(make_matching, monkeypatch, tmp_path):
+    monkeypatch.setattr("trl_ssrm.rounds.pretraining.LEAST_EVIDENCE", 100.0)
     trainer = make_matching(num_pool=40)
     trainer.train()
     facts = trainer.round_history[0]
-    assert trainer.start == INITIAL and not facts["is_pretrained"] and 0 < facts["pretraining_evidence"] < 1000
+    assert trainer.start == INITIAL and not facts["is_pretrained"] and 0 < facts["pretraining_evidence"] < 100
+    logits = [trainer.folds.held_out_logits(start) for start in (INITIAL, PRETRAINED)]
+    found = gain(logits[1], *logits, trainer.data.prompts)
+    assert found["log_loss_with_pretraining"] == facts["log_loss_with_pretraining"]
+    # Without fold models, the answer of the linear models counts.
+    held_out = Dataset.from_list(matching_rows(30, seed=3))
+    output_dir = str(tmp_path / "alone")
+    alone = make_matching(num_pool=40, calibration_dataset=held_out, num_folds=None, output_dir=output_dir)
+    alone.train()
+    assert alone.start == INITIAL and 0 < alone.round_history[0]["pretraining_evidence"] < 100
 
 
 def test_gain_is_paired_and_at_the_best_temperature():

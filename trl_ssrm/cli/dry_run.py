@@ -166,8 +166,8 @@ def dry_run(trainer: SSRMTrainer) -> str:
 
 def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> tuple[list[str], list[RoundCost]]:
     """
-    What pretraining adds at most, in words, and as costs: its own, and that of fold models that judge it where no linear model does.
-    Which texts it pairs is not known before.
+    What pretraining adds, in words, and as costs: its own, and that of fold models where they alone judge it. Which texts it pairs is
+    not known before.
     """
     settings, args, pool = trainer.settings, trainer.args, trainer.data.pool
     if settings.pretrains == "never":
@@ -179,9 +179,11 @@ def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> tuple[list[str], lis
     if epochs is None:
         tokens = round(args.max_steps * _batch(trainer) * mean)
     costs = [RoundCost(first.round, 1, epochs, Work(pairs=num_pairs), tokens, False, Work())]
+    num_folds = first.num_models - 1
+    if settings.pretrains == "if_better" and num_folds:
+        when = "the labels are in doubt about it" if settings.fits_linear_model else "it may help"
+        line += f" If {when}, the {num_folds} fold models are trained a second time, from its weights."
     if settings.pretrains == "if_better" and not settings.fits_linear_model:
-        num_folds = first.num_models - 1
-        line += f" If it may help, the {num_folds} fold models are trained a second time, from its weights."
         pairs = first.training.pairs - len(trainer.data.labeled)
         tokens = round(first.training_tokens * pairs / first.training.pairs)
         costs.append(RoundCost(first.round, num_folds, first.num_epochs, Work(pairs=pairs), tokens, False, Work()))

@@ -14,7 +14,7 @@ from ..scoring.pair_scores import PairScores
 from ..scoring.preference import pairwise_logits
 from .calibrate import fit_temperature, has_learned
 from .round_trainer import RoundTrainer
-from .run_directory import PRETRAINED
+from .run_directory import INITIAL, PRETRAINED
 from .settings import fold_of_pairs
 
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 PENALTIES = np.geomspace(1e2, 1e-3, 11)
 # Parts of the labels that choose among them, and that show what a linear model knows of labels that it has not seen.
 NUM_PARTS = 5
-# Nats of evidence for pretraining (see [`~trl_ssrm.rounds.pretraining.gain`]) from which on there is no linear model beside it: then it
-# adds no accuracy, and raised the log-loss by up to .03 in the quickstart. With less, labels of few prompts may have favored
-# pretraining by chance, as twice on RMB, and the linear model makes up for some of that. 3 are odds of 20 to 1.
-SURE_EVIDENCE = 3.0
+# Nats of evidence for pretraining (see [`~trl_ssrm.rounds.pretraining.gain`]) from which on the linear model does not label: then it adds
+# no accuracy, and raised the log-loss by up to .03. With less, labels of few prompts may have favored pretraining by chance, as twice on
+# RMB, and the linear model makes up for some of that. 5 are odds of 150 to 1.
+SURE_EVIDENCE = 5.0
 
 
 class LinearModel:
@@ -37,8 +37,9 @@ class LinearModel:
 
     It costs a forward pass over the labels, and is there for two things. Its predictions on labels that it has not seen say which weights
     are the better start. And with few labels it often ranks as well as the model whose weights were trained, and errs on other pairs: so
-    the mean of their probabilities labels the pool for round 1, and the model of that round learns what both know. Where pretraining is
-    clearly better it does not label.
+    the mean of their probabilities labels the pool for round 1, and the model of that round learns what both know. The one that labels
+    reads the initial weights, also beside pretraining: so it does not repeat what pretraining got wrong. Where pretraining is clearly
+    better it does not label.
 
     Args:
         trainer ([`~trl_ssrm.rounds.round_trainer.RoundTrainer`]):
@@ -47,8 +48,7 @@ class LinearModel:
 
     def __init__(self, trainer: RoundTrainer):
         self.trainer = trainer
-        self.start: int | None = None
-        self.has_states = True
+        self.has_states, self.labels = True, False
         self.weights = torch.empty(0)
         self.temperature = 1.0
 
@@ -87,9 +87,9 @@ class LinearModel:
             return {}
         if start == PRETRAINED and facts["pretraining_evidence"] >= SURE_EVIDENCE:
             return {}
-        if (fitted := self._fit(start)) is None:
+        if (fitted := self._fit(INITIAL)) is None:
             return {}
-        self.start, self.weights = start, fitted[0]
+        self.labels, self.weights = True, fitted[0]
         logits = fitted[1].numpy()[~data.is_tie]
         self.temperature = fit_temperature(logits, data.prompts[~data.is_tie])
         return {
@@ -152,9 +152,9 @@ class LinearModel:
         """
         trainer, run = self.trainer, self.trainer.run
         first = trainer.round_history[0]
-        if self.start is None or round > 0 or not first.get("linear_has_learned"):
+        if not self.labels or round > 0 or not first.get("linear_has_learned"):
             return scores
-        weights = run.weights_path(self.start)
+        weights = run.weights_path(INITIAL)
         run.read_weights(weights, trainer.unwrapped_model)
         key = content_hash(run.weights_hash(weights), pool.pairs.fingerprint, self.weights.tolist())
         differences = trainer.state_differences(

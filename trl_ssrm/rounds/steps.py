@@ -117,6 +117,7 @@ class RoundSteps(RoundTrainer):
             curves = reliability(logits_of, facts["temperature"])
             self.run.write_round(self.round, facts, self.state.log_history, curves)
             needed = {self.round} | ({self.start} if self.args.round_init == "base" else set())
+            needed |= {INITIAL} if self.linear_model.labels and self.round == 0 else set()
             self.run.prune_weights(needed | ({self.kept_round} if self.settings.keeps_best_round else set()))
         self.accelerator.wait_for_everyone()
         self._tell("on_round_end", round=self.round, facts=facts, round_history=self.round_history)
