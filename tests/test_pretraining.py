@@ -106,22 +106,26 @@ def test_fold_models_judge_where_there_is_no_linear_model(make_matching, held_ou
 
 
 @pytest.mark.slow
-def test_fold_models_are_asked_where_linear_models_are_in_doubt(make_matching, monkeypatch, tmp_path):
+@pytest.mark.parametrize("learned", [True, False])
+def test_in_doubt_fold_models_are_asked_if_there_is_nothing_to_lose(make_matching, monkeypatch, learned):
     monkeypatch.setattr("trl_ssrm.rounds.pretraining.LEAST_EVIDENCE", 100.0)
+    monkeypatch.setattr("trl_ssrm.rounds.pretraining.has_learned", lambda logits: learned)
     trainer = make_matching(num_pool=40)
     train, starts = trainer.folds.train, []
     trainer.folds.train = lambda start, *args: starts.append(start) or train(start, *args)
     trainer.train()
     facts = trainer.round_history[0]
     assert trainer.start == INITIAL and not facts["is_pretrained"] and 0 < facts["pretraining_evidence"] < 100
-    # To judge both, and to calibrate what round 0 starts from, where they are there already.
-    assert starts == [INITIAL, PRETRAINED, INITIAL]
-    # Without fold models, the answer of the linear models counts.
+    # To judge both starts; at the end, to calibrate what round 0 starts from, where they are there already.
+    assert starts == ([INITIAL] if learned else [INITIAL, PRETRAINED, INITIAL])
+
+
+@pytest.mark.slow
+def test_without_fold_models_the_answer_of_linear_models_counts(make_matching):
     held_out = Dataset.from_list(matching_rows(30, seed=3))
-    output_dir = str(tmp_path / "alone")
-    alone = make_matching(num_pool=40, calibration_dataset=held_out, num_folds=None, output_dir=output_dir)
-    alone.train()
-    assert alone.start == INITIAL and 0 < alone.round_history[0]["pretraining_evidence"] < 100
+    trainer = make_matching(num_pool=40, calibration_dataset=held_out, num_folds=None)
+    trainer.train()
+    assert trainer.settings.num_folds == 0 and "pretraining_evidence" in trainer.round_history[0]
 
 
 def test_gain_is_paired_and_at_the_best_temperature():

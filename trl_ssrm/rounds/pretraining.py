@@ -17,7 +17,7 @@ from datasets import Dataset
 from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
-from .calibrate import at_best_temperature
+from .calibrate import at_best_temperature, has_learned
 from .folds import Folds
 from .linear import LinearModel
 from .round_trainer import RoundTrainer
@@ -27,8 +27,8 @@ from .run_directory import INITIAL, PRETRAINED
 logger = logging.getLogger(__name__)
 
 # Nats of evidence that pretraining needs, odds of 2.7 to 1. In 18 draws of the tasks of quality.py, 50 labels each, linear models gave 2.7
-# to 14 where pretraining helped, but for one of .5; and at most .4 where it harmed, but for two of RMB with 1.6 and 2.3. In the doubtful
-# draws, fold models gave 1.4 to the one that helped, and at most .1 to the others.
+# to 14 where pretraining helped, but for one of .5; and at most .4 where it harmed, but for two of RMB with 1.6 and 2.3. In the draws in
+# doubt, fold models gave 1.4 to the one that helped, and at most .1 to the others.
 LEAST_EVIDENCE = 1.0
 # Draws of another row for each row, until it has another prompt.
 _DRAWS = 20
@@ -44,7 +44,7 @@ class Pretraining:
         folds ([`~trl_ssrm.rounds.folds.Folds`]):
             Fold models of the run.
         linear_model ([`~trl_ssrm.rounds.linear.LinearModel`]):
-            Linear model that compares the two starts. Where it can't, or is in doubt, the fold models do.
+            Linear model that compares the two starts. Where it can't, the fold models do.
     """
 
     def __init__(self, trainer: RoundTrainer, folds: Folds, linear_model: LinearModel):
@@ -56,8 +56,9 @@ class Pretraining:
 
         Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
         pairs but ties right. And that, with the log-loss of linear models on the hidden states under either weights, on labels that
-        these have not seen, is evidence of `LEAST_EVIDENCE` nats (see [`gain`]). Where the linear models are in doubt (more than 0 nats,
-        and less than that) or can't be fitted, fold models that start from either weights are compared.
+        these have not seen, is evidence of `LEAST_EVIDENCE` nats (see [`gain`]). Where linear models can't be fitted, fold models that
+        start from either weights are compared; and where the evidence is less than that but more than 0, and the linear model has learned
+        nothing without pretraining.
 
         Args:
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -100,7 +101,9 @@ class Pretraining:
         without, with_pretraining = (self.linear_model.held_out_logits(start) for start in starts)
         if without is not None and with_pretraining is not None:
             facts = gain(logits, without, with_pretraining, prompts)
-            if not self.folds.num_folds or not 0 < facts["pretraining_evidence"] < LEAST_EVIDENCE:
+            is_in_doubt = 0 < facts["pretraining_evidence"] < LEAST_EVIDENCE
+            # With a model that has learned from the labels alone, there is something to lose.
+            if not is_in_doubt or has_learned(without) or not self.folds.num_folds:
                 return facts
         for start in starts:
             self.folds.train(start, ignore_keys_for_eval)
