@@ -108,7 +108,7 @@ def test_fold_models_judge_where_there_is_no_linear_model(make_matching, held_ou
 @pytest.mark.slow
 @pytest.mark.parametrize("learned", [True, False])
 def test_in_doubt_fold_models_are_asked_if_there_is_nothing_to_lose(make_matching, monkeypatch, learned):
-    monkeypatch.setattr("trl_ssrm.rounds.pretraining.LEAST_EVIDENCE", 100.0)
+    monkeypatch.setattr("trl_ssrm.rounds.pretraining.LEAST_EVIDENCE", {"linear": 100.0, "folds": 99.0})
     monkeypatch.setattr("trl_ssrm.rounds.pretraining.has_learned", lambda logits: learned)
     trainer = make_matching(num_pool=40)
     train, starts = trainer.folds.train, []
@@ -118,6 +118,7 @@ def test_in_doubt_fold_models_are_asked_if_there_is_nothing_to_lose(make_matchin
     assert trainer.start == INITIAL and not facts["is_pretrained"] and 0 < facts["pretraining_evidence"] < 100
     # To judge both starts; at the end, to calibrate what round 0 starts from, where they are there already.
     assert starts == ([INITIAL] if learned else [INITIAL, PRETRAINED, INITIAL])
+    assert facts["pretraining_least_evidence"] == (100 if learned else 99)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ class SSRMConfig(RewardConfig):
             `max_steps`, if that is set): to prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No
             label is read. If `None`, it is done and the labels decide: its weights are used if they rank more than half of the
             labeled pairs right, and if that and linear models on the hidden states, which predict labels that they have not seen, are
-            evidence of 1 nat for it. `None` is `False` with `num_folds=0`, `freeze_backbone`, `load_best_model_at_end`, a teacher, or
+            evidence of 2 nats for it. `None` is `False` with `num_folds=0`, `freeze_backbone`, `load_best_model_at_end`, a teacher, or
             a callback with a `score` of its own.
         keep_best_round (`bool`, *optional*):
             Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
