@@ -65,15 +65,20 @@ def test_without_held_out_pairs_nothing_is_claimed():
 
 
 @pytest.mark.parametrize(
-    ("after", "opening"),
+    ("after", "least", "opening"),
     [
-        (0.44, "was used: "),
-        (0.595, "was not used, since the labels say too little for it (odds of 1.5 to 1, and 2.7 to 1 are needed): "),
+        (0.44, {"least_evidence": 2.0}, "was used: "),
+        (0.595, {"least_gain": 0.01}, "was not used, since it has to lower the log-loss by 0.01: "),
+        (
+            0.595,
+            {"least_evidence": 2.0},
+            "was not used, since the labels say too little for it (odds of 1.5 to 1, and 7.4 to 1 are needed): ",
+        ),
     ],
 )
-def test_gain_of_pretraining_has_an_interval(after, opening):
+def test_gain_of_pretraining_has_an_interval(after, least, opening):
     facts = {"pretraining_accuracy": 0.7, "is_pretrained": after < 0.5, "pretraining_evidence": 0.4}
-    facts |= {"pretraining_least_evidence": 1.0}
+    facts |= {f"pretraining_{name}": value for name, value in least.items()}
     facts |= {"accuracy_without_pretraining": 0.6, "accuracy_with_pretraining": 0.75}
     facts |= {"log_loss_without_pretraining": 0.6, "log_loss_with_pretraining": after}
     facts |= {"pretraining_accuracy_change_error": 0.05, "pretraining_log_loss_change_error": 0.1}

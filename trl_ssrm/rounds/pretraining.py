@@ -17,7 +17,7 @@ from datasets import Dataset
 from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
-from .calibrate import at_best_temperature, has_learned
+from .calibrate import LEAST_GAIN, at_best_temperature, has_learned
 from .folds import Folds
 from .linear import LinearModel
 from .round_trainer import RoundTrainer
@@ -26,10 +26,10 @@ from .run_directory import INITIAL, PRETRAINED
 
 logger = logging.getLogger(__name__)
 
-# Nats of evidence that pretraining needs, by who gives it: odds of 7 and of 2.7 to 1. In 19 draws of the tasks of quality.py, 50 labels
-# each, linear models gave 2.7 to 14 where pretraining helped, but for one of .5; and at most 1.6 where it harmed, but for one of 2.3. In
-# doubt and with nothing to lose, fold models gave 1.4 to the one that helped, and at most .1 to the others.
-LEAST_EVIDENCE = {"linear": 2.0, "folds": 1.0}
+# Nats of evidence by linear models that pretraining needs, odds of 7 to 1. In 19 draws of the tasks of quality.py, 50 labels each, it was
+# 2.7 to 14 where pretraining helped, but for one of .5; and at most 1.6 where it harmed, but for one of 2.3. In doubt and with nothing to
+# lose, a gain by fold models of `LEAST_GAIN` let the one in that helped, and none that harmed. Their evidence let one in that cost 12 points.
+LEAST_EVIDENCE = 2.0
 # Draws of another row for each row, until it has another prompt.
 _DRAWS = 20
 
@@ -56,9 +56,9 @@ class Pretraining:
 
         Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
         pairs but ties right. And that, with the log-loss of linear models on the hidden states under either weights, on labels that
-        these have not seen, is evidence of `LEAST_EVIDENCE` nats (see [`gain`]). Where linear models can't be fitted, fold models that
-        start from either weights are compared; and where the evidence is less than that but more than 0, and the linear model has learned
-        nothing without pretraining.
+        these have not seen, is evidence of `LEAST_EVIDENCE` nats (see [`gain`]). Two cases are left to fold models that start from either
+        weights, whose log-loss pretraining has to lower by `LEAST_GAIN`: linear models can't be fitted; or their evidence is less but more
+        than 0, and without pretraining they have learned nothing.
 
         Args:
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -87,28 +87,31 @@ class Pretraining:
             return PRETRAINED, {**facts, "is_pretrained": True}
         if facts["pretraining_accuracy"] <= 0.5:
             return INITIAL, {**facts, "is_pretrained": False}
-        facts |= self._judged(logits, ignore_keys_for_eval)
-        is_better = facts["pretraining_evidence"] >= facts["pretraining_least_evidence"]
-        return PRETRAINED if is_better else INITIAL, {**facts, "is_pretrained": is_better}
+        is_better, more = self._judged(logits, ignore_keys_for_eval)
+        return PRETRAINED if is_better else INITIAL, {**facts, **more, "is_pretrained": is_better}
 
     @property
     def _can_be_judged(self) -> bool:
         return self.folds.num_folds > 0 or self.linear_model.held_out_logits(INITIAL) is not None
 
-    def _judged(self, logits: np.ndarray, ignore_keys_for_eval: list[str] | None) -> dict[str, float]:
-        """What labels say that the linear models have not seen, or the fold models where linear ones are in doubt or can't be fitted."""
+    def _judged(self, logits: np.ndarray, ignore_keys_for_eval: list[str] | None) -> tuple[bool, dict[str, float]]:
+        """Whether labels that the linear models have not seen, or else the fold models, say that pretraining is better, and what they say."""
         starts, prompts = (INITIAL, PRETRAINED), self.trainer.data.prompts[~self.trainer.data.is_tie]
         without, with_pretraining = (self.linear_model.held_out_logits(start) for start in starts)
         if without is not None and with_pretraining is not None:
-            least = LEAST_EVIDENCE["linear"]
-            facts = {**gain(logits, without, with_pretraining, prompts), "pretraining_least_evidence": least}
+            facts = {
+                **gain(logits, without, with_pretraining, prompts),
+                "pretraining_least_evidence": LEAST_EVIDENCE,
+            }
+            evidence = facts["pretraining_evidence"]
             # With a model that has learned from the labels alone, there is something to lose.
-            if not 0 < facts["pretraining_evidence"] < least or has_learned(without) or not self.folds.num_folds:
-                return facts
+            if not 0 < evidence < LEAST_EVIDENCE or has_learned(without) or not self.folds.num_folds:
+                return evidence >= LEAST_EVIDENCE, facts
         for start in starts:
             self.folds.train(start, ignore_keys_for_eval)
-        by_folds = gain(logits, *(self.folds.held_out_logits(start) for start in starts), prompts)
-        return {**by_folds, "pretraining_least_evidence": LEAST_EVIDENCE["folds"]}
+        facts = gain(logits, *(self.folds.held_out_logits(start) for start in starts), prompts)
+        is_better = facts["log_loss_with_pretraining"] <= facts["log_loss_without_pretraining"] - LEAST_GAIN
+        return is_better, {**facts, "pretraining_least_gain": LEAST_GAIN}
 
     def _pairs(self) -> Dataset | None:
         """The pairs to pretrain on, tokenized; `None` if there are none."""
