@@ -123,6 +123,25 @@ def test_in_doubt_fold_models_are_asked_if_there_is_nothing_to_lose(make_matchin
 
 
 @pytest.mark.slow
+def test_run_with_both_is_resumed_to_the_same_result(make_matching, monkeypatch, tmp_path):
+    # Pretraining is let in, and the linear model on the initial weights labels beside it.
+    monkeypatch.setattr("trl_ssrm.rounds.pretraining.LEAST_EVIDENCE", -100.0)
+    monkeypatch.setattr("trl_ssrm.rounds.linear.SURE_EVIDENCE", 100.0)
+    whole = make_matching(num_pool=60, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    broken = make_matching(num_pool=60)
+    monkeypatch.setattr(broken.linear_model, "join", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        broken.train()
+    resumed = make_matching(num_pool=60)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.start == PRETRAINED and resumed.linear_model.labels
+    assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
+    # The weights that only the linear model needs are deleted once the pool is labeled.
+    assert not resumed.run.weights_path(INITIAL).exists()
+
+
+@pytest.mark.slow
 def test_without_fold_models_the_answer_of_linear_models_counts(make_matching):
     held_out = Dataset.from_list(matching_rows(30, seed=3))
     trainer = make_matching(num_pool=40, calibration_dataset=held_out, num_folds=None)

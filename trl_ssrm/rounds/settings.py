@@ -60,8 +60,8 @@ class RoundSettings:
             Whether the model is pretrained on the texts of the pool: `"never"`, `"always"`, or `"if_better"`, where the
             labels decide.
         fits_linear_model (`bool`):
-            Whether a linear model on the hidden states can be fitted to the labels. If so it decides about pretraining, otherwise the
-            fold models do, at more cost.
+            Whether a linear model on the hidden states can be fitted to the labels. If so it judges pretraining; fold models do where it
+            can't or is in doubt, at more cost.
         linear_model_labels (`bool`):
             Whether it helps to label the pool for round 1, unless the labels are sure that pretraining is better.
         num_train_epochs (`float`, *optional*):
