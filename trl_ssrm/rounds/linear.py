@@ -83,7 +83,8 @@ class LinearModel:
             it; and `linear_has_learned` (see [`~trl_ssrm.rounds.calibrate.has_learned`]). Empty if it does not label.
         """
         data = self.trainer.data
-        if not self.trainer.settings.linear_model_labels:
+        # It labels for round 1 alone, after which its weights may be deleted.
+        if not self.trainer.settings.linear_model_labels or len(self.trainer.round_history) > 1:
             return {}
         if start == PRETRAINED and facts["pretraining_evidence"] >= SURE_EVIDENCE:
             return {}

@@ -109,7 +109,8 @@ class Pretraining:
                 return evidence >= LEAST_EVIDENCE, facts
         for start in starts:
             self.folds.train(start, ignore_keys_for_eval)
-        facts = gain(logits, *(self.folds.held_out_logits(start) for start in starts), prompts)
+        without, with_pretraining = (self.folds.held_out_logits(start) for start in starts)
+        facts = gain(logits, without, with_pretraining, prompts)
         is_better = facts["log_loss_with_pretraining"] <= facts["log_loss_without_pretraining"] - LEAST_GAIN
         return is_better, {**facts, "pretraining_least_gain": LEAST_GAIN}
 
