@@ -35,14 +35,13 @@ from trl_ssrm.scoring.metrics import preference_metrics
 METRICS = ("accuracy", "log_loss", "ece")
 # As in `SSRMConfig.paper`.
 PAPER = {
-    **{
-        "num_rounds": 3,
-        "round_init": "continue",
-        "round_num_train_epochs": 1,
-        "num_folds": 0,
-        "pretrain_on_pool": False,
-    },
-    **{"pseudo_label_type": "hard", "confidence_threshold": 0.8},
+    "num_rounds": 3,
+    "round_init": "continue",
+    "round_num_train_epochs": 1,
+    "num_folds": 0,
+    "pretrain_on_pool": False,
+    "pseudo_label_type": "hard",
+    "confidence_threshold": 0.8,
 }
 # What an arm changes in the settings. The length of round 0 is `max_steps`, so that of a round on the pool is said.
 ARMS = {
