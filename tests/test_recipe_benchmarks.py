@@ -5,9 +5,11 @@ import re
 import sys
 
 import pytest
+import torch
 from conftest import as_messages, preference_rows
 from datasets import Dataset
 from recipe_runs import RECIPES, run_as_script, run_recipe
+from transformers import AutoModelForSequenceClassification
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.any_trl]
@@ -36,6 +38,23 @@ def test_benchmark_makes_its_table_and_does_not_measure_twice(llama, tmp_path):
     again = run_recipe("benchmark/few_labels", **settings)
     assert first[first.index("| Trained on") :] == again[again.index("| Trained on") :]
     assert "seed 0, ssrm" in first and "seed 0, ssrm" not in again
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_frozen_layers_give_the_rewards_of_the_whole_model(monkeypatch, request, tokenizer, kind):
+    monkeypatch.syspath_prepend(str(RECIPES / "benchmark"))
+    path = request.getfixturevalue(kind)
+    frozen = importlib.import_module("quality").FrozenLayers(path, 1, tokenizer.pad_token_id)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    batch = tokenizer(["one text", "and a longer one"], padding=True, padding_side="right", return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        frozen.freeze(model)
+        # The second time, from what was kept.
+        for _ in range(2):
+            assert torch.allclose(model(**batch).logits, expected, atol=1e-3)
+    assert len(frozen.hidden_of) == 2
 
 
 @pytest.mark.parametrize("num_frozen_layers", [0, 1])

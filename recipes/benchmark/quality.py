@@ -4,10 +4,12 @@ What the pool gains: accuracy, log-loss and calibration of each arm, over tasks,
     python recipes/benchmark/quality.py --config recipes/benchmark/quality.yaml --tasks documentation pairs.parquet
 
 The pairs are split into train, dev and test, always in the same way; a seed draws the groups that keep their labels. Some
-of the lowest layers can be frozen (`--num_frozen_layers`). What they compute of a sequence is kept, so that a run takes a
-third of the time; with `--num_frozen_layers 0` the model can be a decoder. The number of steps on the labels is chosen for
-each task and share on the dev part, with a seed of its own; all arms use it. The arm with all labels has its own number,
-chosen in the same way. The table shows the test part, which chose nothing. Results are kept line by line in `output_dir/results.jsonl`, and are not measured again.
+of the lowest layers of a BERT or a Llama can be frozen (`--num_frozen_layers`). What they compute of a sequence is kept, so
+that a run takes a third of the time; a decoder then needs a `--pad_token` that is not its end token. With
+`--num_frozen_layers 0` the model can be of any family. The number of steps on the labels is chosen for each task and share on
+the dev part, with a seed of its own; all arms use it. The arm with all labels has its own number, chosen in the same way. The
+table shows the test part, which chose nothing. Results are kept line by line in `output_dir/results.jsonl`, and are not
+measured again.
 """
 
 import hashlib
@@ -64,7 +66,7 @@ class BenchmarkArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Default: all-MiniLM-L6-v2 of the package."}
     )
-    num_frozen_layers: int = field(default=0, metadata={"help": "Lowest layers of a BERT that are not trained."})
+    num_frozen_layers: int = field(default=0, metadata={"help": "Lowest layers that are not trained."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds of the arms."})
     label_fractions: list[float] = field(
         default_factory=lambda: [1 / 16], metadata={"help": "Shares of the training groups that are labeled."}
@@ -83,23 +85,35 @@ class BenchmarkArguments:
 
 
 class FrozenLayers:
-    """Freezes the lowest layers of a BERT, and computes what they give for a sequence once, in half precision."""
+    """Freezes the lowest layers of a BERT or a Llama, and computes what they give for a sequence once, in half precision."""
 
-    def __init__(self, path: str, num_layers: int):
-        self.num_layers = num_layers
+    def __init__(self, path: str, num_layers: int, pad_token_id: int):
+        self.num_layers, self.pad_token_id = num_layers, pad_token_id
         self.lower = AutoModel.from_pretrained(path, dtype="float32").eval()
-        self.lower.encoder.layer = self.lower.encoder.layer[:num_layers]
+        self._keep_layers(self.lower, slice(num_layers))
+        if hasattr(self.lower, "norm"):
+            # A decoder has it after its last layer.
+            self.lower.norm = nn.Identity()
         self.hidden_of: dict[bytes, torch.Tensor] = {}
 
     def freeze(self, model) -> None:
         """Make a model look up what the lowest layers give."""
-        model.base_model.embeddings.requires_grad_(False)
-        model.base_model.embeddings.forward = self._hidden
-        model.base_model.encoder.layer = model.base_model.encoder.layer[self.num_layers :]
+        backbone = model.base_model
+        embeddings = backbone.embeddings if hasattr(backbone, "encoder") else backbone.embed_tokens
+        embeddings.requires_grad_(False)
+        embeddings.forward = self._hidden
+        self._keep_layers(backbone, slice(self.num_layers, None))
+
+    @staticmethod
+    def _keep_layers(backbone, kept: slice) -> None:
+        if hasattr(backbone, "encoder"):
+            backbone.encoder.layer = backbone.encoder.layer[kept]
+        else:
+            backbone.layers = backbone.layers[kept]
 
     @torch.no_grad()
     def _hidden(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
-        is_token = input_ids != self.lower.config.pad_token_id
+        is_token = input_ids != self.pad_token_id
         keys = [
             hashlib.blake2b(ids[here].numpy(), digest_size=16).digest()
             for ids, here in zip(input_ids, is_token, strict=True)
@@ -128,7 +142,13 @@ class Task:
             script_args.pairs_per_prompt,
             (script_args.max_prompt_tokens, script_args.max_answer_tokens),
         )
-        self.frozen = FrozenLayers(path, script_args.num_frozen_layers) if script_args.num_frozen_layers else None
+        self.frozen = None
+        if script_args.num_frozen_layers:
+            # What is kept belongs to a sequence in a row of its own.
+            self.training_args = replace(self.training_args, share_prompts=False)
+            pad_token_id = self.tokenizer.convert_tokens_to_ids(training_args.pad_token or self.tokenizer.pad_token)
+            assert pad_token_id != self.tokenizer.eos_token_id, "Give a `--pad_token` that is not the end token."
+            self.frozen = FrozenLayers(path, script_args.num_frozen_layers, pad_token_id)
         # Tokens that the model has read in training, and in scoring the pool.
         self.tokens = {"trained": 0, "scored": 0}
 
