@@ -9,7 +9,7 @@ from trl_ssrm.evaluation.benchmarks import (
     rm_bench_levels,
     section_scores,
 )
-from trl_ssrm.evaluation.evaluate import wilson_interval
+from trl_ssrm.evaluation.evaluate import independent_count, wilson_interval
 
 
 # Accuracies of a model that does not exist.
@@ -75,6 +75,18 @@ def test_ties_for_the_best_share_it():
     # Not even where the others are equal.
     assert best_is_right(np.array([np.nan, 0.0, np.nan]), [True, True, False]) == (0.5, True)
     assert best_is_right(np.array([-1.0, 1.0, 1.0]), [True, False, False]) == (0.0, False)
+
+
+def test_rows_of_one_prompt_count_together():
+    outcomes, prompts = np.array([1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]), np.arange(8)
+    assert independent_count(outcomes, prompts) == 8
+    # Two rows of each prompt, with the same outcome: as much as 4 rows, but for the degrees of freedom.
+    assert independent_count(outcomes, prompts // 2) == pytest.approx(8 * 3 / 7)
+    # Rows that balance each other within a prompt are no less than rows.
+    assert independent_count(outcomes, prompts % 2) == 8
+    assert independent_count(np.ones(8), prompts // 2) == 4
+    assert independent_count(outcomes, np.zeros(8)) == 8
+    assert independent_count(outcomes[:1], prompts[:1]) == 1
 
 
 @pytest.mark.parametrize("count", [1, 20, 500])

@@ -379,7 +379,7 @@ def test_weight_of_a_collator_of_the_user_counts(llama, config, labeled, unlabel
     ("settings", "message"),
     [
         ({"target_precision": 0.9}, "`target_precision` needs held-out labels; give `calibration_dataset`"),
-        ({"target_precision": 0.9, "num_folds": 2}, "16 held-out labels can confirm 0.855 at most"),
+        ({"target_precision": 0.9, "num_folds": 2}, "held-out labels of 16 prompts can confirm 0.855 at most"),
         ({"keep_best_round": True}, "`keep_best_round` compares the rounds on held-out labels"),
     ],
 )

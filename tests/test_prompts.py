@@ -47,6 +47,12 @@ def test_conversations_that_differ_from_the_first_turn_on_leave_the_others_alone
     assert groups_of([*rows, odd]) == list(range(61))
 
 
+@pytest.mark.parametrize("nothing", ["", [], None])
+def test_rows_with_an_empty_prompt_are_told_apart(nothing):
+    rows = [{"prompt": nothing, "chosen": f"good {number}", "rejected": "bad"} for number in range(3)]
+    assert groups_of(rows) == [0, 1, 2]
+
+
 TEXTS = st.lists(st.tuples(*[st.text("ab ", min_size=1, max_size=6)] * 2), min_size=2, max_size=8)
 
 

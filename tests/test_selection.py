@@ -52,16 +52,25 @@ def test_lower_bound_is_that_of_the_published_interval():
 
 @pytest.mark.parametrize(("num_pairs", "target", "reaches"), [(51, 0.95, False), (52, 0.95, True), (268, 0.99, True)])
 def test_how_many_labels_a_target_takes(num_pairs, target, reaches):
-    threshold, _ = precision_threshold(np.linspace(0.1, 5, num_pairs), 1.0, target)
+    threshold, _ = precision_threshold(np.linspace(0.1, 5, num_pairs), np.arange(num_pairs), 1.0, target)
     assert threshold == (0.5 if reaches else None)
 
 
 def test_how_many_labels_would_confirm_a_target():
     # All of 40 are right: as many as in the test above. Of 100 equally sure ones, 90 are right: 2.7055 * .85 * .15 / .05².
-    assert labels_needed(np.linspace(0.1, 5, 40), 1.0, 0.95) == 52
+    assert labels_needed(np.linspace(0.1, 5, 40), np.arange(40), 1.0, 0.95) == 52
     logits = np.repeat([1.0, -1.0], [90, 10])
-    assert labels_needed(logits, 1.0, 0.85) == 138
-    assert labels_needed(logits, 1.0, 0.9) is None
+    assert labels_needed(logits, np.arange(100), 1.0, 0.85) == 138
+    assert labels_needed(logits, np.arange(100), 1.0, 0.9) is None
+
+
+def test_more_pairs_of_a_prompt_confirm_nothing_more():
+    logits, prompts = np.repeat(np.linspace(0.1, 5, 51), 4), np.repeat(np.arange(51), 4)
+    threshold, highest = precision_threshold(logits, prompts, 1.0, 0.95)
+    assert threshold is None
+    assert highest == precision_threshold(logits[::4], prompts[::4], 1.0, 0.95)[1] < 0.95
+    # 51.4 prompts, with 4 pairs each.
+    assert labels_needed(logits, prompts, 1.0, 0.95) == 206
 
 
 def test_pseudo_labels_above_the_threshold_are_right_as_often_as_wanted():
@@ -71,7 +80,7 @@ def test_pseudo_labels_above_the_threshold_are_right_as_often_as_wanted():
     # Twice as sure as it should be: the threshold is not fooled, since it counts.
     held_out, pool = np.split(logits * 2, [2_000])
     for target in (0.8, 0.9, 0.95):
-        threshold, _ = precision_threshold(held_out, 1.0, target)
+        threshold, _ = precision_threshold(held_out, np.arange(2_000), 1.0, target)
         kept = above_threshold(PairScores(pool), threshold)
         precision = (pool[kept] > 0).mean()
         assert target - 0.005 < precision < target + 0.03

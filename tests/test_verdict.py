@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 
 from trl_ssrm.reporting.verdict import round_line, verdict
 from trl_ssrm.rounds.calibrate import changes
-from trl_ssrm.scoring.metrics import paired_change
+from trl_ssrm.scoring.metrics import paired_change, standard_error
 
 
 def history(accuracy_change: float, log_loss_change: float, error: float = 0.01) -> list[dict]:
@@ -126,14 +128,31 @@ def test_changes_are_paired(caplog):
     before = np.array([1.0] * 80 + [-1.0] * 20)
     after = before.copy()
     after[80:90], after[:2] = 1.0, -1.0
-    facts = paired_change(after, before)
+    each = np.arange(100)
+    facts = paired_change(after, before, each)
     assert facts["accuracy_change"] == pytest.approx(0.08)
     assert facts["accuracy_change_error"] == pytest.approx(np.sqrt((0.12 - 0.08**2) / 99))
     assert facts["log_loss_change"] == pytest.approx(-0.08)
-    found = changes({"eval": after, "new": after}, {"eval": before}, 1)
+    found = changes({"eval": after, "new": after}, {"eval": before}, {"eval": each}, 1)
     assert found == {f"eval_{name}": value for name, value in facts.items()} and not caplog.text
-    changes({"eval": before}, {"eval": after}, 1)
+    changes({"eval": before}, {"eval": after}, {"eval": each}, 1)
     assert "Round 1 is worse than round 0 on `eval_dataset`: accuracy -0.080" in caplog.text
+
+
+def test_pairs_of_one_prompt_count_together():
+    draw = np.random.default_rng(0)
+    means = []
+    for _ in range(2000):
+        # 30 prompts with 1 to 5 pairs, whose values differ by prompt and a little by pair.
+        prompts = np.repeat(np.arange(30), draw.integers(1, 6, size=30))
+        values = draw.normal(size=30)[prompts] + 0.3 * draw.normal(size=len(prompts))
+        means.append((values.mean(), standard_error(values, prompts), standard_error(values, np.arange(len(values)))))
+    mean, error, error_by_pair = np.array(means).T
+    assert np.sqrt((error**2).mean()) == pytest.approx(mean.std(), rel=0.05)
+    assert np.sqrt((error_by_pair**2).mean()) < 0.7 * mean.std()
+    # One prompt for all says nothing about which pairs belong together.
+    assert standard_error(values, np.zeros(len(values))) == pytest.approx(values.std(ddof=1) / np.sqrt(len(values)))
+    assert standard_error(values[:1], np.zeros(1)) == math.inf
 
 
 def test_a_linear_model_that_helped_is_named_with_what_it_knows():

@@ -264,7 +264,7 @@ def test_no_size_of_a_logit_makes_a_metric_that_is_no_number(size):
         assert sum(part["count"] for part in reliability_curve(logits, temperature)) == size
         scores = PairScores(logits, temperature)
         assert ((scores.confidence >= 0.5) & (scores.confidence <= 1)).all()
-        threshold, _ = precision_threshold(logits, temperature, 0.9)
+        threshold, _ = precision_threshold(logits, np.arange(size), temperature, 0.9)
         assert threshold is None or 0.5 <= threshold <= 1
         other = draw.choice(EXTREME, size) * draw.choice([-1, 1], size)
         one = pairwise_logits(np.stack([logits, other], axis=1))

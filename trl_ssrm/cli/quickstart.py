@@ -24,12 +24,11 @@ from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, get_peft_config
 
 from .. import SSRMConfig, SSRMTrainer
-from ..data.sequences import PairedSequences
 from ..io.sources import load_data
 from ..models.loading import suppress_load_report
 from ..reporting.plots import plot_rounds
 from ..reporting.progress import keep_logs_off_the_console
-from ..scoring.metrics import paired_change, preference_metrics
+from ..scoring.metrics import HALF_INTERVAL, paired_change, preference_metrics
 from .arguments import TrainingParser
 from .help import QUICKSTART_EPILOG, QUICKSTART_HELP
 
@@ -158,7 +157,7 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
     trainer.train(resume_from_checkpoint=trainer.run.has_run)
     trainer.save_model(training_args.output_dir)
 
-    held_out_pairs = PairedSequences.from_tokenized(trainer.eval_dataset)
+    held_out_pairs = trainer.data.held_out["eval"]
     logits_of = {"SSRM": trainer.score_pairs(held_out_pairs, "held-out pairs").logits}
     # The references show what the pool adds, and how much its hidden labels are worth. Without a pool, the trainer is a
     # `RewardTrainer`.
@@ -185,7 +184,7 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
     plot = os.path.join(str(training_args.output_dir), "rounds.png")
     metrics = {name: {**preference_metrics(logits_of[name]), "num_train_pairs": num_pairs[name]} for name in num_pairs}
     plot_rounds(trainer.round_history, plot, references=metrics)
-    print_comparison(trainer.round_history, metrics, logits_of)
+    print_comparison(trainer.round_history, metrics, logits_of, trainer.data.held_out_prompts["eval"])
     print(f"\nModel: {training_args.output_dir}  Plot: {plot}")
 
 
@@ -206,9 +205,24 @@ def load_pairs(args: QuickstartArguments, seed: int) -> tuple[Dataset, Dataset, 
 
 
 def print_comparison(
-    round_history: list[dict[str, Any]], references: dict[str, dict[str, float]], logits_of: dict[str, np.ndarray]
+    round_history: list[dict[str, Any]],
+    references: dict[str, dict[str, float]],
+    logits_of: dict[str, np.ndarray],
+    prompts: np.ndarray,
 ) -> None:
-    """Print the held-out metrics of the references and of each round, and what the pool has added to the labels alone."""
+    """
+    Print the held-out metrics of the references and of each round, and what the pool has added to the labels alone.
+
+    Args:
+        round_history (`list[dict[str, Any]]`):
+            Facts of each round.
+        references (`dict[str, dict[str, float]]`):
+            Metrics of the references by name.
+        logits_of (`dict[str, np.ndarray]` of shape `(num_pairs,)` each):
+            Pair logits `z = r(chosen) - r(rejected)` of the held-out pairs, by the model and by the references.
+        prompts (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Number of the prompt of each held-out pair.
+    """
     rows = [("labels alone", references["labels alone"])]
     for facts in round_history:
         own = {name: facts[f"eval_{name}"] for name in ("accuracy", "log_loss")}
@@ -220,9 +234,9 @@ def print_comparison(
     print(f"\n{'':22} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
     for title, facts in rows:
         print(f"{title:22} {facts['num_train_pairs']:6} {facts['accuracy']:9.3f} {facts['log_loss']:9.3f}")
-    change = paired_change(logits_of["SSRM"], logits_of["labels alone"])
+    change = paired_change(logits_of["SSRM"], logits_of["labels alone"], prompts)
     words = [
-        f"{name} {change[f'{key}_change']:+.3f} ± {1.96 * change[f'{key}_change_error']:.3f}"
+        f"{name} {change[f'{key}_change']:+.3f} ± {HALF_INTERVAL * change[f'{key}_change_error']:.3f}"
         for key, name in (("accuracy", "accuracy"), ("log_loss", "log-loss"))
     ]
     print(f"\nSSRM against the labels alone: {', '.join(words)} (95 % over {len(logits_of['SSRM'])} held-out pairs)")

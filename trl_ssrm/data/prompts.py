@@ -42,8 +42,8 @@ def prompt_groups(dataset: Dataset) -> np.ndarray:
         dataset ([`~datasets.Dataset`]):
             Preference pairs, tokenized or not, or prompts with completions. Without a column `prompt`, the prompt of a
             row is the common start of its two completions: whole messages, whole words, or tokens. Two rows with the
-            same prompt are then told apart if the completions of one begin with the same words. Rows whose completions
-            have nothing in common are told apart.
+            same prompt are then told apart if the completions of one begin with the same words. Rows with an empty prompt,
+            or whose completions have nothing in common, are told apart.
 
     Returns:
         `np.ndarray` of shape `(num_rows,)`, int64: number of the prompt of each row.
@@ -59,7 +59,7 @@ def prompt_keys(dataset: Dataset) -> Iterator[str]:
     columns = dataset.column_names
     if "prompt" in columns:
         for row in iterate_rows(dataset, ["prompt"]):
-            yield json.dumps(row["prompt"], sort_keys=True)
+            yield json.dumps(row["prompt"], sort_keys=True) if row["prompt"] else ""
         return
     names = ("chosen", "rejected") if "chosen" in columns else ("chosen_ids", "rejected_ids")
     for row in iterate_rows(dataset, list(names)):

@@ -18,7 +18,7 @@ from ..data.ties import with_ties_settled
 from ..io.hub import check_model_is_there
 from ..io.storage import content_hash
 from ..models.comparison import Comparison
-from ..scoring.metrics import preference_metrics
+from ..scoring.metrics import preference_metrics, standard_error
 from ..scoring.score import NonFiniteScoreError
 from .benchmarks import (
     ALL,
@@ -117,7 +117,7 @@ def evaluate(
 
     Returns:
         [`Evaluation`]: its metrics are `num_rows`, `accuracy`, `accuracy_low` and `accuracy_high` (Wilson's 95 %
-        interval, which takes the rows as independent), `ties` and `not_judged` (numbers of rows). For pairs there are
+        interval, over the prompts), `ties` and `not_judged` (numbers of rows). For pairs there are
         also `log_loss`, `brier`, `ece`, `ece_floor` and `adaptive_ece`, as in [`preference_metrics`], at the `temperature`
         that was saved with the model, which is a metric too if it is not 1; for RM-Bench
         `easy`, `normal` and `hard` in place of the interval. The metrics `"all"` of a published benchmark have its
@@ -149,7 +149,8 @@ def evaluate(
     judged = _judge(
         scorer, dataset, form, max_length, disable_tqdm, form != benchmark or form not in ("preferences", "best_of_n")
     )
-    results = _results(judged, form, scorer.temperature, 0.5 if benchmark == "preferences" else 0.0)
+    prompts, of_tie = prompt_groups(dataset), 0.5 if benchmark == "preferences" else 0.0
+    results = _results(judged, form, prompts, scorer.temperature, of_tie)
     if not results.is_judged.all():
         logger.warning(
             f"{(~results.is_judged).sum()} of {len(dataset)} rows of `dataset` have a text that is too long for the "
@@ -163,14 +164,37 @@ def evaluate(
         benchmark=benchmark,
         metrics=metrics,
         outcomes=results.outcomes.tolist(),
-        prompts=prompt_groups(dataset).tolist(),
+        prompts=prompts.tolist(),
         strata=strata,
         stratum_weights=weights,
         rows_hash=content_hash(benchmark, strata, judged.hashes),
     )
 
 
-def wilson_interval(right: float, count: int) -> tuple[float, float]:
+def independent_count(outcomes: np.ndarray, prompts: np.ndarray) -> float:
+    """
+    The number of rows with prompts of their own that would say as much about the mean outcome.
+
+    Args:
+        outcomes (`np.ndarray` of shape `(num_rows,)`):
+            Outcome of each row.
+        prompts (`np.ndarray` of shape `(num_rows,)`, int64):
+            Number of the prompt of each row.
+
+    Returns:
+        `float`: at most the number of rows. The number of prompts where all outcomes are the same. If all rows have one prompt,
+        they are taken to be independent.
+    """
+    num_rows, num_prompts = len(outcomes), len(np.unique(prompts))
+    if num_prompts in (1, num_rows):
+        return num_rows
+    by_row, by_prompt = (standard_error(outcomes, groups) for groups in (np.arange(num_rows), prompts))
+    if by_row == 0:
+        return num_prompts
+    return num_rows if by_prompt <= by_row else num_rows * (by_row / by_prompt) ** 2
+
+
+def wilson_interval(right: float, count: float) -> tuple[float, float]:
     """
     Wilson's 95 % interval of a share
     ([Interval Estimation for a Binomial Proportion](https://doi.org/10.1214/ss/1009213286)).
@@ -178,7 +202,7 @@ def wilson_interval(right: float, count: int) -> tuple[float, float]:
     Args:
         right (`float`):
             Number of successes.
-        count (`int`):
+        count (`float`):
             Number of trials. Positive.
 
     Returns:
@@ -288,25 +312,27 @@ class _Results:
     outcomes: np.ndarray
     is_tie: np.ndarray
     is_judged: np.ndarray
+    prompts: np.ndarray
     cells: np.ndarray | None
     temperature: float
 
 
-def _results(judged: _Judged, benchmark: str, temperature: float, of_tie: float) -> _Results:
+def _results(judged: _Judged, benchmark: str, prompts: np.ndarray, temperature: float, of_tie: float) -> _Results:
     is_judged = np.array([not np.isnan(logits).any() for logits in judged.logits])
     if benchmark == "best_of_n":
-        outcomes, is_tie = zip(*map(best_is_right, judged.logits, judged.is_right), strict=True)
-        return _Results(np.array(outcomes), np.array(is_tie), is_judged, None, temperature)
+        best = np.array([best_is_right(*row) for row in zip(judged.logits, judged.is_right, strict=True)])
+        return _Results(best[:, 0], best[:, 1] > 0, is_judged, prompts, None, temperature)
     if benchmark == "best_beats_all":
         # The comparisons of the first completion come first.
         first = [own[: len(right) - 1] for own, right in zip(judged.logits, judged.is_right, strict=True)]
         wins = np.array([float((own > 0).all()) for own in first])
-        return _Results(wins, np.array([bool((own == 0).any()) for own in first]), is_judged, None, temperature)
+        is_tie = np.array([bool((own == 0).any()) for own in first])
+        return _Results(wins, is_tie, is_judged, prompts, None, temperature)
     logits = np.stack(judged.logits)
     # A pair that is too long is a tie.
     cells = np.nan_to_num(logits)
     outcomes = np.where(cells == 0, of_tie, cells > 0).mean(axis=1)
-    return _Results(outcomes, (logits == 0).any(axis=1), is_judged, cells, temperature)
+    return _Results(outcomes, (logits == 0).any(axis=1), is_judged, prompts, cells, temperature)
 
 
 def _metrics(
@@ -344,7 +370,8 @@ def _add_rewardbench_2(metrics: dict[str, dict[str, float]], judged: _Judged, da
 
 def _metrics_of_rows(results: _Results, benchmark: str, rows: np.ndarray) -> dict[str, float]:
     outcomes = results.outcomes[rows]
-    low, high = wilson_interval(float(outcomes.sum()), len(rows))
+    count = independent_count(outcomes, results.prompts[rows])
+    low, high = wilson_interval(float(outcomes.mean()) * count, count)
     metrics = {
         "num_rows": len(rows),
         "accuracy": float(outcomes.mean()),

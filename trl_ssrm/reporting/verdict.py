@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
+from ..scoring.metrics import HALF_INTERVAL
 
-# Half the width of a 95 % interval, in standard errors.
-_QUANTILE = 1.96
+
 _MOST_USEFUL = "in Python, `trainer.export_for_labeling` writes the most useful ones of the pool"
 
 
@@ -24,7 +24,7 @@ def verdict(round_history: list[dict[str, Any]], termination_reason: str | None,
 
     Returns:
         `list[str]`: sentences. The first one says whether the pool helped, by the first held-out dataset of the run.
-        Intervals are 95 % intervals of paired differences on its pairs.
+        Intervals are 95 % intervals of paired differences on its pairs, over its prompts.
     """
     first, kept, last = round_history[0], round_history[kept_round], round_history[-1]
     name = held_out_name(first)
@@ -105,7 +105,7 @@ _METRICS = {"accuracy": "accuracy", "log_loss": "log-loss"}
 def _direction(kept: dict[str, Any], name: str, metric: str, good: int) -> int:
     """1 if the metric is better than after round 0 beyond its interval, -1 if it is worse, otherwise 0."""
     change, error = kept[f"{name}_{metric}_change"], kept[f"{name}_{metric}_change_error"]
-    return 0 if abs(change) <= _QUANTILE * error else (good if change > 0 else -good)
+    return 0 if abs(change) <= HALF_INTERVAL * error else (good if change > 0 else -good)
 
 
 def _change(first: dict[str, Any], kept: dict[str, Any], name: str, metric: str, words: str) -> str:
@@ -115,7 +115,7 @@ def _change(first: dict[str, Any], kept: dict[str, Any], name: str, metric: str,
 
 def _from_to(words: str, before: float, after: float, change: float, error: float) -> str:
     sign = "+" if change >= 0 else "−"
-    half = _number(_QUANTILE * error)
+    half = _number(HALF_INTERVAL * error)
     return f"{words} {_number(before)} to {_number(after)} ({sign}{_number(abs(change))} ± {half})"
 
 

@@ -5,7 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from ..scoring.metrics import calibrated_metrics, paired_change, preference_metrics, reliability_curve
+from ..scoring.metrics import (
+    HALF_INTERVAL,
+    calibrated_metrics,
+    paired_change,
+    preference_metrics,
+    prompt_weights,
+    reliability_curve,
+)
 from .select import labels_needed, precision_threshold
 from .settings import RoundSettings
 
@@ -55,8 +62,8 @@ def measure(
             metrics |= calibrated_metrics(logits, facts["temperature"])
         facts |= {f"{name}_{metric}": value for metric, value in metrics.items()} | {f"{name}_pairs": len(logits)}
     if settings.target_precision is not None:
-        if own is not None:
-            wanted = own, facts["temperature"], settings.target_precision
+        if own is not None and prompts is not None:
+            wanted = own, prompts, facts["temperature"], settings.target_precision
             threshold, highest = precision_threshold(*wanted)
             facts["precision_threshold"] = 1.0 if threshold is None else threshold
             if threshold is None and (needed := labels_needed(*wanted)) is not None:
@@ -68,13 +75,17 @@ def measure(
     return facts
 
 
-def changes(logits_of: dict[str, np.ndarray], before: dict[str, np.ndarray], round: int) -> dict[str, Any]:
+def changes(
+    logits_of: dict[str, np.ndarray], before: dict[str, np.ndarray], prompts_of: dict[str, np.ndarray], round: int
+) -> dict[str, Any]:
     """
     What has changed on the held-out pairs since round 0. A warning is logged if a round is worse.
 
     Args:
         logits_of, before (`dict[str, np.ndarray]` of shape `(num_pairs,)` each):
             Pair logits `z = r(chosen) - r(rejected)` of each held-out dataset by its name, now and after round 0.
+        prompts_of (`dict[str, np.ndarray]` of shape `(num_pairs,)` each, int64):
+            Number of the prompt of each of these pairs.
         round (`int`):
             The round that has ended.
 
@@ -85,10 +96,10 @@ def changes(logits_of: dict[str, np.ndarray], before: dict[str, np.ndarray], rou
     for name, logits in logits_of.items():
         if name not in before:
             continue
-        change = paired_change(logits, before[name])
+        change = paired_change(logits, before[name], prompts_of[name])
         facts |= {f"{name}_{fact}": value for fact, value in change.items()}
         for metric, sign, words in (("accuracy", 1, "accuracy"), ("log_loss", -1, "log-loss")):
-            half = 1.96 * change[f"{metric}_change_error"]
+            half = HALF_INTERVAL * change[f"{metric}_change_error"]
             if sign * change[f"{metric}_change"] < -half:
                 logger.warning(
                     f"Round {round} is worse than round 0 on `{name}_dataset`: {words} {change[f'{metric}_change']:+.3f} ± {half:.3f}. "
@@ -160,7 +171,7 @@ def fit_temperature(logits: np.ndarray, prompts: np.ndarray) -> float:
         `float`: the temperature, within `[0.1, 100]` and on a grid with steps of one percent.
     """
     logits = logits.astype(np.float64)
-    weights = 1 / np.bincount(prompts)[prompts]
+    weights = prompt_weights(prompts)
     penalty = np.log(TEMPERATURES) ** 2 / (2 * PRIOR_WIDTH**2)
     losses = [weights @ np.logaddexp(0.0, -logits / temperature) for temperature in TEMPERATURES]
     return float(TEMPERATURES[np.argmin(losses + penalty)])

@@ -75,7 +75,7 @@ class Pretraining:
         trainer, pretrains = self.trainer, self.trainer.settings.pretrains
         if pretrains == "never" or (pairs := self._pairs()) is None:
             return INITIAL, {}
-        if pretrains == "if_better" and not self._can_be_judged:
+        if pretrains == "if_better" and not self._can_judge():
             logger.warning(
                 "Nothing can judge pretraining on the texts of the pool, so it is left out. Set `num_folds=3`."
             )
@@ -90,8 +90,8 @@ class Pretraining:
         is_better, more = self._judged(logits, ignore_keys_for_eval)
         return PRETRAINED if is_better else INITIAL, {**facts, **more, "is_pretrained": is_better}
 
-    @property
-    def _can_be_judged(self) -> bool:
+    def _can_judge(self) -> bool:
+        """Whether there are fold models, or linear models can be fitted, which is tried."""
         return self.folds.num_folds > 0 or self.linear_model.held_out_logits(INITIAL) is not None
 
     def _judged(self, logits: np.ndarray, ignore_keys_for_eval: list[str] | None) -> tuple[bool, dict[str, float]]:

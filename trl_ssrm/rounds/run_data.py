@@ -40,8 +40,8 @@ class RunData:
             Their margins.
         held_out (`dict[str, PairedSequences]`):
             Held-out labeled pairs but ties by name: `"eval"`, or `"eval_..."` for each of several, and `"calibration"`.
-        calibration_prompts (`np.ndarray` of shape `(num_pairs,)`, int64, *optional*):
-            Number of the prompt of each of the pairs `"calibration"`.
+        held_out_prompts (`dict[str, np.ndarray]` of shape `(num_pairs,)` each, int64):
+            Number of the prompt of each held-out pair.
         pool ([`Pool`]):
             Unlabeled pairs.
     """
@@ -50,7 +50,7 @@ class RunData:
     labeled_pairs: PairedSequences
     margins: list[float] | None
     held_out: dict[str, PairedSequences]
-    calibration_prompts: np.ndarray | None
+    held_out_prompts: dict[str, np.ndarray]
     pool: Pool
 
     @functools.cached_property
@@ -164,8 +164,8 @@ def prepare_run_data(
     check_positions(pool.pairs, "unlabeled_dataset", model)
     labeled, labeled_pairs = prepared["train"], pairs_of.pop("train")
     margins = list(labeled["margin"]) if "margin" in labeled.column_names else None
-    calibration_prompts = prompt_groups(prepared["calibration"]) if "calibration" in pairs_of else None
-    return RunData(labeled, labeled_pairs, margins, pairs_of, calibration_prompts, pool)
+    held_out_prompts = {name: prompt_groups(prepared[name]) for name in pairs_of}
+    return RunData(labeled, labeled_pairs, margins, pairs_of, held_out_prompts, pool)
 
 
 def report_too_long(name: str, given: Dataset, num_left: int, max_length: int | None) -> None:

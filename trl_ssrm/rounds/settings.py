@@ -209,19 +209,19 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
     Raises:
         ValueError: If the data can't meet a setting.
     """
-    num_calibration = len(data.held_out["calibration"].first) if "calibration" in data.held_out else 0
+    has_calibration = "calibration" in data.held_out
     fits_linear_model = _fits_linear_model(args, data, labels_by_itself)
-    num_folds = _resolve_num_folds(args, data, labels_by_itself, num_calibration > 0, fits_linear_model)
+    num_folds = _resolve_num_folds(args, data, labels_by_itself, has_calibration, fits_linear_model)
     _check_drop_last(args, data, num_folds)
-    num_held_out = num_calibration or (int((~data.is_tie).sum()) if num_folds else 0)
-    calibrated_by = "calibration" if num_calibration else "cross_fit" if num_folds else None
-    _check_target_precision(args, labels_by_itself, calibrated_by, num_held_out)
+    calibrated_by = "calibration" if has_calibration else "cross_fit" if num_folds else None
+    prompts = data.held_out_prompts["calibration"] if has_calibration else data.prompts[~data.is_tie]
+    _check_target_precision(args, labels_by_itself, calibrated_by, len(np.unique(prompts)))
     threshold: dict[str, Any] = {name: getattr(args, name) for name in ("confidence_threshold", "target_precision")}
     has_soft_labels = args.pseudo_label_type == "soft"
     if all(value is None for value in threshold.values()):
         # A soft label says how sure it is, so unsure pairs are kept too: they teach more than sure ones.
         threshold["confidence_threshold"] = 0.5 if has_soft_labels else DEFAULT_CONFIDENCE_THRESHOLD
-    keeps_best_round = num_calibration > 0 if args.keep_best_round is None else args.keep_best_round
+    keeps_best_round = has_calibration if args.keep_best_round is None else args.keep_best_round
     num_train_epochs: float | None = args.round_num_train_epochs
     if num_train_epochs is None and args.max_steps <= 0:
         num_train_epochs = min(args.num_train_epochs, MOST_EPOCHS)
@@ -264,7 +264,7 @@ def fold_of_pairs(prompts: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
 
 
 def _check_target_precision(
-    args: SSRMConfig, labels_by_itself: bool, calibrated_by: str | None, num_held_out: int
+    args: SSRMConfig, labels_by_itself: bool, calibrated_by: str | None, num_prompts: int
 ) -> None:
     """Refuse a precision that no held-out labels can find or confirm."""
     if args.target_precision is None:
@@ -280,11 +280,11 @@ def _check_target_precision(
             "a `score` of its own labels the pool here; set `confidence_threshold`."
         )
     # The precision that these labels could confirm if all of them were predicted right; 0 without any.
-    highest = float(wilson_lower_bound(np.array([num_held_out]), np.array([num_held_out]))[0])
+    highest = float(wilson_lower_bound(np.array([num_prompts]), np.array([num_prompts]))[0])
     if highest < args.target_precision:
         raise ValueError(
-            f"`target_precision` is {args.target_precision}, but {num_held_out} held-out labels can confirm {highest:.3f} "
-            "at most, even if all are predicted right. Lower it, or give more labels."
+            f"`target_precision` is {args.target_precision}, but held-out labels of {num_prompts} prompts can confirm "
+            f"{highest:.3f} at most, even if all are predicted right. Lower it, or give labels of more prompts."
         )
 
 

@@ -96,17 +96,16 @@ class RoundSteps(RoundTrainer):
                 facts[f"{name}_order_disagreement"] = float(1 - scores.orders_agree.mean())
         if self.folds.num_folds and self.round == 0:
             logits_of["cross_fit"] = self.folds.held_out_logits(self.start)
-        prompts_of: dict[str | None, Any] = {
-            "cross_fit": self.data.prompts[~self.data.is_tie],
-            "calibration": self.data.calibration_prompts,
-        }
-        facts |= measure(logits_of, prompts_of.get(self.settings.calibrated_by), self.settings, self.round_history)
+        prompts_of = {**self.data.held_out_prompts, "cross_fit": self.data.prompts[~self.data.is_tie]}
+        calibration_prompts = prompts_of.get(self.settings.calibrated_by or "")
+        facts |= measure(logits_of, calibration_prompts, self.settings, self.round_history)
         if self.round == 0:
             facts |= self.start_facts
             if self.accelerator.is_main_process:
                 self.run.write_held_out(logits_of)
         else:
-            facts |= changes(logits_of, self.on_main_process(self.run.read_held_out), self.round)
+            before = self.on_main_process(self.run.read_held_out)
+            facts |= changes(logits_of, before, prompts_of, self.round)
         self.log(dict(facts))
         self.recorder.log_history = self.state.log_history
         steps = self._steps_before_round + self.state.global_step

@@ -6,6 +6,8 @@ from .pair_scores import sigmoid
 
 
 NUM_ECE_BINS = 15
+# Half of a 95 % interval, in standard errors.
+HALF_INTERVAL = 1.96
 
 
 def preference_metrics(logits: np.ndarray, temperature: float = 1.0) -> dict[str, float]:
@@ -60,7 +62,44 @@ def calibrated_metrics(logits: np.ndarray, temperature: float) -> dict[str, floa
     return {f"calibrated_{name}": value for name, value in metrics.items() if name != "accuracy"}
 
 
-def paired_change(logits: np.ndarray, before: np.ndarray) -> dict[str, float]:
+def prompt_weights(prompts: np.ndarray) -> np.ndarray:
+    """
+    Weights of pairs with which each prompt counts once, however many pairs it has, since pairs of one prompt tell much the same.
+
+    Args:
+        prompts (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Number of the prompt of each pair.
+
+    Returns:
+        `np.ndarray` of shape `(num_pairs,)`, float64: one, divided by the number of pairs with the same prompt.
+    """
+    _, groups, num_pairs = np.unique(prompts, return_inverse=True, return_counts=True)
+    return 1 / num_pairs[groups]
+
+
+def standard_error(values: np.ndarray, prompts: np.ndarray) -> float:
+    """
+    Standard error of a mean over pairs. Pairs of one prompt tell much the same, so other prompts are what might have been drawn.
+
+    Args:
+        values (`np.ndarray` of shape `(num_pairs,)`):
+            A number for each pair.
+        prompts (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Number of the prompt of each pair. If they all have one, pairs are taken to be independent.
+
+    Returns:
+        `float`: the standard error; infinite for one value.
+    """
+    _, groups = np.unique(prompts, return_inverse=True)
+    if groups.max() == 0:
+        groups = np.arange(len(values))
+    sums = np.bincount(groups, weights=values - values.mean())
+    if (number := len(sums)) < 2:
+        return float("inf")
+    return float(np.sqrt(number / (number - 1) * (sums**2).sum()) / len(values))
+
+
+def paired_change(logits: np.ndarray, before: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
     """
     What has changed on the same pairs from one model to another.
 
@@ -69,10 +108,12 @@ def paired_change(logits: np.ndarray, before: np.ndarray) -> dict[str, float]:
             Pair logits `z = r(chosen) - r(rejected)` of the later model.
         before (`np.ndarray` of shape `(num_pairs,)`):
             Those of the earlier one.
+        prompts (`np.ndarray` of shape `(num_pairs,)`, int64):
+            Number of the prompt of each pair.
 
     Returns:
-        `dict[str, float]`: `accuracy_change` and `log_loss_change`, later minus earlier, and the standard errors of these
-        paired differences, `accuracy_change_error` and `log_loss_change_error`. Pairs are taken to be independent.
+        `dict[str, float]`: `accuracy_change` and `log_loss_change`, later minus earlier, and the [`standard_error`] of these
+        paired differences, `accuracy_change_error` and `log_loss_change_error`.
     """
     differences = {
         "accuracy": (logits > 0).astype(np.float64) - (before > 0),
@@ -81,7 +122,7 @@ def paired_change(logits: np.ndarray, before: np.ndarray) -> dict[str, float]:
     facts = {}
     for name, each in differences.items():
         facts[f"{name}_change"] = float(each.mean())
-        facts[f"{name}_change_error"] = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("inf")
+        facts[f"{name}_change_error"] = standard_error(each, prompts)
     return facts
 
 

@@ -17,7 +17,6 @@ class PairScores:
             Divisor of the logits that calibrates the confidence. Positive.
         orders_agree (`np.ndarray` of shape `(num_pairs,)`, bool, *optional*):
             Whether a pairwise model prefers the same completion in both orders. `None` for a scalar model.
-            pairs.
         rows (`np.ndarray` of shape `(num_pairs,)`, integer, *optional*):
             Row of `unlabeled_dataset` that each pair comes from.
         lengths (`np.ndarray` of shape `(num_pairs, 2)`, integer, *optional*):
