@@ -1,7 +1,7 @@
 """
 Train a policy by PPO: policy and reference from one checkpoint, reward and value model from an SSRM checkpoint.
 
-TRL 1.12 is the last with PPO: `pip install "trl-ssrm[ppo]"`.
+TRL 1.12 is the last with PPO: `pip install ".[ppo]"`.
 
     python recipes/ppo.py --config recipes/ppo.yaml --reward_model_name_or_path Qwen2.5-0.5B-SSRM
 
@@ -30,7 +30,7 @@ try:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 except ImportError:
     raise SystemExit(
-        "TRL removed PPO in 1.13: install `trl-ssrm[ppo]`, which brings TRL 1.12, or use recipes/rloo.py instead."
+        "TRL removed PPO in 1.13: install `.[ppo]`, which brings TRL 1.12, or use recipes/rloo.py instead."
     ) from None
 
 

@@ -134,7 +134,7 @@ def test_one_process_trains_without_a_launcher(run_settings, capsys):
     assert (
         len(lines) == 3
         and lines[0] == "Round 0: training on 16 labeled pairs"
-        and lines[2].startswith("Round 0: kept")
+        and lines[2].startswith("For round 1: kept")
     )
     AutoModelForSequenceClassification.from_pretrained(run_settings["output_dir"], num_labels=1)
 

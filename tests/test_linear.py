@@ -82,8 +82,12 @@ def test_pool_is_labeled_by_the_mean_of_both_or_by_the_one_that_has_learned(make
     trainer = make_trainer(callbacks=[] if has_learned else [Unlearned()], **SETTINGS)
     trainer.train()
     facts = trainer.round_history[0]
-    assert facts["linear_accuracy"] > 0.6 and facts["linear_log_loss"] < np.log(2) and facts["linear_has_learned"]
-    assert facts["has_learned"] == has_learned and trainer.linear_model.labels
+    assert (
+        facts["accuracy_of_linear_model"] > 0.6
+        and facts["log_loss_of_linear_model"] < np.log(2)
+        and facts["linear_model_has_learned"]
+    )
+    assert facts["has_learned"] == has_learned and trainer.linear_model.labels_pool
     pool, _ = trainer.run.read_pseudo_labels(1)
     initial = AutoModelForSequenceClassification.from_pretrained(llama, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(llama)
@@ -114,7 +118,10 @@ def test_models_without_a_state_of_each_token_go_without(make_trainer, monkeypat
     plain.model.forward = without_states
     with caplog.at_level(logging.WARNING):
         plain.train()
-    assert "gives no hidden state of each token" in caplog.text and "linear_accuracy" not in plain.round_history[0]
+    assert (
+        "gives no hidden state for each token" in caplog.text
+        and "accuracy_of_linear_model" not in plain.round_history[0]
+    )
     caplog.clear()
     monkeypatch.setattr("trl_ssrm.rounds.settings.MOST_LINEAR_PAIRS", 10)
     other = make_trainer(**SETTINGS, output_dir=str(tmp_path / "other"))
@@ -136,13 +143,13 @@ def test_models_without_a_state_of_each_token_go_without(make_trainer, monkeypat
     ],
 )
 def test_settings_that_ask_for_something_else_fit_none(make_trainer, settings):
-    assert not make_trainer(**{**SETTINGS, **settings}).settings.linear_model_labels
+    assert not make_trainer(**{**SETTINGS, **settings}).settings.linear_model_labels_pool
 
 
 def test_default_fits_one_also_with_labels_to_calibrate(make_trainer, held_out):
-    assert make_trainer(**SETTINGS).settings.linear_model_labels
+    assert make_trainer(**SETTINGS).settings.linear_model_labels_pool
     settings = {**SETTINGS, "num_folds": 0}
-    assert make_trainer(calibration_dataset=held_out, **settings).settings.linear_model_labels
+    assert make_trainer(calibration_dataset=held_out, **settings).settings.linear_model_labels_pool
 
 
 @pytest.mark.slow
@@ -173,7 +180,7 @@ def test_labels_of_the_pool_are_never_read(make_trainer, tmp_path):
     for number, pool in enumerate((rows, turned)):
         trainer = make_trainer(unlabeled_dataset=pool, output_dir=str(tmp_path / str(number)), **SETTINGS)
         trainer.train()
-        assert trainer.round_history[0]["linear_has_learned"]
+        assert trainer.round_history[0]["linear_model_has_learned"]
         weights.append(weights_of(trainer.model))
     assert_same_weights(*weights)
 
@@ -181,7 +188,7 @@ def test_labels_of_the_pool_are_never_read(make_trainer, tmp_path):
 @pytest.mark.slow
 def test_after_pretraining_there_is_none(make_trainer):
     trainer = make_trainer(**{**SETTINGS, "pretrain_on_pool": True})
-    assert not trainer.settings.linear_model_labels
+    assert not trainer.settings.linear_model_labels_pool
     trainer.train()
-    assert trainer.start == PRETRAINED and "linear_accuracy" not in trainer.round_history[0]
-    assert not trainer.linear_model.labels and trainer.termination_reason == "max_rounds"
+    assert trainer.start == PRETRAINED and "accuracy_of_linear_model" not in trainer.round_history[0]
+    assert not trainer.linear_model.labels_pool and trainer.termination_reason == "max_rounds"

@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_ssrm import SSRMTrainer
+from trl_ssrm.reporting.plots import held_out_names
 from trl_ssrm.rounds.calibrate import LEAST_GAIN
 from trl_ssrm.rounds.linear import SURE_EVIDENCE
 from trl_ssrm.rounds.pretraining import gain, pretraining_pairs
@@ -65,7 +66,7 @@ def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path, monke
     trainer = make_matching(eval_dataset=held_out)
     trainer.train()
     facts = trainer.round_history[0]
-    assert trainer.start == PRETRAINED and facts["pretraining_pairs"] > 350 and facts["pretraining_accuracy"] > 0.75
+    assert trainer.start == PRETRAINED and facts["pretraining_pairs"] > 350 and facts["pretraining_share_right"] > 0.75
     assert facts["log_loss_with_pretraining"] < facts["log_loss_without_pretraining"]
     # Linear models have judged it, so fold models are trained from one of the starts alone.
     assert trainer.run.linear_path(INITIAL).is_file() and not trainer.run.fold_dir(0, INITIAL).exists()
@@ -73,14 +74,16 @@ def test_labels_let_pretraining_in_where_it_helps(make_matching, tmp_path, monke
     without.train()
     # A linear model helps to label the pool where pretraining is not used, or its evidence is weak.
     assert facts["pretraining_evidence"] > SURE_EVIDENCE
-    assert "linear_accuracy" not in facts and "linear_accuracy" in without.round_history[0]
+    # The report draws a line for each held-out dataset, and for nothing else.
+    assert held_out_names(facts) == held_out_names(without.round_history[0]) == ["eval", "cross_fit"]
+    assert "accuracy_of_linear_model" not in facts and "accuracy_of_linear_model" in without.round_history[0]
     monkeypatch.setattr("trl_ssrm.rounds.linear.SURE_EVIDENCE", facts["pretraining_evidence"] + 1)
     weak = make_matching(eval_dataset=held_out, output_dir=str(tmp_path / "weak"))
     weak.train()
-    assert weak.start == PRETRAINED and weak.linear_model.labels
+    assert weak.start == PRETRAINED and weak.linear_model.labels_pool
     # It reads the initial weights, so that it does not repeat what pretraining got wrong.
-    assert weak.round_history[0]["linear_has_learned"]
-    assert weak.round_history[0]["linear_accuracy"] == without.round_history[0]["linear_accuracy"]
+    assert weak.round_history[0]["linear_model_has_learned"]
+    assert weak.round_history[0]["accuracy_of_linear_model"] == without.round_history[0]["accuracy_of_linear_model"]
     labels = [each.run.read_labels(1)[0]["confidence"] for each in (trainer, weak)]
     assert not np.array_equal(*labels)
     for round in range(2):
@@ -135,7 +138,7 @@ def test_run_with_both_is_resumed_to_the_same_result(make_matching, monkeypatch,
         broken.train()
     resumed = make_matching(num_pool=60)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.start == PRETRAINED and resumed.linear_model.labels
+    assert resumed.start == PRETRAINED and resumed.linear_model.labels_pool
     assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
     # The weights that only the linear model needs are deleted once the pool is labeled.
     assert not resumed.run.weights_path(INITIAL).exists()
@@ -178,7 +181,7 @@ def test_evidence_counts_prompts_and_not_pairs():
 def test_labels_refuse_pretraining_that_ranks_them_wrong(make_matching, tmp_path):
     trainer = make_matching(is_turned=True)
     trainer.train()
-    assert trainer.start == INITIAL and trainer.round_history[0]["pretraining_accuracy"] < 0.5
+    assert trainer.start == INITIAL and trainer.round_history[0]["pretraining_share_right"] < 0.5
     # What was refused leaves no trace in the weights.
     without = make_matching(is_turned=True, pretrain_on_pool=False, output_dir=str(tmp_path / "without"))
     without.train()
@@ -233,7 +236,7 @@ def test_run_is_resumed_to_the_same_result(make_matching, tmp_path, place):
     resumed = make_matching(**args)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights_of(resumed.model), weights_of(expected.model))
-    keep = ("pretraining_accuracy", "cross_fit_log_loss", "temperature", "global_step")
+    keep = ("pretraining_share_right", "cross_fit_log_loss", "temperature", "global_step")
     one, other = (each.round_history[0] for each in (resumed, expected))
     assert {name: one[name] for name in keep} == {name: other[name] for name in keep}
 

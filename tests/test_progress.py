@@ -61,7 +61,7 @@ def test_columns_are_aligned_and_fit_a_terminal(terminal):
 
 @pytest.mark.parametrize("held_out", ["eval", "calibration", "cross_fit", "eval_other"])
 def test_accuracy_is_on_the_first_held_out_pairs_that_there_are(terminal, held_out):
-    facts = {"round": 0, f"{held_out}_accuracy": 0.7, f"{held_out}_ece": 0.1}
+    facts = {"round": 0, f"{held_out}_accuracy": 0.7, f"{held_out}_log_loss": 0.6, f"{held_out}_ece": 0.1}
     terminal.print(rounds_so_far([facts], {}))
     assert lines_of(terminal.file.getvalue())[1] == ["0", "–", "–", "–", "0.700", "0.100", "–"]
 
@@ -82,7 +82,7 @@ def test_run_shows_its_rounds_and_bars_in_a_terminal(llama, config, labeled, unl
     captured = capsys.readouterr()
     printed = re.sub(r"\x1b\[[\d;]*m", "", captured.out)
     assert printed.count("coverage   precision") == 2 and f" {trainer.round_history[1]['kept']} " in printed
-    assert "accuracy and ECE on cross fit pairs" in printed
+    assert "accuracy and ECE on labels, by fold models" in printed
     # A bar for each model of round 0, the round's own and those of two folds, and for what is scored.
     assert len(re.findall(r"100%\S+ (?:4/4|2/2) ", captured.err)) >= 3 and "Scoring unlabeled_dataset" in captured.err
 

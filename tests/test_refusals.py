@@ -19,7 +19,7 @@ from trl_ssrm import PseudoLabelingCallback, SSRMTrainer
             "`train_dataset` has no column `chosen`",
         ),
         ({"eval_dataset": [{"prompt": "p", "chosen": "a"}]}, "`eval_dataset` has no column `rejected`"),
-        ({"eval_dataset": {"one": [{"chosen": "a", "rejected": ""}]}}, "row 0 of `eval_dataset_one` is empty"),
+        ({"eval_dataset": {"one": [{"chosen": "a", "rejected": ""}]}}, 'row 0 of `eval_dataset["one"]` is empty'),
         (
             {"calibration_dataset": [as_messages(preference_rows(1)[0])]},
             "`train_dataset` holds text and `calibration_",

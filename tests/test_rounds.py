@@ -48,7 +48,7 @@ def test_sharded_weights_are_read_by_the_same_linear_model(llama, tmp_path, pret
     assert len(one["kept"]) == 1 and two["kept"] == one["kept"]
     assert two["confidence"][0] == pytest.approx(one["confidence"][0], abs=1e-2)
     # Under the initial weights: what it knows, or what it says for and against pretraining.
-    fact = "linear_log_loss" if pretrain_on_pool is False else "log_loss_without_pretraining"
+    fact = "log_loss_of_linear_model" if pretrain_on_pool is False else "log_loss_without_pretraining"
     assert two["facts"][0][fact] == pytest.approx(one["facts"][0][fact], abs=1e-3)
     assert two["facts"][0].get("is_pretrained") == one["facts"][0].get("is_pretrained")
 

@@ -247,14 +247,14 @@ def test_run_with_ties_from_a_file(kind, llama, causal, tmp_path, monkeypatch):
     facts = trainer.round_history[0]
     assert facts["cross_fit_pairs"] == 9
     # The share of labels that pretraining is judged by.
-    assert (9 * facts["pretraining_accuracy"]) % 1 == pytest.approx(0, abs=1e-9)
+    assert (9 * facts["pretraining_share_right"]) % 1 == pytest.approx(0, abs=1e-9)
     ties_seen = {(round, size): 0 for round, size, _ in seen}
     for round, size, batches in seen:
         ties_seen[round, size] += sum(int(batch["label"].eq(0.5).sum()) for batch in batches if "label" in batch)
     pretraining, first, second = ties_seen.pop((PRETRAINED, 10)), ties_seen.pop((0, 12)), ties_seen.pop((1, 22))
     assert (pretraining, first, second) == (0, 3, 3)
     # Each tie is left out by one of the two fold models. Those of a pairwise model, which has no linear one, compare both starts.
-    both_starts = kind == "pairwise" and facts["pretraining_accuracy"] > 0.5
+    both_starts = kind == "pairwise" and facts["pretraining_share_right"] > 0.5
     assert sum(ties_seen.values()) == 3 * (2 if both_starts else 1)
 
 

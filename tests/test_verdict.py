@@ -56,13 +56,14 @@ def test_without_held_out_pairs_nothing_is_claimed():
         "round": 0,
         "num_train_pairs": 96,
         "cross_fit_accuracy": 0.7,
-        "pretraining_accuracy": 0.4,
+        "pretraining_share_right": 0.4,
         "is_pretrained": False,
     }
     words = verdict([first, {"round": 1}], "max_rounds", 1)
     assert "is not known" in words[0] and "`eval_dataset`" in words[-1]
     assert words[1] == (
-        "Pretraining on the texts of the pool was not used: without having seen a label, it ranks 0.400 of the labeled pairs right."
+        "Pretraining on the texts of the pool was not used: before it had seen a label, the model ranked 40 % of the labeled pairs "
+        "right."
     )
 
 
@@ -79,7 +80,7 @@ def test_without_held_out_pairs_nothing_is_claimed():
     ],
 )
 def test_gain_of_pretraining_has_an_interval(after, least, opening):
-    facts = {"pretraining_accuracy": 0.7, "is_pretrained": after < 0.5, "pretraining_evidence": 0.4}
+    facts = {"pretraining_share_right": 0.7, "is_pretrained": after < 0.5, "pretraining_evidence": 0.4}
     facts |= {f"pretraining_{name}": value for name, value in least.items()}
     facts |= {"accuracy_without_pretraining": 0.6, "accuracy_with_pretraining": 0.75}
     facts |= {"log_loss_without_pretraining": 0.6, "log_loss_with_pretraining": after}
@@ -95,7 +96,7 @@ def test_gain_of_pretraining_has_an_interval(after, least, opening):
 def test_what_the_labels_can_confirm_is_said_where_nothing_was_selected():
     first = {**history(0, 0)[0], "highest_precision": 0.86, "target_precision": 0.9}
     words = " ".join(verdict([first], "nothing_selected", 0))
-    assert "at most 0.860 of the pseudo-labels are right, and `target_precision` asks for 0.900" in words
+    assert "precision that the held-out labels can confirm is 0.860, and `target_precision` asks for 0.900" in words
     assert "Set it to 0.86, or give more labels." in words
     words = " ".join(verdict([{**first, "labels_needed": 240}], "nothing_selected", 0))
     assert "Set it to 0.86, or give about 240 labels in all." in words
@@ -105,8 +106,8 @@ def test_what_the_labels_can_confirm_is_said_where_nothing_was_selected():
 def test_labels_that_taught_nothing_are_named():
     words = " ".join(verdict(history(0, 0)[:1], "nothing_learned", 0))
     assert (
-        "After round 0 the predictions on labels that the model had not seen were no better than 0.5 for every pair, by 0.01 of "
-        "log-loss at least, so the pool was not labeled; the model is from round 0" in words
+        "After round 0 the predictions on labels that the model had not seen were no better than 0.5 for every pair (their "
+        "log-loss was less than 0.01 lower), so the pool was not labeled; the model is from round 0" in words
     )
 
 
@@ -133,10 +134,23 @@ def test_changes_are_paired(caplog):
     assert facts["accuracy_change"] == pytest.approx(0.08)
     assert facts["accuracy_change_error"] == pytest.approx(np.sqrt((0.12 - 0.08**2) / 99))
     assert facts["log_loss_change"] == pytest.approx(-0.08)
-    found = changes({"eval": after, "new": after}, {"eval": before}, {"eval": each}, 1)
+    found = changes({"eval": after, "new": after}, {"eval": before}, {"eval": each}, (1.0, 1.0), 1)
     assert found == {f"eval_{name}": value for name, value in facts.items()} and not caplog.text
-    changes({"eval": before}, {"eval": after}, {"eval": each}, 1)
+    changes({"eval": before}, {"eval": after}, {"eval": each}, (1.0, 1.0), 1)
     assert "Round 1 is worse than round 0 on `eval_dataset`: accuracy -0.080" in caplog.text
+
+
+def test_log_loss_is_that_at_the_temperature_of_each_round():
+    logits, each = np.array([4.0] * 70 + [-4.0] * 30), np.arange(100)
+    # The same predictions, and the later model is not mended by its temperature.
+    found = changes({"eval": logits}, {"eval": logits}, {"eval": each}, (1.0, 4.0), 1)
+    raw, mended = (np.logaddexp(0.0, -logits / temperature).mean() for temperature in (1.0, 4.0))
+    assert found["eval_log_loss_change"] == pytest.approx(raw - mended) and found["eval_accuracy_change"] == 0
+    first, last = history(0.0, raw - mended)
+    first |= {"eval_accuracy": 0.7, "eval_log_loss": raw, "eval_calibrated_log_loss": mended}
+    last |= {"eval_accuracy": 0.7, "eval_log_loss": raw}
+    assert f"log-loss {mended:.3f} to {raw:.3f} (+{raw - mended:.3f} ± " in verdict([first, last], "max_rounds", 1)[0]
+    assert f"log-loss {mended:.3f}, on" in round_line([first])
 
 
 def test_pairs_of_one_prompt_count_together():
@@ -157,12 +171,12 @@ def test_pairs_of_one_prompt_count_together():
 
 def test_a_linear_model_that_helped_is_named_with_what_it_knows():
     first, last = history(0.05, -0.1)
-    facts = {"linear_accuracy": 0.62, "linear_log_loss": 0.655, "linear_has_learned": True}
+    facts = {"accuracy_of_linear_model": 0.62, "log_loss_of_linear_model": 0.655, "linear_model_has_learned": True}
     sentence = (
         "A linear model on the hidden states helped to label the pool: accuracy 0.620 and log-loss 0.655 on the labels, each by a "
         "model that was fitted without it."
     )
     assert verdict([{**first, **facts}, last], "max_rounds", 1)[1] == sentence
-    assert sentence not in verdict([{**first, **facts, "linear_has_learned": False}, last], "max_rounds", 1)
+    assert sentence not in verdict([{**first, **facts, "linear_model_has_learned": False}, last], "max_rounds", 1)
     # Nothing was labeled.
     assert sentence not in verdict([{**first, **facts}], "callback", 0)

@@ -25,15 +25,15 @@ class SSRMConfig(RewardConfig):
             round 0 only. If `None`, it is 2, or `num_train_epochs` if that is less; with `max_steps`, each round has that
             many steps.
         round_learning_rate (`float`, *optional*):
-            Learning rate of each round after round 0. A round that restarts from the initial weights on soft labels of the
-            whole pool can be trained faster than a hundred labels: five times the learning rate for one epoch was best in
+            Learning rate of each round after round 0. A round that starts where round 0 started, on soft labels of the
+            whole pool, can be trained faster than a hundred labels: five times the learning rate for one epoch was best in
             first experiments, which no benchmark repeats yet. If `None`, it is `learning_rate`.
         pretrain_on_pool (`bool`, *optional*):
             Whether the weights that all rounds start from are first trained on the texts of the pool, for one epoch (for
-            `max_steps`, if that is set): to prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No
+            `max_steps`, if that is set and `round_num_train_epochs` is not): to prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No
             label is read. If `None`, it is done and the labels decide: its weights are used if they rank more than half of the
-            labeled pairs right, and if that and linear models on the hidden states, which predict labels that they have not seen, are
-            evidence of 2 nats for it. `None` is `False` with `num_folds=0`, `freeze_backbone`, `load_best_model_at_end`, a teacher, or
+            labeled pairs right before they have seen a label, and if the labels favor them by 2 nats (odds of 7 to 1); see
+            [`~trl_ssrm.rounds.pretraining.Pretraining.choose_start`]. `None` is `False` with `num_folds=0`, `freeze_backbone`, `load_best_model_at_end`, a teacher, or
             a callback with a `score` of its own.
         keep_best_round (`bool`, *optional*):
             Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
@@ -151,7 +151,7 @@ class SSRMConfig(RewardConfig):
         default=None,
         metadata={
             "help": "Number of parts of the labeled pairs. One more model for each part is trained on the labels without "
-            "it; these models calibrate the confidence. Default: 3, and 0 with `calibration_dataset` or a teacher."
+            "it; these models calibrate the confidence. Default: 3, and 0 where nothing needs them."
         },
     )
 
@@ -282,7 +282,7 @@ class SSRMConfig(RewardConfig):
     def paper(cls, *args: Any, **kwargs: Any) -> "SSRMConfig":
         """
         The settings of [Semi-Supervised Reward Modeling](https://huggingface.co/papers/2409.06903) in its released code:
-        every round labels the whole pool with the model of the round before, keeps the pairs with a confidence above 0.8 as
+        each of three rounds labels the whole pool with the model of the round before, keeps the pairs with a confidence above 0.8 as
         hard labels, and goes on from its weights for one epoch. The model of the paper is pairwise: add
         `preference_model="pairwise"`.
 

@@ -118,7 +118,8 @@ class SSRMTrainer(RoundSteps):
             [`~datasets.IterableDataset`] needs `max_unlabeled_samples`.
         calibration_dataset ([`~datasets.Dataset`], *optional*):
             Held-out labeled pairs on which a temperature for the confidence is fitted at the end of each round.
-            Without it, `num_folds` does that on the labeled pairs; without both, the temperature is 1.
+            Without it, `num_folds` fits one for round 0 on the labeled pairs; later rounds have 1 with soft labels, and that of
+            round 0 with hard ones. Without both, it is 1.
 
     Attributes:
         round_history (`list[dict[str, float]]`):

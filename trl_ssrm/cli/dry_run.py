@@ -74,7 +74,7 @@ def round_costs(trainer: SSRMTrainer) -> list[RoundCost]:
 
     Args:
         trainer ([`SSRMTrainer`]):
-            A trainer with a pool, which has not to be trained. Its model labels the pool.
+            A trainer with a pool, which need not be trained. Its model labels the pool.
 
     Returns:
         `list[RoundCost]`: a cost a round. Scoring is exact if the rounds go on to the last one.
@@ -245,11 +245,11 @@ def _mark(is_exact: bool) -> str:
 def _reading_for_linear_models(trainer: SSRMTrainer, shares: dict[int, PairedSequences]) -> Work:
     """They read the labels under each start, and the pool if one of them helps to label it."""
     settings = trainer.settings
-    num_starts = 2 if settings.pretrains == "if_better" else int(settings.linear_model_labels)
+    num_starts = 2 if settings.pretrains == "if_better" else int(settings.linear_model_labels_pool)
     if not settings.fits_linear_model or not num_starts:
         return Work()
     work = sum([_reading_to_score(trainer.data.labeled_pairs)] * num_starts, Work())
-    return work + _reading_to_score(shares[1]) if settings.linear_model_labels else work
+    return work + _reading_to_score(shares[1]) if settings.linear_model_labels_pool else work
 
 
 def _reading_to_score(pairs: PairedSequences) -> Work:

@@ -72,7 +72,7 @@ examples:
   trl-ssrm quickstart --dataset_name trl-lib/ultrafeedback_binarized --model_name_or_path Qwen/Qwen3-0.6B \\
       --max_length 1024
 
-Needs `pip install "trl-ssrm[demo]"`. The settings are in quickstart.yaml, beside the code of the command; to change
+Needs `pip install ".[demo]"`. The settings are in quickstart.yaml, beside the code of the command; to change
 them, pass a copy as `--config`. Run the same command again to resume an interrupted run. `--debug` shows the traceback of
 an error.
 """

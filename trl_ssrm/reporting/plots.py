@@ -1,4 +1,4 @@
-"""Plots of a run, drawn from its files. Needs matplotlib (`pip install "trl-ssrm[plots]"`), not torch."""
+"""Plots of a run, drawn from its files. Needs matplotlib (`pip install ".[plots]"`), not torch."""
 
 import io
 import math
@@ -110,7 +110,7 @@ def plot_rounds(
     name: str = "eval",
 ) -> None:
     """
-    Draw held-out accuracy and log-loss over the rounds. Needs matplotlib (`pip install trl-ssrm[plots]`).
+    Draw held-out accuracy and log-loss over the rounds. Needs matplotlib (`pip install .[plots]`).
 
     Args:
         round_history (`list[dict[str, Any]]`):
@@ -179,8 +179,8 @@ def _calibrating_last(name: str) -> tuple[bool, str]:
 
 
 def in_words(name: str) -> str:
-    """`str`: name of a held-out dataset as a legend shows it."""
-    return {"cross_fit": "cross-fit"}.get(name, name.replace("_", " "))
+    """`str`: name of a held-out dataset as a table or a legend shows it."""
+    return {"cross_fit": "labels, by fold models"}.get(name, f"{name.replace('_', ' ')} pairs")
 
 
 def _metric_plot(history: list[dict[str, Any]], metric: str) -> Plot | None:

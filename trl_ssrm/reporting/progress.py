@@ -9,6 +9,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.utils import is_rich_available
 
 from ..rounds.callback import RoundCallback
+from .plots import held_out_names, in_words
 from .verdict import round_line
 
 
@@ -16,10 +17,6 @@ if is_rich_available():
     from rich import box
     from rich.console import Console
     from rich.table import Table
-
-
-# Held-out datasets; the table shows accuracy and ECE on the first of them that the run has.
-_HELD_OUT = ("eval", "calibration", "cross_fit")
 
 
 class RoundProgress(RoundCallback):
@@ -56,7 +53,7 @@ class RoundProgress(RoundCallback):
         facts = kwargs["facts"]
         confidence = f", mean confidence {facts['mean_confidence']:.3f}" if "mean_confidence" in facts else ""
         self.accelerator.print(
-            f"Round {facts['round'] - 1}: kept {facts['kept']:,} of the {facts['pool_size']:,} pairs of the pool{confidence}"
+            f"For round {facts['round']}: kept {facts['kept']:,} of the {facts['pool_size']:,} pairs of the pool{confidence}"
         )
 
     def on_round_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
@@ -120,14 +117,12 @@ def rounds_so_far(round_history: list[dict[str, Any]], seconds: dict[int, float]
         pseudo-labels, known if gold labels are tracked. Accuracy and ECE are measured on `eval_dataset`, without it on
         `calibration_dataset`, without both on the folds. A dash stands for an unknown value.
     """
-    names = set(round_history[0])
-    held_out = next((name for name in _HELD_OUT if f"{name}_accuracy" in names), None)
-    if held_out is None:
-        held_out = next((n.removesuffix("_accuracy") for n in sorted(names) if n.endswith("_accuracy")), "eval")
+    names = round_history[0]
+    held_out = next(iter(held_out_names(names)), "eval")
     # Pairs are selected by the calibrated confidence, so its ECE is shown where there is one.
     ece = f"{held_out}_calibrated_ece" if f"{held_out}_calibrated_ece" in names else f"{held_out}_ece"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="", caption_justify="left")
-    table.caption = f"accuracy and ECE on {held_out.replace('_', ' ')} pairs"
+    table.caption = f"accuracy and ECE on {in_words(held_out)}"
     for title in ("round", "kept", "coverage", "precision", "accuracy", "ECE", "time"):
         table.add_column(title, justify="right", no_wrap=True)
     for facts in round_history:

@@ -139,7 +139,7 @@ def write_report(output_dir: str, path: str | None = None) -> str:
     Write the report of a run as one self-contained HTML file, and its plots as PNG files in `plots/` beside it.
 
     Only the files of the run are read; neither the model nor the data is loaded. The report of an unfinished run shows
-    the rounds so far. Needs matplotlib (`pip install "trl-ssrm[plots]"`).
+    the rounds so far. Needs matplotlib (`pip install ".[plots]"`).
 
     The report shows texts of the pool. So that it is not uploaded when `output_dir` is pushed to the hub, a `.gitignore`
     is written beside it, unless there is one already.
@@ -159,7 +159,7 @@ def write_report(output_dir: str, path: str | None = None) -> str:
     """
     run = read_run(output_dir)
     if not has_matplotlib():
-        raise ImportError('The report needs matplotlib; run `pip install "trl-ssrm[plots]"`.')
+        raise ImportError("The report needs matplotlib; run `pip install matplotlib`.")
     target = Path(output_dir) / "report.html" if path is None else Path(path)
     plots = draw_plots(run.round_history, _shown_round(run), run.labelings, run.summaries)
     for plot in plots:

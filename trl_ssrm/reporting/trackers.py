@@ -28,7 +28,7 @@ def report_run(output_dir: str, trackers: list[TrainerCallback], step: int) -> N
     command = f"`trl-ssrm report {output_dir}`"
     if not has_matplotlib():
         logger.warning(
-            'No report was written, because matplotlib is not installed. Run `pip install "trl-ssrm[plots]"`, then '
+            "No report was written, because matplotlib is not installed. Run `pip install matplotlib`, then "
             f"{command}."
         )
         return

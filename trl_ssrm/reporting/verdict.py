@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from ..data.formats import argument_name
 from ..scoring.metrics import HALF_INTERVAL
 
 
@@ -23,7 +24,8 @@ def verdict(round_history: list[dict[str, Any]], termination_reason: str | None,
             The round whose weights the model has.
 
     Returns:
-        `list[str]`: sentences. The first one says whether the pool helped, by the first held-out dataset of the run.
+        `list[str]`: sentences. The first one says whether the pool helped, by the first held-out dataset of the run. The log-loss is
+        that at the temperature of the round, which would be saved with its model.
         Intervals are 95 % intervals of paired differences on its pairs, over its prompts.
     """
     first, kept, last = round_history[0], round_history[kept_round], round_history[-1]
@@ -54,14 +56,13 @@ def round_line(round_history: list[dict[str, Any]]) -> str:
     name, opening = held_out_name(first), f"Round {last['round']}:"
     if name is not None and last["round"] > 0:
         changes = ", ".join(_change(first, last, name, key, words) for key, words in _METRICS.items())
-        pairs = f"{first[f'{name}_pairs']:,} held-out pairs (`{name}_dataset`)"
+        pairs = f"{first[f'{name}_pairs']:,} held-out pairs (`{argument_name(name)}`)"
         return f"{opening} {changes}, against {_baseline(first)}, on {pairs}"
     name = name or ("cross_fit" if last["round"] == 0 and "cross_fit_accuracy" in first else None)
     if name is None:
         return f"{opening} trained on {last['num_train_pairs']:,} pairs; nothing is held out to measure it"
-    pairs = "labels, by fold models" if name == "cross_fit" else f"held-out pairs (`{name}_dataset`)"
-    numbers = ", ".join(f"{words} {_number(last[f'{name}_{key}'])}" for key, words in _METRICS.items())
-    return f"{opening} {numbers}, on {last[f'{name}_pairs']:,} {pairs}"
+    pairs = "labels, by fold models" if name == "cross_fit" else f"held-out pairs (`{argument_name(name)}`)"
+    return f"{opening} {_numbers(last, name, ', ')}, on {last[f'{name}_pairs']:,} {pairs}"
 
 
 def held_out_name(facts: dict[str, Any]) -> str | None:
@@ -74,10 +75,9 @@ def held_out_name(facts: dict[str, Any]) -> str | None:
 def _effect(first: dict[str, Any], kept: dict[str, Any], name: str | None) -> str:
     if name is None:
         return "Whether the pool helped is not known, since there are no held-out pairs."
-    pairs = f"{first[f'{name}_pairs']:,} held-out pairs (`{name}_dataset`)"
+    pairs = f"{first[f'{name}_pairs']:,} held-out pairs (`{argument_name(name)}`)"
     if kept["round"] == 0:
-        numbers = " and ".join(f"{words} {_number(first[f'{name}_{key}'])}" for key, words in _METRICS.items())
-        return f"The model has learned from {_baseline(first)}: {numbers} on {pairs}."
+        return f"The model has learned from {_baseline(first)}: {_numbers(first, name, ' and ')} on {pairs}."
     effects = [_direction(kept, name, "accuracy", 1), _direction(kept, name, "log_loss", -1)]
     opening = {
         (1, 1): "The pseudo-labels helped",
@@ -109,8 +109,9 @@ def _direction(kept: dict[str, Any], name: str, metric: str, good: int) -> int:
 
 
 def _change(first: dict[str, Any], kept: dict[str, Any], name: str, metric: str, words: str) -> str:
-    key = f"{name}_{metric}"
-    return _from_to(words, first[key], kept[key], kept[f"{key}_change"], kept[f"{key}_change_error"])
+    before, after = (_value(facts, name, metric) for facts in (first, kept))
+    key = f"{name}_{metric}_change"
+    return _from_to(words, before, after, kept[key], kept[f"{key}_error"])
 
 
 def _from_to(words: str, before: float, after: float, change: float, error: float) -> str:
@@ -125,7 +126,7 @@ def _origin(reason: str | None, last: int, kept: int, first: dict[str, Any]) -> 
         "max_rounds": f"Round {last} was the last one",
         "nothing_selected": f"After round {last} nothing was selected",
         "nothing_learned": f"After round {last} the predictions on labels that the model had not seen were no better than 0.5 for "
-        "every pair, by 0.01 of log-loss at least, so the pool was not labeled",
+        "every pair (their log-loss was less than 0.01 lower), so the pool was not labeled",
         "no_change": f"After round {last} the same pairs were kept with the same labels as before",
         "callback": f"A callback ended the rounds after round {last}",
         None: f"The rounds ended after round {last}",
@@ -150,20 +151,22 @@ def _selection(reason: str | None, last: dict[str, Any]) -> str | None:
         give = f"give {more} labels" + (" in all" if more != "more" else "")
         lower = f"Set it to {floor:.2f}, or {give}" if floor > 0.5 else give.capitalize()
         return (
-            f"The held-out labels can confirm that at most {_number(last['highest_precision'])} of the pseudo-labels are right, "
-            f"and `target_precision` asks for {_number(last['target_precision'])}. {lower}."
+            f"The highest precision that the held-out labels can confirm is {_number(last['highest_precision'])}, and "
+            f"`target_precision` asks for {_number(last['target_precision'])}. {lower}."
         )
     return "Lower `confidence_threshold`, or train round 0 longer. `pseudo_label_type='soft'` without a threshold uses every pair."
 
 
 def _pretraining(first: dict[str, Any]) -> str | None:
-    if "pretraining_accuracy" not in first:
+    if "pretraining_share_right" not in first:
         return None
     opening = f"Pretraining on the texts of the pool was {'' if first['is_pretrained'] else 'not '}used"
     if "log_loss_with_pretraining" not in first:
         asked = " as asked" if first["is_pretrained"] else ""
-        right = _number(first["pretraining_accuracy"])
-        return f"{opening}{asked}: without having seen a label, it ranks {right} of the labeled pairs right."
+        right = 100 * first["pretraining_share_right"]
+        return (
+            f"{opening}{asked}: before it had seen a label, the model ranked {right:.0f} % of the labeled pairs right."
+        )
     changes = []
     for key, words in _METRICS.items():
         before, after = (first[f"{key}_{kind}_pretraining"] for kind in ("without", "with"))
@@ -181,9 +184,9 @@ def _pretraining(first: dict[str, Any]) -> str | None:
 
 
 def _linear_model(first: dict[str, Any], last: dict[str, Any]) -> str | None:
-    if last["round"] == 0 or not first.get("linear_has_learned"):
+    if last["round"] == 0 or not first.get("linear_model_has_learned"):
         return None
-    numbers = " and ".join(f"{words} {_number(first[f'linear_{key}'])}" for key, words in _METRICS.items())
+    numbers = " and ".join(f"{words} {_number(first[f'{key}_of_linear_model'])}" for key, words in _METRICS.items())
     return (
         f"A linear model on the hidden states helped to label the pool: {numbers} on the labels, each by a model that was fitted "
         "without it."
@@ -204,6 +207,15 @@ def _next(kept: dict[str, Any], name: str | None, kept_round: int) -> str:
     if 1 in effects:
         return f"Next: a larger pool of the same kind, or more labels; {_MOST_USEFUL}."
     return f"Next: label more pairs ({_MOST_USEFUL}), or measure on more held-out pairs."
+
+
+def _numbers(facts: dict[str, Any], name: str, between: str) -> str:
+    return between.join(f"{words} {_number(_value(facts, name, metric))}" for metric, words in _METRICS.items())
+
+
+def _value(facts: dict[str, Any], name: str, metric: str) -> float:
+    """A metric at the temperature of the round. The accuracy has none, and a temperature of 1 leaves the others as they are."""
+    return facts.get(f"{name}_calibrated_{metric}", facts[f"{name}_{metric}"])
 
 
 def _number(value: float) -> str:

@@ -13,6 +13,7 @@ from trl import RewardConfig
 
 from ..config import SSRMConfig
 from ..data.checks import check_labeled_data
+from ..data.formats import argument_name
 from ..io.hub import check_model_is_there
 from ..models.adapters import check_adapter_type, is_quantized_by_bitsandbytes, with_score_head
 from ..models.comparison import Comparison
@@ -139,8 +140,9 @@ class Arguments:
             eval_dataset,
             compute_metrics is not None,
         )
-        held_out = by_name(eval_dataset, "eval_dataset") | by_name(calibration_dataset, "calibration_dataset")
-        is_conversational = check_labeled_data({"train_dataset": train_dataset, **held_out})
+        held_out = by_name(eval_dataset, "eval") | by_name(calibration_dataset, "calibration")
+        named = {argument_name(name): dataset for name, dataset in held_out.items()}
+        is_conversational = check_labeled_data({"train_dataset": train_dataset, **named})
         separator = self.processing_class.sep_token
         if is_conversational is False and (args.eos_token or self.processing_class.eos_token) is None and separator:
             logger.warning(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.formats import argument_name
 from ..scoring.metrics import (
     HALF_INTERVAL,
     calibrated_metrics,
@@ -76,7 +77,11 @@ def measure(
 
 
 def changes(
-    logits_of: dict[str, np.ndarray], before: dict[str, np.ndarray], prompts_of: dict[str, np.ndarray], round: int
+    logits_of: dict[str, np.ndarray],
+    before: dict[str, np.ndarray],
+    prompts_of: dict[str, np.ndarray],
+    temperatures: tuple[float, float],
+    round: int,
 ) -> dict[str, Any]:
     """
     What has changed on the held-out pairs since round 0. A warning is logged if a round is worse.
@@ -86,6 +91,8 @@ def changes(
             Pair logits `z = r(chosen) - r(rejected)` of each held-out dataset by its name, now and after round 0.
         prompts_of (`dict[str, np.ndarray]` of shape `(num_pairs,)` each, int64):
             Number of the prompt of each of these pairs.
+        temperatures (`tuple[float, float]`):
+            Temperature of the model, now and after round 0. The log-loss is compared as the models would be used.
         round (`int`):
             The round that has ended.
 
@@ -96,13 +103,13 @@ def changes(
     for name, logits in logits_of.items():
         if name not in before:
             continue
-        change = paired_change(logits, before[name], prompts_of[name])
+        change = paired_change(logits / temperatures[0], before[name] / temperatures[1], prompts_of[name])
         facts |= {f"{name}_{fact}": value for fact, value in change.items()}
         for metric, sign, words in (("accuracy", 1, "accuracy"), ("log_loss", -1, "log-loss")):
             half = HALF_INTERVAL * change[f"{metric}_change_error"]
             if sign * change[f"{metric}_change"] < -half:
                 logger.warning(
-                    f"Round {round} is worse than round 0 on `{name}_dataset`: {words} {change[f'{metric}_change']:+.3f} ± {half:.3f}. "
+                    f"Round {round} is worse than round 0 on `{argument_name(name)}`: {words} {change[f'{metric}_change']:+.3f} ± {half:.3f}. "
                     "To end with the better round, pass `calibration_dataset`; to end with round 0, set `num_rounds=0`."
                 )
     return facts

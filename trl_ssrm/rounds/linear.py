@@ -38,8 +38,8 @@ class LinearModel:
     It costs a forward pass over the labels, and is there for two things. Its predictions on labels that it has not seen say which weights
     are the better start. And with few labels it often ranks as well as the model whose weights were trained, and errs on other pairs: so
     the mean of their probabilities labels the pool for round 1, and the model of that round learns what both know. The one that labels
-    reads the initial weights, also beside pretraining: so it does not repeat what pretraining got wrong. Where pretraining is clearly
-    better it does not label.
+    always reads the initial weights, so that it does not repeat errors of pretraining. Where pretraining is clearly better it does not
+    label.
 
     Args:
         trainer ([`~trl_ssrm.rounds.round_trainer.RoundTrainer`]):
@@ -48,7 +48,7 @@ class LinearModel:
 
     def __init__(self, trainer: RoundTrainer):
         self.trainer = trainer
-        self.has_states, self.labels = True, False
+        self.has_states, self.labels_pool = True, False
         self.weights = torch.empty(0)
         self.temperature = 1.0
 
@@ -79,24 +79,24 @@ class LinearModel:
                 Facts that decided it. If they are sure evidence for pretraining, the linear model does not label.
 
         Returns:
-            `dict[str, Any]`: `linear_accuracy` and `linear_log_loss` on the labels, each predicted by a model that was fitted without
-            it; and `linear_has_learned` (see [`~trl_ssrm.rounds.calibrate.has_learned`]). Empty if it does not label.
+            `dict[str, Any]`: `accuracy_of_linear_model` and `log_loss_of_linear_model` on the labels, each predicted by a model that was fitted without
+            it; and `linear_model_has_learned` (see [`~trl_ssrm.rounds.calibrate.has_learned`]). Empty if it does not label.
         """
         data = self.trainer.data
         # It labels for round 1 alone, after which its weights may be deleted.
-        if not self.trainer.settings.linear_model_labels or len(self.trainer.round_history) > 1:
+        if not self.trainer.settings.linear_model_labels_pool or len(self.trainer.round_history) > 1:
             return {}
         if start == PRETRAINED and facts["pretraining_evidence"] >= SURE_EVIDENCE:
             return {}
         if (fitted := self._fit(INITIAL)) is None:
             return {}
-        self.labels, self.weights = True, fitted[0]
+        self.labels_pool, self.weights = True, fitted[0]
         logits = fitted[1].numpy()[~data.is_tie]
         self.temperature = fit_temperature(logits, data.prompts[~data.is_tie])
         return {
-            "linear_accuracy": float((logits > 0).mean()),
-            "linear_log_loss": float(np.logaddexp(0.0, -logits / self.temperature).mean()),
-            "linear_has_learned": has_learned(logits),
+            "accuracy_of_linear_model": float((logits > 0).mean()),
+            "log_loss_of_linear_model": float(np.logaddexp(0.0, -logits / self.temperature).mean()),
+            "linear_model_has_learned": has_learned(logits),
         }
 
     def _fit(self, start: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -114,7 +114,7 @@ class LinearModel:
             except NoStatesError:
                 self.has_states = False
                 kind = type(trainer.unwrapped_model).__name__
-                logger.warning(f"No linear model is fitted, since {kind} gives no hidden state of each token.")
+                logger.warning(f"No linear model is fitted, since {kind} gives no hidden state for each token.")
                 return None
             kept = trainer.on_main_process(lambda: self._fitted(differences))
             if trainer.accelerator.is_main_process:
@@ -153,7 +153,7 @@ class LinearModel:
         """
         trainer, run = self.trainer, self.trainer.run
         first = trainer.round_history[0]
-        if not self.labels or round > 0 or not first.get("linear_has_learned"):
+        if not self.labels_pool or round > 0 or not first.get("linear_model_has_learned"):
             return scores
         weights = run.weights_path(INITIAL)
         run.read_weights(weights, trainer.unwrapped_model)

@@ -15,6 +15,7 @@ from trl import RewardTrainer
 
 from ..config import SSRMConfig
 from ..data.collator import ConfidenceFilteredDataCollator
+from ..data.formats import argument_name
 from ..data.sequences import PairedSequences
 from ..data.ties import TIE, ties_of, with_ties_settled
 from ..data.tokenization import tokenized_or_refused, with_literal_messages
@@ -213,7 +214,7 @@ class PairTrainer(RewardTrainer):
         is_train = dataset_name == "train" and not self._has_prepared_train
         self._has_prepared_train = self._has_prepared_train or is_train
         is_one = is_train or dataset_name in ("eval", "calibration", "unlabeled")
-        name = f"{dataset_name}_dataset" if is_one else f"eval_dataset_{dataset_name}"
+        name = argument_name(dataset_name if is_one else f"eval_{dataset_name}")
         # Before rows that are too long are left out, so that the message has the number of the row.
         ties_of(dataset, name)
         with mapping(dataset):

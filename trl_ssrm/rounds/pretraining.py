@@ -26,9 +26,8 @@ from .run_directory import INITIAL, PRETRAINED
 
 logger = logging.getLogger(__name__)
 
-# Nats of evidence by linear models that pretraining needs, odds of 7 to 1. In 19 draws of the tasks of quality.py, 50 labels each, it was
-# 2.7 to 14 where pretraining helped, but for one of .5; and at most 1.6 where it harmed, but for one of 2.3. In doubt and with nothing to
-# lose, a gain by fold models of `LEAST_GAIN` let the one in that helped, and none that harmed. Their evidence let one in that cost 12 points.
+# Nats of evidence by linear models that pretraining needs, odds of 7 to 1. In 18 draws of 50 labels (quality.py, upper two layers) it was
+# 2.7 to 14 where pretraining helped, once .5; and at most 1.6 where it harmed, once 2.3.
 LEAST_EVIDENCE = 2.0
 # Draws of another row for each row, until it has another prompt.
 _DRAWS = 20
@@ -77,15 +76,16 @@ class Pretraining:
             return INITIAL, {}
         if pretrains == "if_better" and not self._can_judge():
             logger.warning(
-                "Nothing can judge pretraining on the texts of the pool, so it is left out. Set `num_folds=3`."
+                "Neither linear models nor fold models can judge pretraining on the texts of the pool, so the model is not "
+                "pretrained. For fold models, set `num_folds=3`."
             )
             return INITIAL, {}
         self._train(pairs, ignore_keys_for_eval)
         logits = trainer.score_pairs(trainer.data.labeled_pairs, "train_dataset").logits[~trainer.data.is_tie]
-        facts = {"pretraining_pairs": len(pairs), "pretraining_accuracy": float((logits > 0).mean())}
+        facts = {"pretraining_pairs": len(pairs), "pretraining_share_right": float((logits > 0).mean())}
         if pretrains == "always":
             return PRETRAINED, {**facts, "is_pretrained": True}
-        if facts["pretraining_accuracy"] <= 0.5:
+        if facts["pretraining_share_right"] <= 0.5:
             return INITIAL, {**facts, "is_pretrained": False}
         is_better, more = self._judged(logits, ignore_keys_for_eval)
         return PRETRAINED if is_better else INITIAL, {**facts, **more, "is_pretrained": is_better}
@@ -95,7 +95,7 @@ class Pretraining:
         return self.folds.num_folds > 0 or self.linear_model.held_out_logits(INITIAL) is not None
 
     def _judged(self, logits: np.ndarray, ignore_keys_for_eval: list[str] | None) -> tuple[bool, dict[str, float]]:
-        """Whether labels that the linear models have not seen, or else the fold models, say that pretraining is better, and what they say."""
+        """Whether linear models, or else fold models, predict unseen labels better after pretraining, and the facts about it."""
         starts, prompts = (INITIAL, PRETRAINED), self.trainer.data.prompts[~self.trainer.data.is_tie]
         without, with_pretraining = (self.linear_model.held_out_logits(start) for start in starts)
         if without is not None and with_pretraining is not None:
@@ -104,7 +104,8 @@ class Pretraining:
                 "pretraining_least_evidence": LEAST_EVIDENCE,
             }
             evidence = facts["pretraining_evidence"]
-            # With a model that has learned from the labels alone, there is something to lose.
+            # With a model that has learned from the labels alone, there is something to lose. With nothing to lose, a gain by fold models
+            # of `LEAST_GAIN` let the one draw in that helped, and none that harmed; their evidence let one in that cost 12 points.
             if not 0 < evidence < LEAST_EVIDENCE or has_learned(without) or not self.folds.num_folds:
                 return evidence >= LEAST_EVIDENCE, facts
         for start in starts:
@@ -125,8 +126,8 @@ class Pretraining:
             if len(pairs):
                 return pairs.select_columns(["chosen_ids", "rejected_ids"])
         logger.warning(
-            "The pool has no two different prompts with completions that fit into `max_length`, so nothing is pretrained on "
-            "its texts."
+            "The pool has no two different prompts with completions that fit into `max_length`, so the model is not "
+            "pretrained."
         )
         return None
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..config import SSRMConfig
 from ..data.build_pool import build_pool
-from ..data.formats import report_dropped
+from ..data.formats import argument_name, report_dropped
 from ..data.pool import Pool
 from ..data.prompt_columns import check_same_form
 from ..data.prompts import prompt_groups, prompt_keys
@@ -126,25 +126,26 @@ def prepare_run_data(
             token IDs are beyond the vocabulary of the model, or sequences beyond its positions.
     """
     check_same_form(
-        {**{f"{name}_dataset": data for name, data in given.items()}, "unlabeled_dataset": unlabeled_dataset}
+        {**{argument_name(name): data for name, data in given.items()}, "unlabeled_dataset": unlabeled_dataset}
     )
     prepared = dict(prepared)
     if "calibration" in given:
         prepared["calibration"] = tokenize(given["calibration"], "calibration", args.max_length)
     pairs_of: dict[str, PairedSequences] = {}
     for name, dataset in list(prepared.items()):
+        argument = argument_name(name)
         if not isinstance(dataset, Dataset):
-            logger.warning(f"`{name}_dataset` is a stream, so the metrics of a round leave it out.")
+            logger.warning(f"`{argument}` is a stream, so the metrics of a round leave it out.")
             continue
-        report_too_long(f"{name}_dataset", given[name], len(dataset), args.max_length)
+        report_too_long(argument, given[name], len(dataset), args.max_length)
         pairs_of[name] = PairedSequences.from_tokenized(dataset)
-        check_vocabulary(pairs_of[name], f"{name}_dataset", model)
-        check_positions(pairs_of[name], f"{name}_dataset", model)
-        told_apart = two_completions(pairs_of[name], f"{name}_dataset")
+        check_vocabulary(pairs_of[name], argument, model)
+        check_positions(pairs_of[name], argument, model)
+        told_apart = two_completions(pairs_of[name], argument)
         prepared[name], pairs_of[name] = select_rows(dataset, told_apart), pairs_of[name].take(told_apart)
         # A tie has no opposite label.
-        is_tie = ties_of(prepared[name], f"{name}_dataset")
-        report_contradictions(pairs_of[name].take(np.flatnonzero(~is_tie)), f"{name}_dataset")
+        is_tie = ties_of(prepared[name], argument)
+        report_contradictions(pairs_of[name].take(np.flatnonzero(~is_tie)), argument)
     known_pairs = {name: set(pairs.pair_keys()) for name, pairs in pairs_of.items()}
     check_overlap(known_pairs)
     report_shared_prompts({name: prepared[name] for name in pairs_of})
@@ -224,7 +225,7 @@ def check_overlap(pair_keys: dict[str, set]) -> None:
             )
         if count:
             logger.warning(
-                f"`{name}_dataset` shares {count} of its {len(pair_keys[name])} pairs with `train_dataset`, so its metrics are "
+                f"`{argument_name(name)}` shares {count} of its {len(pair_keys[name])} pairs with `train_dataset`, so its metrics are "
                 "too good; leave these pairs out of one of the two."
             )
 
@@ -235,7 +236,7 @@ def report_shared_prompts(prepared: dict[str, Dataset]) -> None:
     for name in sorted(keys.keys() - {"train"}):
         if count := len(keys["train"] & keys[name]):
             logger.warning(
-                f"{count} of the {len(keys[name])} prompts of `{name}_dataset` are also in `train_dataset`. A model does better on "
+                f"{count} of the {len(keys[name])} prompts of `{argument_name(name)}` are also in `train_dataset`. A model does better on "
                 "prompts that it was trained on, so split the pairs by prompt."
             )
 

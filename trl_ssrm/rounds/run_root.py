@@ -1,4 +1,4 @@
-"""Where the files of a run are, which run they belong to, and that no other run is at work there."""
+"""Where the files of a run are, which run they belong to, and the lock against a second run."""
 
 import errno
 import functools

@@ -62,7 +62,7 @@ class RoundSettings:
         fits_linear_model (`bool`):
             Whether a linear model on the hidden states can be fitted to the labels. If so it judges pretraining; fold models do where it
             can't or is in doubt, at more cost.
-        linear_model_labels (`bool`):
+        linear_model_labels_pool (`bool`):
             Whether it helps to label the pool for round 1, unless the labels are sure that pretraining is better.
         num_train_epochs (`float`, *optional*):
             Number of epochs of a round after round 0; `None` if `max_steps` decides.
@@ -78,7 +78,7 @@ class RoundSettings:
     has_soft_labels: bool
     pretrains: str
     fits_linear_model: bool
-    linear_model_labels: bool
+    linear_model_labels_pool: bool
     num_train_epochs: float | None
     confidence_threshold: float | None = None
     target_precision: float | None = None
@@ -238,7 +238,7 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
         has_soft_labels,
         pretrains[args.pretrain_on_pool],
         fits_linear_model,
-        fits_linear_model and _linear_model_labels(args, labels_by_itself, calibrated_by),
+        fits_linear_model and _linear_model_labels_pool(args, labels_by_itself, calibrated_by),
         num_train_epochs,
         **threshold,
     )
@@ -297,10 +297,10 @@ def _fits_linear_model(args: SSRMConfig, data: RunData, labels_by_itself: bool) 
     return is_possible and not has_too_many
 
 
-def _linear_model_labels(args: SSRMConfig, labels_by_itself: bool, calibrated_by: str | None) -> bool:
+def _linear_model_labels_pool(args: SSRMConfig, labels_by_itself: bool, calibrated_by: str | None) -> bool:
     """
-    Whether a linear model helps to label the pool, if there can be one. Hard labels and a target precision ask how sure the trained
-    model is. What pretraining adds is not judged where it is asked for.
+    Whether a linear model helps to label the pool, if there can be one. Not with hard labels or a target precision, whose threshold
+    is for the confidence of the trained model; and not where pretraining is asked for, since nothing judges it then.
     """
     return (
         args.pseudo_label_type == "soft"
@@ -327,7 +327,7 @@ def _check_drop_last(args: SSRMConfig, data: RunData, num_folds: int) -> None:
 
 
 def _may_have_folds(args: SSRMConfig, data: RunData, labels_by_itself: bool) -> bool:
-    """Whether labels are split to judge models by, if nothing is set."""
+    """Whether there may be fold models."""
     return args.num_folds != 0 and labels_by_itself and not args.load_best_model_at_end and data.num_prompts > 1
 
 
@@ -344,7 +344,7 @@ def _resolve_num_folds(
         num_folds = min(NUM_FOLDS, num_prompts)
         logger.warning(
             f"{num_folds} fold models are trained on the labels alone, each without one part of them. Their predictions on that "
-            f"part {' and '.join(uses)}. `num_folds=0` goes without."
+            f"part {' and '.join(uses)}. `num_folds=0` leaves them out, and pretraining with them."
         )
         return num_folds
     if num_prompts < args.num_folds:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.formats import argument_name
 from ..data.pool import Pool
 from ..io.storage import content_hash
 from ..scoring.pair_scores import PairScores
@@ -90,7 +91,7 @@ class RoundSteps(RoundTrainer):
         facts: dict[str, Any] = {"round": self.round}
         logits_of: dict[str, np.ndarray] = {}
         for name, pairs in self.data.held_out.items():
-            scores = self.score_pairs(pairs, f"{name}_dataset")
+            scores = self.score_pairs(pairs, argument_name(name))
             logits_of[name] = scores.logits
             if scores.orders_agree is not None:
                 facts[f"{name}_order_disagreement"] = float(1 - scores.orders_agree.mean())
@@ -105,7 +106,8 @@ class RoundSteps(RoundTrainer):
                 self.run.write_held_out(logits_of)
         else:
             before = self.on_main_process(self.run.read_held_out)
-            facts |= changes(logits_of, before, prompts_of, self.round)
+            temperatures = facts["temperature"], self.round_history[0]["temperature"]
+            facts |= changes(logits_of, before, prompts_of, temperatures, self.round)
         self.log(dict(facts))
         self.recorder.log_history = self.state.log_history
         steps = self._steps_before_round + self.state.global_step
@@ -116,7 +118,7 @@ class RoundSteps(RoundTrainer):
             curves = reliability(logits_of, facts["temperature"])
             self.run.write_round(self.round, facts, self.state.log_history, curves)
             needed = {self.round} | ({self.start} if self.args.round_init == "base" else set())
-            needed |= {INITIAL} if self.linear_model.labels and self.round == 0 else set()
+            needed |= {INITIAL} if self.linear_model.labels_pool and self.round == 0 else set()
             self.run.prune_weights(needed | ({self.kept_round} if self.settings.keeps_best_round else set()))
         self.accelerator.wait_for_everyone()
         self._tell("on_round_end", round=self.round, facts=facts, round_history=self.round_history)
@@ -126,7 +128,7 @@ class RoundSteps(RoundTrainer):
         if self.round == self.args.num_rounds:
             return "max_rounds"
         facts = self.round_history[self.round]
-        has_learned = facts.get("has_learned", True) or facts.get("linear_has_learned", False)
+        has_learned = facts.get("has_learned", True) or facts.get("linear_model_has_learned", False)
         is_asked = self.settings.has_soft_labels and self.pseudo_labeling_callback.labels_by_itself
         return "nothing_learned" if is_asked and not has_learned else None
 
