@@ -30,7 +30,7 @@ try:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 except ImportError:
     raise SystemExit(
-        "TRL removed PPO in 1.13: install `.[ppo]`, which brings TRL 1.12, or use recipes/rloo.py instead."
+        "TRL removed PPO in 1.13: run `pip install '.[ppo]'` in the clone of trl-ssrm, or use recipes/rloo.py instead."
     ) from None
 
 

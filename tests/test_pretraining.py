@@ -106,7 +106,7 @@ def test_fold_models_judge_where_there_is_no_linear_model(make_matching, held_ou
     monkeypatch.setattr(alone.linear_model, "has_states", False)
     monkeypatch.setattr(alone.pretraining, "_train", lambda *args: 1 / 0)
     alone.train()
-    assert alone.start == INITIAL and "Nothing can judge pretraining" in caplog.text
+    assert alone.start == INITIAL and "Neither linear models nor fold models can judge" in caplog.text
 
 
 @pytest.mark.slow

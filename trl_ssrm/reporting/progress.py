@@ -114,7 +114,7 @@ def rounds_so_far(round_history: list[dict[str, Any]], seconds: dict[int, float]
 
     Returns:
         [`~rich.table.Table`]: a row for each round, at most 72 characters wide. Precision is the accuracy of the
-        pseudo-labels, known if gold labels are tracked. Accuracy and ECE are measured on `eval_dataset`, without it on
+        pseudo-labels, known if hidden labels are tracked. Accuracy and ECE are measured on `eval_dataset`, without it on
         `calibration_dataset`, without both on the folds. A dash stands for an unknown value.
     """
     names = round_history[0]
