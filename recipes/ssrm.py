@@ -28,6 +28,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from trl_ssrm import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
 from trl_ssrm.alignment.labeling import load_labeler
 from trl_ssrm.cli.errors import running_script
+from trl_ssrm.data.prompts import split_by_prompt
 
 
 @dataclass
@@ -61,12 +62,12 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
         raise ValueError(
             f"{needed} labeled pairs are asked for, and the data has {len(train)}; lower the two numbers."
         )
-    labeled = train.select(range(script_args.num_labeled))
-    calibration = train.select(range(script_args.num_labeled, needed)) if script_args.num_calibration else None
+    # No prompt is in two of them.
+    labeled, calibration, rest = split_by_prompt(train, [script_args.num_labeled, script_args.num_calibration])
     if script_args.unlabeled_dataset_name is not None:
         pool = load_dataset(script_args.unlabeled_dataset_name, split=script_args.dataset_train_split)
-    elif len(train) > needed:
-        pool = train.select(range(needed, len(train)))
+    elif len(rest):
+        pool = rest
     else:
         raise ValueError("All rows are labeled pairs; lower `num_labeled`, or pass `--unlabeled_dataset_name`.")
 
@@ -87,7 +88,7 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
         train_dataset=labeled,
         eval_dataset=dataset.get(script_args.dataset_test_split),
         unlabeled_dataset=pool,
-        calibration_dataset=calibration,
+        calibration_dataset=calibration if len(calibration) else None,
         callbacks=callbacks,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),

@@ -29,11 +29,12 @@ def main(
     stream: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     kill_in_scoring_for: int = 0,
+    shard_tokens: int = 512,
     **settings,
 ) -> None:
     """`kill_in_scoring_for` is a round; the process that gets the second shard of its scores is killed."""
-    # A few sequences a shard.
-    trl_ssrm.scoring.score.SHARD_TOKENS = 512
+    # By default a few sequences a shard.
+    trl_ssrm.scoring.score.SHARD_TOKENS = shard_tokens
     scored = []
     write_shard = trl_ssrm.scoring.score.write_tensors
 

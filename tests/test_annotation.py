@@ -40,6 +40,17 @@ def test_labels_that_people_gave_come_back_as_labeled_pairs(trainer, unlabeled, 
     assert again.data.is_tie.tolist() == [False] * 19 + [True]
 
 
+def test_probability_is_that_at_the_temperature_of_the_model(trainer, tmp_path):
+    written = []
+    for temperature in (1.0, 2.0):
+        trainer.round_history[-1]["temperature"] = temperature
+        path = tmp_path / f"{temperature}.jsonl"
+        trainer.export_for_labeling(str(path), 5)
+        written.append(np.array([json.loads(line)["probability"] for line in path.read_text().splitlines()]))
+    odds = [np.log(each / (1 - each)) for each in written]
+    assert odds[1] == pytest.approx(odds[0] / 2, abs=1e-4) and np.abs(odds[0]).max() > 1e-3
+
+
 def test_pairs_that_are_asked_for_are_uncertain_and_of_different_prompts(trainer):
     pool = trainer.data.pool
     logits = np.linspace(0.1, 8, len(pool))

@@ -50,6 +50,14 @@ def test_rows_with_the_same_prompt_are_one_case():
     assert line.splitlines()[-1].split(" | ")[3:] == ["1 prompts", "0 prompts", "1 |"]
 
 
+def test_with_one_prompt_for_all_rows_are_what_may_differ():
+    outcomes = [1.0] * 70 + [0.0] * 30
+    one = made_up("one", outcomes, prompts=[0] * 100, strata=["x"] * 100, stratum_weights={"x": 1.0})
+    other = made_up("two", [1.0] * 40 + [0.0] * 60, prompts=[0] * 100, strata=["x"] * 100, stratum_weights={"x": 1.0})
+    low, high = map(float, evaluation_table([one, other]).splitlines()[-1].split(" | ")[2].split(" to "))
+    assert low == pytest.approx(0.3 - 0.09, abs=0.02) and high == pytest.approx(0.3 + 0.09, abs=0.02)
+
+
 def test_difference_weighs_the_parts_as_the_benchmark_does():
     strata = {"strata": ["x"] * 2 + ["y"] * 8, "stratum_weights": {"x": 0.75, "y": 0.25}}
     one, other = made_up("one", [1.0] * 2 + [0.0] * 8, **strata), made_up("two", [0.0] * 10, **strata)

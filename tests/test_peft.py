@@ -163,6 +163,17 @@ def test_model_without_an_adapter_has_nothing_to_merge(trained, tmp_path):
         trained().merge_and_save(str(tmp_path))
 
 
+def test_run_is_not_resumed_with_an_adapter_of_another_scale(llama, config, labeled, unlabeled):
+    def make(**settings) -> SSRMTrainer:
+        args = config(num_rounds=0)
+        return SSRMTrainer(llama, args, None, labeled, unlabeled_dataset=unlabeled, peft_config=lora(**settings))
+
+    make().train()
+    make().train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="adapter"):
+        make(lora_alpha=3).train(resume_from_checkpoint=True)
+
+
 def assert_trains_on(trainer: SSRMTrainer, adapter: str, tmp_path) -> None:
     """The trainer starts from the rewards of the adapter, trains all of it and its head, and saves what it trained."""
     tokenizer = trainer.processing_class

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import maybe_extract_prompt
 
-from trl_ssrm.data.prompts import prompt_groups, with_prompt
+from trl_ssrm.data.prompts import prompt_groups, split_by_prompt, with_prompt
 
 
 def as_tokens(row: dict[str, str]) -> dict[str, list[int]]:
@@ -45,6 +45,18 @@ def test_conversations_that_differ_from_the_first_turn_on_leave_the_others_alone
     odd = {name: [{"role": "user", "content": name}, {"role": "assistant", "content": "a"}] for name in rows[0]}
     assert groups_of(rows) == list(range(60))
     assert groups_of([*rows, odd]) == list(range(61))
+
+
+def test_parts_have_no_prompt_in_common():
+    rows = [{"prompt": f"p{number // 3}", "chosen": f"a{number}", "rejected": "b"} for number in range(30)]
+    data = Dataset.from_list(rows).shuffle(seed=0)
+    first, second, rest = split_by_prompt(data, [4, 0])
+    assert (len(first), len(second), len(rest)) == (6, 0, 24) and not set(first["prompt"]) & set(rest["prompt"])
+    assert sorted([*first["chosen"], *rest["chosen"]]) == sorted(data["chosen"])
+    # Less than asked for where no more is left; and rows with prompts of their own stay in their order.
+    assert [len(part) for part in split_by_prompt(data, [28, 5])] == [30, 0, 0]
+    own = data.map(lambda row: {"prompt": row["chosen"]})
+    assert split_by_prompt(own, [7])[0]["chosen"] == data["chosen"][:7]
 
 
 @pytest.mark.parametrize("nothing", ["", [], None])

@@ -47,6 +47,10 @@ from trl_ssrm import PseudoLabelingCallback, SSRMTrainer
             "needs gold labels",
         ),
         ({"calibration_dataset": preference_rows(16, seed=1)[:3]}, "shares 3 pairs with `train_dataset`"),
+        (
+            {"calibration_dataset": {"train": preference_rows(3)}},
+            "must be a `Dataset`, got `dict`; of several, choose one",
+        ),
         ({"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "`optimizers` can't be used"),
         ({"data_collator": lambda rows: rows}, "`data_collator` must be a `ConfidenceFilteredDataCollator`"),
         ({"callbacks": [PseudoLabelingCallback(), PseudoLabelingCallback()]}, "has 2 callbacks that label the pool"),

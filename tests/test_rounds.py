@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_same_weights, preference_rows, run_script, weights_of
 from datasets import Dataset
+from transformers import T5Config, T5ForSequenceClassification
 
 from trl_ssrm.io.files import written_aside
 from trl_ssrm.models.sharding import whole_weights
@@ -51,6 +52,24 @@ def test_sharded_weights_are_read_by_the_same_linear_model(llama, tmp_path, pret
     fact = "log_loss_of_linear_model" if pretrain_on_pool is False else "log_loss_without_pretraining"
     assert two["facts"][0][fact] == pytest.approx(one["facts"][0][fact], abs=1e-3)
     assert two["facts"][0].get("is_pretrained") == one["facts"][0].get("is_pretrained")
+
+
+def test_a_process_without_labels_to_score_learns_that_there_are_no_states(tokenizer, tmp_path):
+    # The classifier of T5 gives no hidden states. The labels are one shard, so only one of the two processes reads them.
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    tokens = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": 0,
+    }
+    model = T5ForSequenceClassification(T5Config(vocab_size=len(tokenizer), num_labels=1, **sizes, **tokens))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = {"model": str(tmp_path / "model"), **SOFT, "shard_tokens": 100_000, "num_train_epochs": 1}
+    two = run(num_processes=2, **settings, output_dir=str(tmp_path / "two"))
+    assert "linear_model_has_learned" not in two["facts"][0]
+    # A run that is over is opened again, though the initial weights are gone.
+    assert run(num_processes=2, **settings, output_dir=str(tmp_path / "two"), resume=True)["facts"] == two["facts"]
 
 
 # As `accelerate config` writes them, for processes of a CPU.

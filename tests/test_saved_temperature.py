@@ -66,6 +66,12 @@ def test_judge_uses_it(causal):
     assert judge.judge(*pairs) == pytest.approx(sigmoid(logit / 3).tolist()) and judge.logits(*pairs) == logit
 
 
+def test_model_without_a_pool_leaves_no_temperature_of_another(llama, config, labeled, tmp_path):
+    save_temperature(str(tmp_path), 2.0)
+    SSRMTrainer(llama, config(), train_dataset=labeled).save_model(str(tmp_path))
+    assert load_temperature(str(tmp_path)) == 1.0
+
+
 @pytest.mark.parametrize("content", ["{}", '{"temperature": 0}', '{"temperature": NaN}', "no JSON"])
 def test_damaged_file_is_named(tmp_path, content):
     (tmp_path / "calibration.json").write_text(content)

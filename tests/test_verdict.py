@@ -164,9 +164,20 @@ def test_pairs_of_one_prompt_count_together():
     mean, error, error_by_pair = np.array(means).T
     assert np.sqrt((error**2).mean()) == pytest.approx(mean.std(), rel=0.05)
     assert np.sqrt((error_by_pair**2).mean()) < 0.7 * mean.std()
-    # One prompt for all says nothing about which pairs belong together.
-    assert standard_error(values, np.zeros(len(values))) == pytest.approx(values.std(ddof=1) / np.sqrt(len(values)))
+    # One prompt for all says nothing about which pairs belong together, and two say little: whose sums are equal by chance.
+    by_pair = pytest.approx(values.std(ddof=1) / np.sqrt(len(values)))
+    assert standard_error(values, np.zeros(len(values))) == by_pair
+    assert standard_error(values - values.mean(), np.arange(len(values)) // (len(values) - 1)) >= by_pair.expected
+    balanced = np.array([1.0, -1.0, 1.0, -1.0])
+    assert standard_error(balanced, np.array([0, 0, 1, 1])) == standard_error(balanced, np.arange(4)) > 0
     assert standard_error(values[:1], np.zeros(1)) == math.inf
+
+
+def test_a_single_held_out_pair_shows_nothing():
+    # JSON has no infinity, so a run that is read again has none.
+    for error in (math.inf, None):
+        words = verdict(history(0.0, -0.1, error=error), "max_rounds", 1)
+        assert words[0].startswith("The pseudo-labels made no difference") and "(−0.100 ± inf)" in words[0]
 
 
 def test_a_linear_model_that_helped_is_named_with_what_it_knows():

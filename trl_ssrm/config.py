@@ -33,8 +33,9 @@ class SSRMConfig(RewardConfig):
             `max_steps`, if that is set and `round_num_train_epochs` is not): to prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No
             label is read. If `None`, it is done and the labels decide: its weights are used if they rank more than half of the
             labeled pairs right before they have seen a label, and if the labels favor them by 2 nats (odds of 7 to 1); see
-            [`~trl_ssrm.rounds.pretraining.Pretraining.choose_start`]. `None` is `False` with `num_folds=0`, `freeze_backbone`, `load_best_model_at_end`, a teacher, or
-            a callback with a `score` of its own.
+            [`~trl_ssrm.rounds.pretraining.Pretraining.choose_start`]. `None` is `False` with `num_folds=0` or
+            `freeze_backbone`, and, unless `num_folds` is set, with `load_best_model_at_end`, a teacher, or a callback with a
+            `score` of its own.
         keep_best_round (`bool`, *optional*):
             Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
             `calibration_dataset`. `eval_dataset` never chooses the round. If `False`, the last round is kept. If `None`, it
@@ -97,7 +98,8 @@ class SSRMConfig(RewardConfig):
         target_precision (`float`, *optional*):
             Share of pseudo-labels that should be right. The threshold is the lowest one above which the held-out labels
             (`calibration_dataset`, or the parts left out by `num_folds`) are predicted right that often, by the lower end
-            of a one-sided 95 % interval. In `(0.5, 1)`.
+            of a one-sided 95 % interval, each prompt counted once. Fold models find it after round 0 alone, and later rounds
+            keep it. In `(0.5, 1)`.
 
         > Parameters that control the pseudo-labels
 

@@ -21,7 +21,7 @@ from .config import SSRMConfig
 from .io.files import telling_where
 from .models.adapters import merged, prepare_quantized
 from .models.backbone import freeze_backbone
-from .models.calibration import save_temperature
+from .models.calibration import remove_temperature, save_temperature
 from .models.classifier import complete_config
 from .models.comparison import Comparison
 from .models.loading import suppress_load_report
@@ -353,9 +353,15 @@ class SSRMTrainer(RoundSteps):
         super().save_model(output_dir, _internal_call)
         if self.comparison is not None and self.args.should_save:
             self.comparison.save_pretrained(str(output_dir or self.args.output_dir))
-        if self.has_pool and not _internal_call and self.args.should_save:
-            self._save_temperature(output_dir or str(self.run.output_dir))
-            copy_card(self.run.output_dir, Path(output_dir or self.run.output_dir))
+        if _internal_call or not self.args.should_save:
+            return
+        directory = Path(output_dir or str(self.args.output_dir))
+        if self.has_pool:
+            self._save_temperature(str(directory))
+            copy_card(self.run.output_dir, directory)
+        else:
+            # That of another model, which would divide the logits of this one.
+            remove_temperature(directory)
 
     def merge_and_save(self, output_dir: str) -> None:
         """

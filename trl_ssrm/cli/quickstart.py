@@ -15,7 +15,6 @@ import random
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, get_peft_config
 
 from .. import SSRMConfig, SSRMTrainer
+from ..data.prompts import split_by_prompt
 from ..io.sources import load_data
 from ..models.loading import suppress_load_report
 from ..reporting.plots import plot_rounds
@@ -193,17 +193,19 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
 
 def load_pairs(args: QuickstartArguments, seed: int) -> tuple[Dataset, Dataset, Dataset]:
     """`tuple[Dataset, Dataset, Dataset]`: the labeled, the unlabeled and the held-out pairs, all with their labels."""
+    sizes = (args.num_labeled, args.num_unlabeled, args.num_held_out)
     if args.dataset_name is None:
         dataset = documentation_pairs(seed)
     else:
         dataset = load_data(args.dataset_name, args.dataset_train_split).shuffle(seed=seed)
-    ends = list(accumulate((args.num_labeled, args.num_unlabeled, args.num_held_out)))
-    if len(dataset) < ends[-1]:
+    if len(dataset) < sum(sizes):
         raise ValueError(
-            f"`num_labeled`, `num_unlabeled` and `num_held_out` sum to {ends[-1]}, but the data has {len(dataset)} pairs; "
+            f"`num_labeled`, `num_unlabeled` and `num_held_out` sum to {sum(sizes)}, but the data has {len(dataset)} pairs; "
             "lower them."
         )
-    labeled, unlabeled, held_out = (dataset.select(range(start, end)) for start, end in pairwise((0, *ends)))
+    labeled, unlabeled, held_out, _ = split_by_prompt(dataset, sizes)
+    if not len(held_out):
+        raise ValueError("Pairs of one prompt stay together, and none is left to be held out; lower `num_labeled`.")
     return labeled, unlabeled, held_out
 
 
@@ -236,7 +238,8 @@ def print_comparison(
         elif facts.get("is_pretrained"):
             rows.append(("pretraining and labels", {**facts, **own}))
     rows.append(("all labels", references["all labels"]))
-    print(f"\n{'':22} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
+    print("\nThe log-loss of SSRM is that at the temperature which is saved with its model.")
+    print(f"{'':22} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
     for title, facts in rows:
         print(f"{title:22} {facts['num_train_pairs']:6} {facts['accuracy']:9.3f} {facts['log_loss']:9.3f}")
     change = paired_change(logits_of["SSRM"], logits_of["labels alone"], prompts)

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .. import PseudoLabelingCallback, SSRMConfig, SSRMTrainer
 from ..alignment.labeling import load_labeler
+from ..data.prompts import split_by_prompt
 from ..io.hub import check_model_is_there
 from ..io.shapes import named_columns, with_known_columns
 from ..io.sources import load_data, load_splits
@@ -34,6 +34,9 @@ from .arguments import TrainingParser
 from .dry_run import dry_run
 from .errors import ERROR, INTERRUPTED, leave_process_group, sentence, take_debug, tell
 from .help import TRAIN_EPILOG, TRAIN_HELP
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -253,16 +256,18 @@ def _split_rows(rows: Dataset, args: TrainArguments, seed: int) -> dict[str, Dat
             f"`num_labeled` is {args.num_labeled} and `num_calibration` {args.num_calibration}, but {args.dataset_name} has "
             f"{len(rows)} rows; lower these numbers so that at least one labeled row is left to train on."
         )
-    if num_labeled < len(rows):
-        rows = rows.shuffle(seed=seed)
-    sizes = {"train_dataset": num_labeled, "calibration_dataset": args.num_calibration}
-    sizes["unlabeled_dataset"] = len(rows) - sum(sizes.values())
-    ends = accumulate(sizes.values())
-    return {
-        name: rows.select(range(end - size, end))
-        for (name, size), end in zip(sizes.items(), ends, strict=True)
-        if size > 0
-    }
+    if num_labeled == len(rows):
+        return {"train_dataset": rows}
+    calibration, labeled, pool = split_by_prompt(rows.shuffle(seed=seed), [args.num_calibration, num_labeled])
+    if not len(labeled):
+        raise ValueError(
+            f"The prompts of the {len(calibration)} rows for `num_calibration` are all that {args.dataset_name} has; lower it."
+        )
+    parts = {"train_dataset": labeled, "calibration_dataset": calibration, "unlabeled_dataset": pool}
+    if len(labeled) + len(calibration) > num_labeled + args.num_calibration:
+        sizes = ", ".join(f"{len(part)} in `{name}`" for name, part in parts.items())
+        logger.warning(f"Rows of one prompt stay together, so there are {sizes}.")
+    return {name: part for name, part in parts.items() if len(part)}
 
 
 def train(train_args: TrainArguments, training_args: SSRMConfig, model_args: ModelConfig) -> None:

@@ -66,6 +66,30 @@ def prompt_keys(dataset: Dataset) -> Iterator[str]:
         yield _start(*row.values())
 
 
+def split_by_prompt(dataset: Dataset, sizes: Sequence[int]) -> list[Dataset]:
+    """
+    Split a dataset into parts that have no prompt in common, since a model does better on prompts that it was trained on.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            As for [`prompt_groups`].
+        sizes (`Sequence[int]`):
+            Number of rows of each part. A part has more if its last prompt has, and less if there are no rows left.
+
+    Returns:
+        `list[Dataset]`: the parts, and the rows that are left over as the last one.
+    """
+    groups = prompt_groups(dataset)
+    # Prompts are numbered in the order in which they occur, so rows with prompts of their own stay where they are.
+    order, ends = np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))
+    parts, start = [], 0
+    for size in sizes:
+        end = int(ends[min(int(np.searchsorted(ends, start + size)), len(ends) - 1)]) if size else start
+        parts.append(dataset.select(order[start:end]))
+        start = end
+    return [*parts, dataset.select(order[start:])]
+
+
 def _start(one: Any, other: Any) -> str:
     """What two completions have in common at their start, as a key; empty for nothing."""
     length = _common_length(one, other)

@@ -191,7 +191,7 @@ def independent_count(outcomes: np.ndarray, prompts: np.ndarray) -> float:
     by_row, by_prompt = (standard_error(outcomes, groups) for groups in (np.arange(num_rows), prompts))
     if by_row == 0:
         return num_prompts
-    return num_rows if by_prompt <= by_row else num_rows * (by_row / by_prompt) ** 2
+    return num_rows * (by_row / by_prompt) ** 2
 
 
 def wilson_interval(right: float, count: float) -> tuple[float, float]:

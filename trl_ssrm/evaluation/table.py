@@ -152,6 +152,9 @@ def _weighted_means(values: np.ndarray, evaluation: Evaluation) -> tuple[float, 
         if not is_in.any():
             continue
         _, group = np.unique(prompts[is_in], return_inverse=True)
+        if group.max() == 0:
+            # With one prompt for all, rows are what is left to draw.
+            group = np.arange(len(group))
         sums, counts = np.bincount(group, weights=values[is_in]), np.bincount(group)
         mean += weight * sums.sum() / counts.sum()
         for number in range(NUM_BOOTSTRAP_SAMPLES):

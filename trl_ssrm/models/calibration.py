@@ -18,6 +18,11 @@ def save_temperature(directory: str, temperature: float) -> None:
     write_json(Path(directory) / FILE_NAME, {"temperature": temperature})
 
 
+def remove_temperature(directory: Path) -> None:
+    """Delete the temperature of a model that was in this directory before."""
+    (directory / FILE_NAME).unlink(missing_ok=True)
+
+
 def load_temperature(model: Any, revision: str | None = None) -> float:
     """
     Read the temperature that [`SSRMTrainer`] has saved with a model.

@@ -41,9 +41,10 @@ class NoStatesError(ValueError):
 
 
 @contextlib.contextmanager
-def scoring_by_states(model: Any, score: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def scoring_by_states(model: Any, score: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """
-    Within this context, the logits of a classifier are a function of its [`mean_states`].
+    Within this context, the logits of a classifier are a function of its [`mean_states`], or all 0 if it gives no hidden state of each
+    token.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -51,9 +52,11 @@ def scoring_by_states(model: Any, score: Callable[[torch.Tensor], torch.Tensor])
         score (`Callable[[torch.Tensor], torch.Tensor]`):
             Gets the mean states of a batch, and returns one row of logits for each sequence.
 
-    Raises:
-        NoStatesError: In a forward pass, if the model gives no hidden state of each token.
+    Yields:
+        `list[torch.Tensor]`: the logits for which there were no hidden states. One process may see them and the next one, which has
+        nothing to score, not.
     """
+    without_states: list[torch.Tensor] = []
 
     def ask_for_states(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "output_hidden_states": True}
@@ -61,7 +64,9 @@ def scoring_by_states(model: Any, score: Callable[[torch.Tensor], torch.Tensor])
     def replace_logits(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         is_token, states = kwargs["attention_mask"], getattr(output, "hidden_states", None) or ()
         if not states or any(each.shape[:2] != is_token.shape for each in states):
-            raise NoStatesError
+            output.logits = torch.zeros_like(is_token[:, :1], dtype=torch.float32)
+            without_states.append(output.logits)
+            return output
         output.logits = score(mean_states(states, is_token))
         output.hidden_states = None
         return output
@@ -73,7 +78,7 @@ def scoring_by_states(model: Any, score: Callable[[torch.Tensor], torch.Tensor])
         classifier.register_forward_hook(replace_logits, with_kwargs=True, prepend=True),
     ]
     try:
-        yield
+        yield without_states
     finally:
         for handle in handles:
             handle.remove()

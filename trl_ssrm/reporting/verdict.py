@@ -104,8 +104,9 @@ _METRICS = {"accuracy": "accuracy", "log_loss": "log-loss"}
 
 def _direction(kept: dict[str, Any], name: str, metric: str, good: int) -> int:
     """1 if the metric is better than after round 0 beyond its interval, -1 if it is worse, otherwise 0."""
-    change, error = kept[f"{name}_{metric}_change"], kept[f"{name}_{metric}_change_error"]
-    return 0 if abs(change) <= HALF_INTERVAL * error else (good if change > 0 else -good)
+    change = kept[f"{name}_{metric}_change"]
+    is_clear = abs(change) > _half(kept[f"{name}_{metric}_change_error"])
+    return (good if change > 0 else -good) if is_clear else 0
 
 
 def _change(first: dict[str, Any], kept: dict[str, Any], name: str, metric: str, words: str) -> str:
@@ -114,10 +115,14 @@ def _change(first: dict[str, Any], kept: dict[str, Any], name: str, metric: str,
     return _from_to(words, before, after, kept[key], kept[f"{key}_error"])
 
 
-def _from_to(words: str, before: float, after: float, change: float, error: float) -> str:
+def _from_to(words: str, before: float, after: float, change: float, error: float | None) -> str:
     sign = "+" if change >= 0 else "−"
-    half = _number(HALF_INTERVAL * error)
-    return f"{words} {_number(before)} to {_number(after)} ({sign}{_number(abs(change))} ± {half})"
+    return f"{words} {_number(before)} to {_number(after)} ({sign}{_number(abs(change))} ± {_number(_half(error))})"
+
+
+def _half(error: float | None) -> float:
+    """Half of an interval. The standard error of a single value is infinite, which JSON has no number for."""
+    return math.inf if error is None else HALF_INTERVAL * error
 
 
 def _origin(reason: str | None, last: int, kept: int, first: dict[str, Any]) -> str:

@@ -136,7 +136,7 @@ class Arguments:
             data_collator,
             train_dataset,
             optimizers,
-            calibration_dataset is not None,
+            calibration_dataset,
             eval_dataset,
             compute_metrics is not None,
         )

@@ -83,8 +83,10 @@ class LinearModel:
             it; and `linear_model_has_learned` (see [`~trl_ssrm.rounds.calibrate.has_learned`]). Empty if it does not label.
         """
         data = self.trainer.data
-        # It labels for round 1 alone, after which its weights may be deleted.
-        if not self.trainer.settings.linear_model_labels_pool or len(self.trainer.round_history) > 1:
+        # It labels for round 1 alone, after which its weights may be deleted, and so may be the initial ones if it does not.
+        history = self.trainer.round_history
+        is_over = len(history) > 1 or len(history) == 1 and "linear_model_has_learned" not in history[0]
+        if not self.trainer.settings.linear_model_labels_pool or is_over:
             return {}
         if start == PRETRAINED and facts["pretraining_evidence"] >= SURE_EVIDENCE:
             return {}

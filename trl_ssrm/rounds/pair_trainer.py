@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -21,7 +21,7 @@ from ..data.ties import TIE, ties_of, with_ties_settled
 from ..data.tokenization import tokenized_or_refused, with_literal_messages
 from ..io.storage import mapping
 from ..models.comparison import Comparison, tokenize_comparisons
-from ..models.linear import scoring_by_states
+from ..models.linear import NoStatesError, scoring_by_states
 from ..models.sharding import is_sharded
 from ..scoring.layout import choose_layout, laid_out
 from ..scoring.pair_scores import PairScores
@@ -156,8 +156,11 @@ class PairTrainer(RewardTrainer):
         """
         # The other layouts know where a sequence ends, but not where its tokens are.
         layout = "unpadded" if self.layout == "unpadded" else "padded"
-        with scoring_by_states(self.unwrapped_model, function):
+        with scoring_by_states(self.unwrapped_model, function) as without_states:
             scores = self._scores(pairs, name, layout, **kwargs)
+        # In every process at once, also in those that had nothing to score.
+        if any(gather_object([len(without_states) > 0])):
+            raise NoStatesError
         return scores[:, 0] - scores[:, 1]
 
     def _scores(self, pairs: PairedSequences, name: str, layout: str, **kwargs: Any) -> np.ndarray:
@@ -296,7 +299,10 @@ class PairTrainer(RewardTrainer):
             self.model_wrapped, self.deepspeed = self.model, None
 
     def shard(self) -> None:
-        """Spread a model that is not trained first, after a resumption, over the processes as for training."""
+        """Spread a model that is not trained first over the processes as for training."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and not is_sharded(self.accelerator):
+            # `Trainer` leaves it to the engine, which is there with the first training step.
+            self.model.to(self.accelerator.device)
         if is_sharded(self.accelerator) and self.model_wrapped is self.model and not self.accelerator._models:
             set_seed(self.args.seed)
             # Private in `Trainer`: the only place that knows how each launcher wants its model.

@@ -17,6 +17,7 @@ from datasets import Dataset
 from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
+from ..scoring.metrics import standard_error
 from .calibrate import LEAST_GAIN, at_best_temperature, has_learned
 from .folds import Folds
 from .linear import LinearModel
@@ -213,7 +214,7 @@ def gain(
         of = {kind: by_prompt(function(logits)) for kind, logits in logits_of.items()}
         facts |= {f"{metric}_{kind}_pretraining": float(values.mean()) for kind, values in of.items()}
         difference = of["with"] - of["without"]
-        facts[f"pretraining_{metric}_change_error"] = float(difference.std(ddof=1) / np.sqrt(len(difference)))
+        facts[f"pretraining_{metric}_change_error"] = standard_error(difference, np.arange(len(difference)))
     right = float(np.clip(by_prompt(zero_shot > 0).mean(), 1e-9, 1 - 1e-9))
     unlike_chance = np.log(2) + right * np.log(right) + (1 - right) * np.log(1 - right)
     lower = facts["log_loss_without_pretraining"] - facts["log_loss_with_pretraining"]

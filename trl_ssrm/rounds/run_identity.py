@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from torch import nn
 
 from ..config import SSRMConfig
@@ -11,7 +12,7 @@ from ..models.sharding import shape_of
 
 
 # Raise it when the files of a run are read in another way than before. A run of another format is refused.
-FORMAT = 4
+FORMAT = 5
 
 # Settings that decide the result besides the data and the model. A run is resumed with the same ones only.
 _DECISIVE_SETTINGS = (
@@ -24,7 +25,8 @@ _DECISIVE_SETTINGS = (
     *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm"),
     *("seed", "data_seed", "bf16", "fp16", "max_length", "center_rewards_coefficient", "disable_dropout"),
-    *("load_best_model_at_end", "metric_for_best_model", "neftune_noise_alpha", "train_sampling_strategy"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "neftune_noise_alpha"),
+    *("train_sampling_strategy", "dataloader_drop_last"),
 )
 
 
@@ -36,7 +38,7 @@ def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> di
         args ([`SSRMConfig`]):
             Settings of the run.
         model ([`~torch.nn.Module`]):
-            Model of the run; its class and the shapes of its parameters count.
+            Model of the run; its class, the shapes of its parameters and the settings of its adapter count.
         data (`dict[str, Any]`):
             Fingerprints of the datasets, by their names.
 
@@ -50,8 +52,18 @@ def run_identity(args: SSRMConfig, model: nn.Module, data: dict[str, Any]) -> di
         **{name: _as_told(settings[name]) for name in _DECISIVE_SETTINGS},
         "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "model": f"{type(model).__name__} {content_hash(shapes)}",
+        **({"adapter": content_hash(_adapter(model))} if is_peft_model(model) else {}),
         **data,
     }
+
+
+def _adapter(model: Any) -> list[str]:
+    """What decides the result of an adapter with weights of the same shapes, such as its `lora_alpha`."""
+    settings = model.active_peft_config.to_dict()
+    # A base may have moved, and a library may be newer. The order of a set says nothing.
+    names = sorted(settings.keys() - {"base_model_name_or_path", "revision", "peft_version", "inference_mode"})
+    sets = {name: sorted(settings[name]) for name in names if isinstance(settings[name], set)}
+    return [f"{name} {sets.get(name, settings[name])}" for name in names]
 
 
 def _as_told(setting: Any) -> Any:

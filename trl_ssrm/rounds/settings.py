@@ -13,6 +13,7 @@ from trl import RewardConfig
 from ..config import SSRMConfig
 from ..data.collator import ConfidenceFilteredDataCollator
 from ..models.tokenizers import model_id
+from ..scoring.metrics import prompt_weights
 from .run_data import RunData
 from .select import wilson_lower_bound
 
@@ -98,7 +99,7 @@ def check_arguments(
     data_collator: Any,
     train_dataset: Any,
     optimizers: tuple[Any, Any],
-    has_calibration: bool,
+    calibration_dataset: Any,
     eval_dataset: Any,
     has_own_metrics: bool,
 ) -> None:
@@ -111,6 +112,10 @@ def check_arguments(
             f"`train_dataset` must be a `Dataset` beside `unlabeled_dataset`, got `{type(train_dataset).__name__}`. Only "
             "`unlabeled_dataset` can be a stream."
         )
+    if calibration_dataset is not None and not isinstance(calibration_dataset, Dataset):
+        raise TypeError(
+            f"`calibration_dataset` must be a `Dataset`, got `{type(calibration_dataset).__name__}`; of several, choose one."
+        )
     if data_collator is not None:
         _check_collator(args, data_collator)
     if optimizers != (None, None):
@@ -119,9 +124,9 @@ def check_arguments(
             "in the config."
         )
     check_inherited(args, eval_dataset, has_own_metrics)
-    if args.keep_best_round and not has_calibration:
+    if args.keep_best_round and calibration_dataset is None:
         raise ValueError("`keep_best_round` compares the rounds on held-out labels; give `calibration_dataset`.")
-    if args.target_precision is not None and not has_calibration and args.num_folds == 0:
+    if args.target_precision is not None and calibration_dataset is None and args.num_folds == 0:
         raise ValueError("`target_precision` needs held-out labels; give `calibration_dataset`, or set `num_folds=3`.")
     try:
         os.makedirs(str(args.output_dir), exist_ok=True)
@@ -215,7 +220,12 @@ def resolve_settings(args: SSRMConfig, data: RunData, labels_by_itself: bool) ->
     _check_drop_last(args, data, num_folds)
     calibrated_by = "calibration" if has_calibration else "cross_fit" if num_folds else None
     prompts = data.held_out_prompts["calibration"] if has_calibration else data.prompts[~data.is_tie]
-    _check_target_precision(args, labels_by_itself, calibrated_by, len(np.unique(prompts)))
+    _check_target_precision(args, labels_by_itself, calibrated_by, round(prompt_weights(prompts).sum()))
+    if args.target_precision is not None and calibrated_by == "cross_fit" and args.num_rounds > 1:
+        logger.warning(
+            "Fold models find the threshold for `target_precision` after round 0 alone, and later rounds keep it, though their models "
+            "may be surer. Pass `calibration_dataset`, which finds one after each round, or set `num_rounds=1`."
+        )
     threshold: dict[str, Any] = {name: getattr(args, name) for name in ("confidence_threshold", "target_precision")}
     has_soft_labels = args.pseudo_label_type == "soft"
     if all(value is None for value in threshold.values()):

@@ -258,7 +258,8 @@ class RoundSteps(RoundTrainer):
         if self.on_main_process(lambda: Path(path).exists()):
             raise ValueError(f"{path} exists, and may hold labels; choose another file, or delete it.")
         pool = self.data.pool
-        scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows)
+        temperature = self.round_history[self.kept_round]["temperature"] if self.round_history else 1.0
+        scores = replace(self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows), temperature=temperature)
         if self.accelerator.is_main_process:
             write_for_labeling(pool, most_useful(scores, pool, num_pairs), scores, path)
         self.accelerator.wait_for_everyone()

@@ -71,10 +71,11 @@ def prompt_weights(prompts: np.ndarray) -> np.ndarray:
             Number of the prompt of each pair.
 
     Returns:
-        `np.ndarray` of shape `(num_pairs,)`, float64: one, divided by the number of pairs with the same prompt.
+        `np.ndarray` of shape `(num_pairs,)`, float64: one, divided by the number of pairs with the same prompt. If all have one prompt,
+        each pair counts.
     """
     _, groups, num_pairs = np.unique(prompts, return_inverse=True, return_counts=True)
-    return 1 / num_pairs[groups]
+    return np.ones(len(prompts)) if len(num_pairs) == 1 else 1 / num_pairs[groups]
 
 
 def standard_error(values: np.ndarray, prompts: np.ndarray) -> float:
@@ -85,18 +86,19 @@ def standard_error(values: np.ndarray, prompts: np.ndarray) -> float:
         values (`np.ndarray` of shape `(num_pairs,)`):
             A number for each pair.
         prompts (`np.ndarray` of shape `(num_pairs,)`, int64):
-            Number of the prompt of each pair. If they all have one, pairs are taken to be independent.
+            Number of the prompt of each pair.
 
     Returns:
-        `float`: the standard error; infinite for one value.
+        `float`: the standard error, infinite for one value. It is at least that of independent pairs, which is what is left with one
+        prompt for all: few prompts can't tell how much alike their pairs are.
     """
-    _, groups = np.unique(prompts, return_inverse=True)
-    if groups.max() == 0:
-        groups = np.arange(len(values))
-    sums = np.bincount(groups, weights=values - values.mean())
-    if (number := len(sums)) < 2:
+    if len(values) < 2:
         return float("inf")
-    return float(np.sqrt(number / (number - 1) * (sums**2).sum()) / len(values))
+    rest = values - values.mean()
+    _, groups = np.unique(prompts, return_inverse=True)
+    sums = np.bincount(groups, weights=rest)
+    squares = [len(each) / (len(each) - 1) * (each**2).sum() for each in (rest, sums) if len(each) > 1]
+    return float(np.sqrt(max(squares)) / len(values))
 
 
 def paired_change(logits: np.ndarray, before: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
