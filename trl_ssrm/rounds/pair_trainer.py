@@ -164,6 +164,8 @@ class PairTrainer(RewardTrainer):
         return scores[:, 0] - scores[:, 1]
 
     def _scores(self, pairs: PairedSequences, name: str, layout: str, **kwargs: Any) -> np.ndarray:
+        # A resumed run may score before it trains.
+        self.shard()
         return score_pairs(
             self.unwrapped_model,
             pairs,
