@@ -29,13 +29,13 @@ class SSRMConfig(RewardConfig):
             whole pool, can be trained faster than a hundred labels: five times the learning rate for one epoch was best in
             first experiments, which no benchmark repeats yet. If `None`, it is `learning_rate`.
         pretrain_on_pool (`bool`, *optional*):
-            Whether the weights that all rounds start from are first trained on the texts of the pool, for one epoch (for
-            `max_steps`, if that is set and `round_num_train_epochs` is not): to prefer a completion of a prompt to one of another prompt (arXiv 2603.02225). No
-            label is read. If `None`, it is done and the labels decide: its weights are used if they rank more than half of the
-            labeled pairs right before they have seen a label, and if the labels favor them by 2 nats (odds of 7 to 1); see
-            [`~trl_ssrm.rounds.pretraining.Pretraining.choose_start`]. `None` is `False` with `num_folds=0` or
-            `freeze_backbone`, and, unless `num_folds` is set, with `load_best_model_at_end`, a teacher, or a callback with a
-            `score` of its own.
+            Whether the weights that all rounds start from are first trained on the texts of the pool, to prefer a completion
+            of a prompt to one of another prompt (arXiv 2603.02225): for one epoch, or for `max_steps`, if that is set and
+            `round_num_train_epochs` is not. No label is read. If `None`, it is done and the labels decide: its weights are used
+            if they rank more than half of the labeled pairs right before they have seen a label, and if the labels favor them
+            by 2 nats (odds of 7 to 1); see [`~trl_ssrm.rounds.pretraining.Pretraining.choose_start`]. `None` is `False` with
+            `num_folds=0` or `freeze_backbone`, and, unless `num_folds` is set, with `load_best_model_at_end`, a teacher, or a
+            callback with a `score` of its own.
         keep_best_round (`bool`, *optional*):
             Whether to end with the weights of the round with the lowest log-loss at the fitted temperature on
             `calibration_dataset`. `eval_dataset` never chooses the round. If `False`, the last round is kept. If `None`, it
@@ -284,8 +284,8 @@ class SSRMConfig(RewardConfig):
     def paper(cls, *args: Any, **kwargs: Any) -> "SSRMConfig":
         """
         The settings of [Semi-Supervised Reward Modeling](https://huggingface.co/papers/2409.06903) in its released code:
-        each of three rounds labels the whole pool with the model of the round before, keeps the pairs with a confidence above 0.8 as
-        hard labels, and goes on from its weights for one epoch. The model of the paper is pairwise: add
+        each of three rounds labels the whole pool with the model of the round before, keeps the pairs with a confidence above
+        0.8 as hard labels, and goes on from its weights for one epoch. The model of the paper is pairwise: add
         `preference_model="pairwise"`.
 
         Args:
