@@ -11,6 +11,8 @@ from datasets import Dataset
 from recipe_runs import RECIPES, run_as_script, run_recipe
 from transformers import AutoModelForSequenceClassification
 
+from trl_ssrm import SSRMConfig
+
 
 pytestmark = [pytest.mark.slow, pytest.mark.any_trl]
 
@@ -95,6 +97,12 @@ def test_benchmark_of_quality_makes_its_table_and_its_plot(bert, tmp_path, num_f
     assert of_seed["default"]["cost"]["scored"] > 0 == of_seed["labels"]["cost"]["scored"]
     again = run_recipe("benchmark/quality", **settings)
     assert again[again.index("| Arm") :].splitlines() == table and "{'task'" not in again
+
+
+def test_arm_of_the_paper_has_its_settings(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "benchmark"))
+    paper, arm = SSRMConfig.paper(output_dir="unused"), importlib.import_module("quality").ARMS["paper"]
+    assert {name: getattr(paper, name) for name in arm} == arm
 
 
 def test_result_that_was_cut_off_by_a_kill_is_measured_again(monkeypatch, tmp_path):
