@@ -178,13 +178,8 @@ def _pretraining(first: dict[str, Any]) -> str | None:
         changes.append(_from_to(words, before, after, after - before, first[f"pretraining_{key}_change_error"]))
     asked = ""
     if not first["is_pretrained"]:
-        if "pretraining_least_gain" in first:
-            asked = f", since it has to lower the log-loss by {first['pretraining_least_gain']}"
-        else:
-            odds, needed = (math.exp(first[f"pretraining_{kind}"]) for kind in ("evidence", "least_evidence"))
-            asked = (
-                f", since the labels say too little for it (odds of {odds:.1f} to 1, and {needed:.1f} to 1 are needed)"
-            )
+        odds, needed = (math.exp(first[f"pretraining_{kind}"]) for kind in ("evidence", "least_evidence"))
+        asked = f", since the labels say too little for it (odds of {odds:.1f} to 1, and {needed:.1f} to 1 are needed)"
     return f"{opening}{asked}: {', '.join(changes)}, on the labels, by models that have not seen them."
 
 

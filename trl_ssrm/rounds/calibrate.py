@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 TEMPERATURES = np.geomspace(0.1, 100.0, 692)
 # Of the logarithm of the temperature. Of 0.25 to 3, the two lowest came closest to the best temperature on dev pairs of quality.py.
 PRIOR_WIDTH = 0.35
-# Nats of log-loss for each label, by which a model has to be better than 0.5 for every pair, and pretraining better than none by fold
-# models. In quality.py, labels that taught .002 cost 7 points, and pretraining with a gain of .006 cost 12.
+# Nats of log-loss for each label, by which a model has to be better than 0.5 for every pair. In quality.py, labels that taught .002 cost
+# 7 points.
 LEAST_GAIN = 0.01
 
 

@@ -18,7 +18,7 @@ from ..data.build_pool import written_out
 from ..data.pool import Pool
 from ..data.prompts import prompt_groups
 from ..scoring.metrics import standard_error
-from .calibrate import LEAST_GAIN, at_best_temperature, has_learned
+from .calibrate import at_best_temperature
 from .folds import Folds
 from .linear import LinearModel
 from .round_trainer import RoundTrainer
@@ -56,9 +56,8 @@ class Pretraining:
 
         Pretrained weights are chosen if two things hold. Without having seen a label, they rank more than half of the labeled
         pairs but ties right. And that, with the log-loss of linear models on the hidden states under either weights, on labels that
-        these have not seen, is evidence of `LEAST_EVIDENCE` nats (see [`gain`]). Two cases are left to fold models that start from either
-        weights, whose log-loss pretraining has to lower by `LEAST_GAIN`: linear models can't be fitted; or their evidence is less but more
-        than 0, and without pretraining they have learned nothing.
+        these have not seen, is evidence of `LEAST_EVIDENCE` nats (see [`gain`]). Where linear models can't be fitted, fold models that
+        start from either weights take their place.
 
         Args:
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -88,33 +87,23 @@ class Pretraining:
             return PRETRAINED, {**facts, "is_pretrained": True}
         if facts["pretraining_share_right"] <= 0.5:
             return INITIAL, {**facts, "is_pretrained": False}
-        is_better, more = self._judged(logits, ignore_keys_for_eval)
-        return PRETRAINED if is_better else INITIAL, {**facts, **more, "is_pretrained": is_better}
+        facts |= self._judged(logits, ignore_keys_for_eval)
+        facts["is_pretrained"] = facts["pretraining_evidence"] >= LEAST_EVIDENCE
+        return PRETRAINED if facts["is_pretrained"] else INITIAL, facts
 
     def _can_judge(self) -> bool:
         """Whether there are fold models, or linear models can be fitted, which is tried."""
         return self.folds.num_folds > 0 or self.linear_model.held_out_logits(INITIAL) is not None
 
-    def _judged(self, logits: np.ndarray, ignore_keys_for_eval: list[str] | None) -> tuple[bool, dict[str, float]]:
-        """Whether linear models, or else fold models, predict unseen labels better after pretraining, and the facts about it."""
+    def _judged(self, logits: np.ndarray, ignore_keys_for_eval: list[str] | None) -> dict[str, float]:
+        """What linear models, or else fold models, say about pretraining by their predictions on labels that they have not seen."""
         starts, prompts = (INITIAL, PRETRAINED), self.trainer.data.prompts[~self.trainer.data.is_tie]
         without, with_pretraining = (self.linear_model.held_out_logits(start) for start in starts)
-        if without is not None and with_pretraining is not None:
-            facts = {
-                **gain(logits, without, with_pretraining, prompts),
-                "pretraining_least_evidence": LEAST_EVIDENCE,
-            }
-            evidence = facts["pretraining_evidence"]
-            # With a model that has learned from the labels alone, there is something to lose. With nothing to lose, a gain by fold models
-            # of `LEAST_GAIN` let the one draw in that helped, and none that harmed; their evidence let one in that cost 12 points.
-            if not 0 < evidence < LEAST_EVIDENCE or has_learned(without) or not self.folds.num_folds:
-                return evidence >= LEAST_EVIDENCE, facts
-        for start in starts:
-            self.folds.train(start, ignore_keys_for_eval)
-        without, with_pretraining = (self.folds.held_out_logits(start) for start in starts)
-        facts = gain(logits, without, with_pretraining, prompts)
-        is_better = facts["log_loss_with_pretraining"] <= facts["log_loss_without_pretraining"] - LEAST_GAIN
-        return is_better, {**facts, "pretraining_least_gain": LEAST_GAIN}
+        if without is None or with_pretraining is None:
+            for start in starts:
+                self.folds.train(start, ignore_keys_for_eval)
+            without, with_pretraining = (self.folds.held_out_logits(start) for start in starts)
+        return {**gain(logits, without, with_pretraining, prompts), "pretraining_least_evidence": LEAST_EVIDENCE}
 
     def _pairs(self) -> Dataset | None:
         """The pairs to pretrain on, tokenized; `None` if there are none."""
