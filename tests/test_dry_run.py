@@ -96,7 +96,7 @@ def test_costs_are_what_a_run_reads(settings, llama, policy, config, labeled, un
     assert [cost.is_exact for cost in costs] == ["max_steps" not in settings and not reads_one_order, False, False]
 
 
-def test_dry_run_says_what_each_round_costs_and_trains_nothing(llama, data, tmp_path, capsys):
+def test_dry_run_says_what_each_round_costs_and_trains_nothing(llama, data, tmp_path, capsys, monkeypatch):
     settings = settings_of_run(llama, data, tmp_path / "run")
     settings |= {"num_rounds": 2, "num_folds": 2, "dataset_test_split": "none"}
     argv = ["train", "--dry-run", *flags(settings)]
@@ -115,8 +115,12 @@ def test_dry_run_says_what_each_round_costs_and_trains_nothing(llama, data, tmp_
         rf"Steps: about {steps} in all. Time: about [\d.]+ minutes, by the speed of 3 batches here", printed
     )
     assert "Pretraining comes before: up to 40 pairs of texts, about " in printed
-    assert "If the labels are in doubt about it, the 2 fold models are trained a second time" in printed
+    again = "If it may help, the 2 fold models are trained a second time, from its weights."
+    assert again not in printed
     assert not list(Path(settings["output_dir"]).rglob("*.safetensors"))
+    # They judge it where there is no linear model.
+    monkeypatch.setattr("trl_ssrm.rounds.settings.MOST_LINEAR_PAIRS", 10)
+    assert main(argv) == 0 and again in capsys.readouterr().out
 
 
 def test_dry_run_knows_the_run_in_the_output_directory(llama, data, tmp_path, capsys):

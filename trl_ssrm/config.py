@@ -46,7 +46,7 @@ class SSRMConfig(RewardConfig):
             they have not seen calibrate the confidence of round 0 and find the threshold for `target_precision`;
             `calibration_dataset` takes their place if it is given. With one of the two, and soft labels, a linear model on the hidden
             states helps to label the pool, unless pretraining is clearly better. Round 0 costs `num_folds` times as much. Where linear
-            models can't judge `pretrain_on_pool` (in doubt; a pairwise model; more than 2,000 labels), fold models do, and round 0 costs
+            models can't judge `pretrain_on_pool` (a pairwise model; more than 2,000 labels), fold models do, and round 0 costs
             `2 * num_folds - 1` times as much. `0`, or at least 2. If `None`, it is 3 (or the number of prompts, if lower),
             and 0 if nothing needs them, or with `load_best_model_at_end`, a teacher, or a callback with a `score` of its own.
 

@@ -180,9 +180,8 @@ def _pretraining(trainer: SSRMTrainer, first: RoundCost) -> tuple[list[str], lis
         tokens = round(args.max_steps * _batch(trainer) * mean)
     costs = [RoundCost(first.round, 1, epochs, Work(pairs=num_pairs), tokens, False, Work())]
     num_folds = first.num_models - 1
-    if settings.pretrains == "if_better" and num_folds:
-        when = "the labels are in doubt about it" if settings.fits_linear_model else "it may help"
-        line += f" If {when}, the {num_folds} fold models are trained a second time, from its weights."
+    if settings.pretrains == "if_better" and not settings.fits_linear_model:
+        line += f" If it may help, the {num_folds} fold models are trained a second time, from its weights."
     if settings.pretrains == "if_better" and not settings.fits_linear_model:
         pairs = first.training.pairs - len(trainer.data.labeled)
         tokens = round(first.training_tokens * pairs / first.training.pairs)

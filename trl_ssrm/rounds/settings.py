@@ -62,7 +62,7 @@ class RoundSettings:
             labels decide.
         fits_linear_model (`bool`):
             Whether a linear model on the hidden states can be fitted to the labels. If so it judges pretraining; fold models do where it
-            can't or is in doubt, at more cost.
+            can't, at more cost.
         linear_model_labels_pool (`bool`):
             Whether it helps to label the pool for round 1, unless the labels are sure that pretraining is better.
         num_train_epochs (`float`, *optional*):
