@@ -169,7 +169,7 @@ def test_teacher_labels_the_pool(llama, bert, run_settings, data, tmp_path):
 @pytest.mark.parametrize("launcher", [[], ["--num_processes", "1"]])
 def test_interrupted_training_is_resumed(launcher, run_settings, data, tmp_path, capsys):
     settings = {**run_settings, "calibration_dataset_name": data / "calibration.parquet"}
-    settings |= {"disable_tqdm": True, "round_num_train_epochs": 100}
+    settings |= {"disable_tqdm": True, "round_num_train_epochs": 200}
     (tmp_path / "train.yaml").write_text(json.dumps({name: str(value) for name, value in settings.items()}))
     arguments = ["--config", str(tmp_path / "train.yaml"), "--seed", "3"]
     process = start("train", *arguments, *launcher)

@@ -138,7 +138,7 @@ def test_folds_are_there_where_they_calibrate_or_decide(make_trainer, labeled, h
         return make_trainer(train_dataset=rows, num_folds=None, **kwargs).folds.num_folds
 
     assert num_folds() == 3
-    assert "that part calibrate the confidence. `num_folds=0` goes without." in caplog.text
+    assert "that part calibrate the confidence. `num_folds=0` leaves them out, and" in caplog.text
     assert num_folds(rows=labeled.select(range(2))) == 2
     assert num_folds(rows=labeled.select(range(1))) == 0
     assert num_folds(num_rounds=0) == 3

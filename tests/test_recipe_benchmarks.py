@@ -101,7 +101,7 @@ def test_benchmark_of_quality_makes_its_table_and_its_plot(bert, tmp_path, num_f
 
 def test_arm_of_the_paper_has_its_settings(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES / "benchmark"))
-    paper, arm = SSRMConfig.paper(output_dir="unused"), importlib.import_module("quality").ARMS["paper"]
+    paper, arm = SSRMConfig.paper(output_dir="unused", bf16=False), importlib.import_module("quality").ARMS["paper"]
     assert {name: getattr(paper, name) for name in arm} == arm
 
 

@@ -189,7 +189,9 @@ def test_adapter_of_a_reward_model_trains_a_policy(policy, letters, tmp_path):
 
 @pytest.mark.skipif(HAS_PPO, reason="this TRL has PPO")
 def test_ppo_says_what_to_install_where_trl_has_none():
-    with pytest.raises(SystemExit, match=r"install `trl-ssrm\[ppo\]`, which brings TRL 1.12, or use recipes/rloo.py"):
+    with pytest.raises(
+        SystemExit, match=r"run `pip install '.\[ppo\]'` in the clone of trl-ssrm, or use recipes/rloo.py"
+    ):
         run_recipe("ppo")
 
 

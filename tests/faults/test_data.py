@@ -452,7 +452,10 @@ def test_row_that_can_not_be_tokenized_is_named(llama, config, column, value, na
     ("given", "named"),
     [
         ({"unlabeled_dataset": preference_rows(3)}, "`unlabeled_dataset` must be a `Dataset`, got `list`"),
-        ({"calibration_dataset": {"a": [1]}}, "`calibration_dataset_a` must be a `Dataset`, got `list`"),
+        (
+            {"calibration_dataset": {"a": [1]}},
+            "`calibration_dataset` must be a `Dataset`, got `dict`; of several, choose one",
+        ),
         ({"eval_dataset": preference_rows(3)}, "`eval_dataset` must be a `Dataset`, got `list`"),
         (
             {"unlabeled_dataset": Dataset.from_dict({"prompt": ["p"], "completions": ["ab"]})},
