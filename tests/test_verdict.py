@@ -135,17 +135,19 @@ def test_changes_are_paired(caplog):
     assert "Round 1 is worse than round 0 on `eval_dataset`: accuracy -0.080" in caplog.text
 
 
-def test_log_loss_is_that_at_the_temperature_of_each_round():
+@pytest.mark.parametrize("temperatures", [(1.0, 4.0), (1.0, 0.25)])
+def test_log_loss_is_that_with_or_without_the_temperature(temperatures):
     logits, each = np.array([4.0] * 70 + [-4.0] * 30), np.arange(100)
-    # The same predictions, and the later model is not mended by its temperature.
-    found = changes({"eval": logits}, {"eval": logits}, {"eval": each}, (1.0, 4.0), 1)
-    raw, mended = (np.logaddexp(0.0, -logits / temperature).mean() for temperature in (1.0, 4.0))
-    assert found["eval_log_loss_change"] == pytest.approx(raw - mended) and found["eval_accuracy_change"] == 0
-    first, last = history(0.0, raw - mended)
-    first |= {"eval_accuracy": 0.7, "eval_log_loss": raw, "eval_calibrated_log_loss": mended}
+    # The same predictions, and a temperature that mends those of round 0, or makes them worse.
+    found = changes({"eval": logits}, {"eval": logits}, {"eval": each}, temperatures, 1)
+    raw, calibrated = (np.logaddexp(0.0, -logits / temperature).mean() for temperature in temperatures)
+    lower = min(raw, calibrated)
+    assert found["eval_log_loss_change"] == pytest.approx(raw - lower) and found["eval_accuracy_change"] == 0
+    first, last = history(0.0, raw - lower)
+    first |= {"eval_accuracy": 0.7, "eval_log_loss": raw, "eval_calibrated_log_loss": calibrated}
     last |= {"eval_accuracy": 0.7, "eval_log_loss": raw}
-    assert f"log-loss {mended:.3f} to {raw:.3f} (+{raw - mended:.3f} ± " in verdict([first, last], "max_rounds", 1)[0]
-    assert f"log-loss {mended:.3f}, on" in round_line([first])
+    assert f"log-loss {lower:.3f} to {raw:.3f} (+{raw - lower:.3f} ± " in verdict([first, last], "max_rounds", 1)[0]
+    assert f"log-loss {lower:.3f}, on" in round_line([first])
 
 
 def test_pairs_of_one_prompt_count_together():

@@ -160,8 +160,7 @@ def run(script_args: QuickstartArguments, training_args: SSRMConfig, model_args:
     trainer.save_model(training_args.output_dir)
 
     held_out_pairs = trainer.data.held_out["eval"]
-    temperature = trainer.round_history[trainer.kept_round]["temperature"]
-    logits_of = {"SSRM": trainer.score_pairs(held_out_pairs, "held-out pairs").logits / temperature}
+    logits_of = {"SSRM": trainer.score_pairs(held_out_pairs, "held-out pairs").logits}
     # The references show what the pool adds, and how much its hidden labels are worth. Without a pool, the trainer is a
     # `RewardTrainer`.
     # Without an accelerator, pinning memory does nothing but warn.
@@ -230,16 +229,13 @@ def print_comparison(
     """
     rows = [("labels alone", references["labels alone"])]
     for facts in round_history:
-        # At the temperature of the round, as in the verdict.
-        log_loss = facts.get("eval_calibrated_log_loss", facts["eval_log_loss"])
-        own = {"accuracy": facts["eval_accuracy"], "log_loss": log_loss}
+        own = {name: facts[f"eval_{name}"] for name in ("accuracy", "log_loss")}
         if facts["round"] > 0:
             rows.append((f"SSRM, round {facts['round']}", {**facts, **own}))
         elif facts.get("is_pretrained"):
             rows.append(("pretraining and labels", {**facts, **own}))
     rows.append(("all labels", references["all labels"]))
-    print("\nThe log-loss of SSRM is that at the temperature which is saved with its model.")
-    print(f"{'':22} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
+    print(f"\n{'':22} {'pairs':>6} {'accuracy':>9} {'log-loss':>9}")
     for title, facts in rows:
         print(f"{title:22} {facts['num_train_pairs']:6} {facts['accuracy']:9.3f} {facts['log_loss']:9.3f}")
     change = paired_change(logits_of["SSRM"], logits_of["labels alone"], prompts)

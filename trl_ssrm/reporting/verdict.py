@@ -24,8 +24,8 @@ def verdict(round_history: list[dict[str, Any]], termination_reason: str | None,
             The round whose weights the model has.
 
     Returns:
-        `list[str]`: sentences. The first one says whether the pool helped, by the first held-out dataset of the run. The log-loss is
-        that at the temperature of the round, which would be saved with its model.
+        `list[str]`: sentences. The first one says whether the pool helped, by the first held-out dataset of the run. The log-loss of a
+        round is that with or without its temperature, whichever is lower.
         Intervals are 95 % intervals of paired differences on its pairs, over its prompts.
     """
     first, kept, last = round_history[0], round_history[kept_round], round_history[-1]
@@ -214,8 +214,9 @@ def _numbers(facts: dict[str, Any], name: str, between: str) -> str:
 
 
 def _value(facts: dict[str, Any], name: str, metric: str) -> float:
-    """A metric at the temperature of the round. The accuracy has none, and a temperature of 1 leaves the others as they are."""
-    return facts.get(f"{name}_calibrated_{metric}", facts[f"{name}_{metric}"])
+    """A metric with or without the temperature of the round, whichever is lower. The accuracy does not depend on it."""
+    own = facts[f"{name}_{metric}"]
+    return min(own, facts.get(f"{name}_calibrated_{metric}", own))
 
 
 def _number(value: float) -> str:

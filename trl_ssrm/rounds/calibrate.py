@@ -92,7 +92,8 @@ def changes(
         prompts_of (`dict[str, np.ndarray]` of shape `(num_pairs,)` each, int64):
             Number of the prompt of each of these pairs.
         temperatures (`tuple[float, float]`):
-            Temperature of the model, now and after round 0. The log-loss is compared as the models would be used.
+            Temperature of the model, now and after round 0. Each log-loss is that with or without it, whichever is lower, so that no
+            temperature that fits these pairs badly makes a round look better or worse than its model is.
         round (`int`):
             The round that has ended.
 
@@ -103,7 +104,11 @@ def changes(
     for name, logits in logits_of.items():
         if name not in before:
             continue
-        change = paired_change(logits / temperatures[0], before[name] / temperatures[1], prompts_of[name])
+        now, first = (
+            min((z, z / temperature), key=lambda each: np.logaddexp(0.0, -each).mean())
+            for z, temperature in zip((logits, before[name]), temperatures, strict=True)
+        )
+        change = paired_change(now, first, prompts_of[name])
         facts |= {f"{name}_{fact}": value for fact, value in change.items()}
         for metric, sign, words in (("accuracy", 1, "accuracy"), ("log_loss", -1, "log-loss")):
             half = HALF_INTERVAL * change[f"{metric}_change_error"]
