@@ -63,7 +63,7 @@ def main(script_args: SSRMScriptArguments, training_args: SSRMConfig, model_args
             f"{needed} labeled pairs are asked for, and the data has {len(train)}; lower the two numbers."
         )
     # No prompt is in two of them.
-    labeled, calibration, rest = split_by_prompt(train, [script_args.num_labeled, script_args.num_calibration])
+    calibration, labeled, rest = split_by_prompt(train, [script_args.num_calibration, script_args.num_labeled])
     if script_args.unlabeled_dataset_name is not None:
         pool = load_dataset(script_args.unlabeled_dataset_name, split=script_args.dataset_train_split)
     elif len(rest):

@@ -21,7 +21,7 @@ from .config import SSRMConfig
 from .io.files import telling_where
 from .models.adapters import merged, prepare_quantized
 from .models.backbone import freeze_backbone
-from .models.calibration import remove_temperature, save_temperature
+from .models.calibration import save_temperature
 from .models.classifier import complete_config
 from .models.comparison import Comparison
 from .models.loading import suppress_load_report
@@ -353,15 +353,10 @@ class SSRMTrainer(RoundSteps):
         super().save_model(output_dir, _internal_call)
         if self.comparison is not None and self.args.should_save:
             self.comparison.save_pretrained(str(output_dir or self.args.output_dir))
-        if _internal_call or not self.args.should_save:
-            return
-        directory = Path(output_dir or str(self.args.output_dir))
-        if self.has_pool:
-            self._save_temperature(str(directory))
-            copy_card(self.run.output_dir, directory)
-        else:
-            # That of another model, which would divide the logits of this one.
-            remove_temperature(directory)
+        if not _internal_call and self.args.should_save:
+            save_temperature(str(output_dir or self.args.output_dir), self.kept_temperature)
+            if self.has_pool:
+                copy_card(self.run.output_dir, Path(output_dir or self.run.output_dir))
 
     def merge_and_save(self, output_dir: str) -> None:
         """
@@ -383,11 +378,7 @@ class SSRMTrainer(RoundSteps):
             if self.comparison is not None:
                 self.comparison.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
-            self._save_temperature(output_dir)
-
-    def _save_temperature(self, output_dir: str) -> None:
-        if self.has_pool and self.round_history:
-            save_temperature(output_dir, self.round_history[self.kept_round]["temperature"])
+            save_temperature(output_dir, self.kept_temperature)
 
     def create_model_card(  # type: ignore[override]
         self,

@@ -13,14 +13,13 @@ from ..io.files import write_json
 FILE_NAME = "calibration.json"
 
 
-def save_temperature(directory: str, temperature: float) -> None:
-    """Write the temperature of a model to `calibration.json` in its directory."""
-    write_json(Path(directory) / FILE_NAME, {"temperature": temperature})
-
-
-def remove_temperature(directory: Path) -> None:
-    """Delete the temperature of a model that was in this directory before."""
-    (directory / FILE_NAME).unlink(missing_ok=True)
+def save_temperature(directory: str, temperature: float | None) -> None:
+    """Write the temperature of a model to `calibration.json` in its directory; if it has none, delete that of a model before it."""
+    path = Path(directory) / FILE_NAME
+    if temperature is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_json(path, {"temperature": temperature})
 
 
 def load_temperature(model: Any, revision: str | None = None) -> float:

@@ -216,6 +216,12 @@ class RoundSteps(RoundTrainer):
         return self.round_history[-1]["round"]
 
     @property
+    def kept_temperature(self) -> float | None:
+        """`float` or `None`: the temperature of that round; `None` without a pool, or before round 0 is over."""
+        has_rounds = self.has_pool and self.round_history
+        return self.round_history[self.kept_round]["temperature"] if has_rounds else None
+
+    @property
     def _ends_of_rounds(self) -> list[dict[str, Any]]:
         return [log for log in self.state.log_history if "train_loss" in log]
 
@@ -258,8 +264,8 @@ class RoundSteps(RoundTrainer):
         if self.on_main_process(lambda: Path(path).exists()):
             raise ValueError(f"{path} exists, and may hold labels; choose another file, or delete it.")
         pool = self.data.pool
-        temperature = self.round_history[self.kept_round]["temperature"] if self.round_history else 1.0
-        scores = replace(self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows), temperature=temperature)
+        scores = self.score_pairs(pool.pairs, "unlabeled_dataset", rows=pool.rows)
+        scores = replace(scores, temperature=self.kept_temperature or 1.0)
         if self.accelerator.is_main_process:
             write_for_labeling(pool, most_useful(scores, pool, num_pairs), scores, path)
         self.accelerator.wait_for_everyone()
